@@ -1,0 +1,139 @@
+//! A unikernel: no operating system, one program, one machine.
+//!
+//! The words of its command line say what it does, one after the other: `hello`, `compute=ROUNDS`,
+//! `timer=TICKS`, `smp`, `disk`, `echo`, `spin`, `halt`, `fault`, `trap`, and at the end `exit=VALUE`.
+
+#![no_std]
+#![no_main]
+
+mod compute;
+mod rt;
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use compute::Checksum;
+use rt::{BootInfo, Console, cpus, ring0, virtio};
+
+/// The program: what it returns goes to the debug exit port, and 0 switches the machine off.
+fn main(boot: &BootInfo) -> u32 {
+    let (mut done, mut status) = (false, 0);
+    for word in boot.cmdline.split_ascii_whitespace() {
+        let (name, value) = word.split_once('=').unwrap_or((word, ""));
+        let number = value.parse().unwrap_or(1);
+        match name {
+            "hello" => hello(boot),
+            "compute" => compute(number),
+            "timer" => timer(number),
+            "smp" => smp(),
+            "disk" => disk(boot),
+            "echo" => echo(),
+            "spin" => spin(),
+            "halt" => ring0::halt(),
+            "fault" => ring0::crash(),
+            "trap" => trap(),
+            "exit" => status = number,
+            // Words for others: the loader's file name, devices.
+            _ => continue,
+        }
+        done |= name != "exit";
+    }
+    if !done {
+        hello(boot);
+    }
+    status
+}
+
+/// Says what it knows of the machine.
+fn hello(boot: &BootInfo) {
+    println!("Hello from a unikernel!");
+    println!("booted by {}: {}", boot.protocol, boot.cmdline);
+    println!("memory: {} KiB, processors: {}", boot.memory / 1024, cpus::count());
+}
+
+/// Computes in vector registers while the timer interrupts.
+fn compute(rounds: u32) {
+    ring0::set_timer(true);
+    let mut state = Checksum::new(rounds.into());
+    for quarter in 1..=4 {
+        let (before, ticks) = (state, ring0::ticks());
+        let checksum = state.run(rounds);
+        // Once more, until an interrupt has come between.
+        while ring0::ticks() == ticks {
+            let mut again = before;
+            assert_eq!(again.run(rounds), checksum, "an interrupt changed a register");
+        }
+        println!("compute {quarter}/4: {checksum:016x}");
+    }
+    ring0::set_timer(false);
+}
+
+/// Waits for ticks of the timer.
+fn timer(ticks: u32) {
+    ring0::sleep(ticks.into());
+    println!("timer: {ticks} ticks");
+}
+
+/// Lets every processor add, and compute.
+fn smp() {
+    const TIMES: u64 = 10_000;
+    static SUM: AtomicU64 = AtomicU64::new(0);
+    static CHECKSUMS: AtomicU64 = AtomicU64::new(0);
+
+    fn work(cpu: u32) {
+        for _ in 0..TIMES {
+            SUM.fetch_add(u64::from(cpu) + 1, Ordering::Relaxed);
+        }
+        CHECKSUMS.fetch_add(Checksum::new(cpu.into()).run(1), Ordering::Relaxed);
+    }
+
+    let on_time = cpus::run_on_others(work);
+    work(0);
+    let (sum, checksums) = (SUM.load(Ordering::Relaxed), CHECKSUMS.load(Ordering::Relaxed));
+    println!("smp: {} processors, sum {sum}, checksums {checksums:016x}", cpus::count());
+    assert!(on_time, "a processor did not start or did not end");
+}
+
+/// Shows the text at the beginning of each disk, and leaves one in the second sector.
+fn disk(boot: &BootInfo) {
+    const NOTE: &[u8] = b"The unikernel was here.";
+    for (number, mut disk) in virtio::disks(boot.cmdline).enumerate() {
+        let mut sector = [0; virtio::SECTOR];
+        disk.read_blocks(0, &mut sector).expect("cannot read");
+        let text = sector.split(|b| !(b' '..=b'~').contains(b)).next().unwrap_or(&[]);
+        let text = str::from_utf8(text).unwrap_or("");
+        println!("disk {number}: {} sectors, {text:?}", disk.capacity());
+        if !disk.readonly() {
+            sector.fill(0);
+            sector[..NOTE.len()].copy_from_slice(NOTE);
+            disk.write_blocks(1, &sector).expect("cannot write");
+            disk.read_blocks(1, &mut sector).expect("cannot read again");
+            assert!(sector.starts_with(NOTE), "what was written does not come back");
+        }
+    }
+}
+
+/// Sends back what is typed, up to the end-of-transmission character (Ctrl-D).
+fn echo() {
+    println!("echo: until Ctrl-D");
+    loop {
+        match Console::read() {
+            Some(4) => return,
+            Some(byte) => Console::write(byte),
+            None => core::hint::spin_loop(),
+        }
+    }
+}
+
+/// Never ends, for tests of those who end it.
+fn spin() -> ! {
+    println!("spin");
+    loop {
+        core::hint::spin_loop();
+    }
+}
+
+/// Makes a mistake: what the processor says about it is printed.
+fn trap() -> ! {
+    // SAFETY: an exception, which ring 0 reports; it does not come back.
+    unsafe { core::arch::asm!("ud2", options(noreturn)) }
+}

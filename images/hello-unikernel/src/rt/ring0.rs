@@ -1,0 +1,76 @@
+//! The little that needs ring 0, as functions.
+
+use core::arch::{asm, global_asm};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+global_asm!(include_str!("ring0.s"), options(att_syntax));
+
+/// Timer interrupts of the first processor; ring 0 counts them.
+#[unsafe(no_mangle)]
+static TICKS: AtomicU64 = AtomicU64::new(0);
+
+/// Processors that have started; ring 0 numbers them with it.
+#[unsafe(no_mangle)]
+pub static CPUS_STARTED: AtomicU32 = AtomicU32::new(1);
+
+const ARM_TIMER: u32 = 0;
+const WAIT_TICK: u32 = 1;
+const HALT: u32 = 2;
+const CRASH: u32 = 3;
+const COMMAND_OTHERS: u32 = 4;
+
+/// About 10 ms in units of 16 bus cycles, where the bus has 1 GHz as in virtual machines.
+const TICK: u64 = 10_000_000 / 16;
+
+fn service(which: u32, argument: u64) {
+    // SAFETY: ring0.s: the services change no more than these registers and no memory of ours.
+    unsafe {
+        asm!("int3", inlateout("eax") which => _, in("rdi") argument, lateout("ecx") _);
+    }
+}
+
+/// Timer interrupts so far.
+pub fn ticks() -> u64 {
+    TICKS.load(Ordering::Relaxed)
+}
+
+/// Lets the timer tick, about 100 times a second, or stops it.
+pub fn set_timer(on: bool) {
+    service(ARM_TIMER, if on { TICK } else { 0 });
+}
+
+/// Waits, with the timer running, until there are more ticks than `seen`.
+pub fn wait_tick(seen: u64) {
+    while ticks() == seen {
+        service(WAIT_TICK, seen);
+    }
+}
+
+/// Waits for this many ticks.
+pub fn sleep(count: u64) {
+    set_timer(true);
+    let start = ticks();
+    while ticks() - start < count {
+        wait_tick(ticks());
+    }
+    set_timer(false);
+}
+
+/// Sends an interrupt command (SDM volume 3, 12.6.1) to all other processors.
+pub fn command_others(command: u32) {
+    service(COMMAND_OTHERS, command.into());
+}
+
+/// Never runs again: `cli; hlt`.
+pub fn halt() -> ! {
+    loop {
+        service(HALT, 0);
+    }
+}
+
+/// Crashes the processor by a triple fault.
+pub fn crash() -> ! {
+    loop {
+        service(CRASH, 0);
+    }
+}

@@ -1,0 +1,188 @@
+//! Entry points for libFuzzer: each makes a device with a synthetic guest and lets the input choose
+//! what a hostile driver does to it. A crash, a panic or a hang is a finding.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use mvm_memory::GuestRam;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::testing::Guest;
+use crate::testing::hostile::{Bytewise, Choices, mischief, poke};
+use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::{Balloon, BalloonConfig};
+use crate::virtio::block::{Block, BlockConfig, Cache};
+use crate::virtio::console::{Console, ConsoleConfig};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Vsock, VsockConfig};
+use crate::{
+    BusDevice, EventLoop, Gate, HypercallConfig, HypercallDisk, Hypercalls, InterruptLine, Serial,
+    SerialConfig,
+};
+
+const RAM: u64 = 2 << 20;
+
+/// Lets `data` choose mischief on all queues and registers of the device.
+fn run(data: &[u8], device: Arc<dyn VirtioDevice>) {
+    let mut guest = Guest::new(RAM, device);
+    let mut queues = guest.start();
+    let mut choices = Bytewise(data);
+    let plain = |draw: &mut dyn FnMut() -> Option<u64>| {
+        // Words of the input make up headers: small numbers are kinds, operations, ports.
+        let mut header = Vec::new();
+        for _ in 0..6 {
+            header.extend(draw()?.to_le_bytes());
+        }
+        Some(header)
+    };
+    while let Some(choice) = choices.draw() {
+        let index = choice as usize % queues.len();
+        let done = match choice >> 8 & 15 {
+            0 => poke(&guest, &mut choices),
+            _ => mischief(&guest, &mut queues[index], plain, &mut choices),
+        };
+        if done.is_none() {
+            break;
+        }
+        if guest.mmio.link().needs_reset() {
+            guest.reset();
+            queues = guest.start();
+        }
+    }
+    // Waits for whatever is running.
+    guest.reset();
+}
+
+fn events() -> Option<EventLoop> {
+    EventLoop::start("fuzz").ok()
+}
+
+/// The hypercalls of a Solo5 guest.
+pub fn fuzz_hvt(data: &[u8]) {
+    let make = || -> io::Result<(GuestRam, Hypercalls)> {
+        let ram = GuestRam::new(&[(0, RAM)]).map_err(io::Error::other)?;
+        let disks = vec![HypercallDisk { handle: 1, file: disk(64 << 10)?, read_only: false }];
+        let config = HypercallConfig {
+            ram: ram.clone(),
+            console: Serial::new(Arc::new(Unconnected), SerialConfig::default()),
+            disks,
+            // Shut: nobody waits.
+            gate: Arc::new(Gate::new()),
+            events: Arc::new(|_| {}),
+        };
+        Ok((ram, Hypercalls::new(config)?))
+    };
+    let Ok((ram, calls)) = make() else { return };
+    let mut choices = Bytewise(data);
+    while let Some(choice) = choices.draw() {
+        let near = [0, Hypercalls::GUEST_MEMORY, RAM - 32, u64::from(u32::MAX) - 32];
+        let at = near[choice as usize % near.len()] + (choice >> 8) % 64;
+        for offset in (0..40).step_by(8) {
+            let Some(word) = choices.draw() else { break };
+            // Most words near what makes sense.
+            let word = match word >> 60 {
+                0..4 => word & 0xff,
+                4..8 => (word & 0xff) * 512,
+                8..12 => Hypercalls::GUEST_MEMORY + (word & 0x1f_ffff),
+                _ => word,
+            };
+            let _ = ram.memory().write_obj(word, GuestAddress(at + offset));
+        }
+        calls.write(choice >> 16 & 15, &(at as u32).to_le_bytes());
+    }
+}
+
+#[derive(Debug)]
+struct Unconnected;
+
+impl InterruptLine for Unconnected {
+    fn trigger(&self) {}
+    fn set_level(&self, _: bool) {}
+}
+
+fn disk(size: u64) -> io::Result<File> {
+    let fd = nix::sys::memfd::memfd_create("disk", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
+    let file = File::from(fd);
+    file.set_len(size)?;
+    Ok(file)
+}
+
+/// The queue of the block device.
+pub fn fuzz_block(data: &[u8]) {
+    let config = BlockConfig {
+        name: "fuzz-block".into(),
+        serial: "fuzz".into(),
+        read_only: false,
+        cache: Cache::Unsafe,
+        file: disk(1 << 20).ok(),
+    };
+    if let Ok(device) = Block::new(config) {
+        run(data, device);
+    }
+}
+
+/// The queues of the socket device.
+pub fn fuzz_vsock(data: &[u8]) {
+    let Some(events) = events() else { return };
+    let config = VsockConfig { name: "fuzz-vsock".into(), guest_cid: 3, listener: None };
+    if let Ok(device) = Vsock::new(config, &events) {
+        for port in 0..4 {
+            let _ = device.listen(port, Arc::new(drop));
+        }
+        run(data, device);
+    }
+}
+
+/// The queues of the console.
+pub fn fuzz_console(data: &[u8]) {
+    let Some(events) = events() else { return };
+    let input = io::pipe().ok().map(|(reader, _)| reader.into());
+    let config = ConsoleConfig { name: "fuzz-console".into(), output: None, input, tail: 4096 };
+    if let Ok(device) = Console::new(config, &events) {
+        run(data, device);
+    }
+}
+
+/// The queue of the entropy device.
+pub fn fuzz_rng(data: &[u8]) {
+    let Some(events) = events() else { return };
+    if let Ok(device) = Rng::new("fuzz-rng", &events) {
+        run(data, device);
+    }
+}
+
+/// The queues of the balloon.
+pub fn fuzz_balloon(data: &[u8]) {
+    let Some(events) = events() else { return };
+    let config =
+        BalloonConfig { name: "fuzz-balloon".into(), deflate_on_oom: true, reporting: true };
+    if let Ok(device) = Balloon::new(config, &events) {
+        run(data, device);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    type Fuzz = fn(&[u8]);
+
+    #[test]
+    fn random_inputs_find_nothing() {
+        let targets: [(&str, Fuzz); 5] = [
+            ("block", fuzz_block),
+            ("vsock", fuzz_vsock),
+            ("console", fuzz_console),
+            ("rng", fuzz_rng),
+            ("balloon", fuzz_balloon),
+        ];
+        for (name, target) in targets {
+            for seed in 0..20 {
+                eprintln!("{name}, seed {seed}");
+                target(&testing::Rng::new(seed).bytes(20_000));
+            }
+        }
+    }
+}

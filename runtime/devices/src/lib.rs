@@ -1,0 +1,40 @@
+//! The devices of a machine, and the buses on which the guest finds them.
+//!
+//! * [`Bus`] routes port and memory-mapped accesses to [`BusDevice`]s.
+//! * [`InterruptLine`] is what a device pulls, [`MsiSink`] what the machine implements over its
+//!   engine; [`IoApic`] stands between the two.
+//! * [`Serial`], [`SystemControl`] and [`DebugExit`] are the few platform devices a guest expects
+//!   without discovery, [`PowerControl`] the one that ACPI needs.
+//! * [`virtio`] has the transport (virtio-mmio version 2) and the devices behind it.
+//! * [`Hypercalls`] is what Solo5's guests have in place of all that.
+//! * [`EventLoop`] is the one thread on which devices wait.
+//!
+//! Not in scope: which engine runs the vCPUs, where a device sits in the memory map, and who opens
+//! files and sockets. Every descriptor comes in from outside.
+
+mod bus;
+mod event_loop;
+mod events;
+mod gate;
+mod hvt;
+mod ioapic;
+mod irq;
+mod limit;
+mod platform;
+mod serial;
+pub mod virtio;
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+#[cfg(any(test, feature = "testing", feature = "fuzzing"))]
+pub mod testing;
+
+pub use bus::{AddressSpace, Bus, BusDevice, BusError, DeviceStats};
+pub use event_loop::{EventLoop, EventLoopError, Interest, Registrar, Source, Subscriber};
+pub use events::{EventSink, VmEvent};
+pub use gate::{Gate, Passage};
+pub use hvt::{HypercallConfig, HypercallDisk, Hypercalls};
+pub use ioapic::{IoApic, IoApicPin, IoApicState};
+pub use irq::{EventFdLine, InterruptLine, MsiMessage, MsiSink};
+pub use platform::{DebugExit, PostCode, PowerControl, PowerOff, SystemControl};
+pub use serial::{Serial, SerialConfig, SerialInputError, SerialState};

@@ -1,0 +1,185 @@
+//! The loop that runs blocks.
+
+use super::Block;
+use super::cache::{BlockCache, key};
+use super::decode::BlockDecoder;
+use crate::cpu::{Cpu, Mode, seg};
+use crate::fault::Fault;
+use crate::op::{Flow, reg};
+
+/// Why the loop gave control back. [`Cpu::rip`] is exact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The attention word is set.
+    Attention,
+    /// [`Cpu::fault`] is to be delivered.
+    Fault,
+    /// HLT was executed.
+    Halt,
+    /// One instruction was executed, as asked for.
+    Stepped,
+    /// An op ended its block so that the surroundings are looked at: the interrupt shadow, TF.
+    Look,
+}
+
+/// Runs blocks on a [`Cpu`].
+#[derive(Debug)]
+pub struct Dispatcher {
+    cache: BlockCache,
+    decoder: BlockDecoder,
+    /// Instructions executed.
+    pub instructions: u64,
+    blocks: u32,
+}
+
+/// Blocks between two looks at the APIC timer's deadline.
+const TIMER_INTERVAL: u32 = 256;
+
+const BLOCK: usize = reg::BLOCK as usize;
+
+impl Dispatcher {
+    /// A dispatcher with an empty cache for one vCPU.
+    pub fn new(cpu: &Cpu) -> Self {
+        Self {
+            cache: BlockCache::new(cpu.mmu.phys().clone()),
+            decoder: BlockDecoder::new(),
+            instructions: 0,
+            blocks: 0,
+        }
+    }
+
+    /// The cache, for metrics.
+    pub fn cache(&self) -> &BlockCache {
+        &self.cache
+    }
+
+    /// Runs until something is to be done outside.
+    pub fn run(&mut self, cpu: &mut Cpu) -> Stop {
+        loop {
+            if cpu.sys.attention().any() {
+                return Stop::Attention;
+            }
+            if cpu.stepping() {
+                return Stop::Look;
+            }
+            self.blocks = self.blocks.wrapping_add(1);
+            if self.blocks.is_multiple_of(TIMER_INTERVAL) {
+                cpu.poll_timer();
+            }
+            let block = match find(&mut self.cache, &mut self.decoder, cpu, false) {
+                Ok(block) => block,
+                Err(fault) => {
+                    cpu.fault = Some(fault);
+                    return Stop::Fault;
+                }
+            };
+            self.instructions += u64::from(block.count);
+            if let Some(stop) = execute(cpu, block) {
+                return stop;
+            }
+        }
+    }
+
+    /// Runs one instruction.
+    pub fn step(&mut self, cpu: &mut Cpu) -> Stop {
+        let block = match find(&mut self.cache, &mut self.decoder, cpu, true) {
+            Ok(block) => block,
+            Err(fault) => {
+                cpu.fault = Some(fault);
+                return Stop::Fault;
+            }
+        };
+        self.instructions += 1;
+        match execute(cpu, block) {
+            None | Some(Stop::Look) => Stop::Stepped,
+            Some(stop) => stop,
+        }
+    }
+}
+
+/// Runs a block to its end. `None`: go on at [`Cpu::rip`].
+#[inline(always)]
+fn execute(cpu: &mut Cpu, block: &Block) -> Option<Stop> {
+    let start = cpu.rip;
+    cpu.gpr[BLOCK] = start;
+    for op in &block.ops {
+        match (op.handler)(cpu, op, block) {
+            Flow::Next => {}
+            Flow::Jump => return None,
+            Flow::Break => {
+                cpu.rip = next(cpu, start, op.end);
+                return Some(Stop::Look);
+            }
+            Flow::Fault => {
+                cpu.rip = start.wrapping_add(op.start.into());
+                return Some(Stop::Fault);
+            }
+            Flow::Again => {
+                cpu.rip = start.wrapping_add(op.start.into());
+                return None;
+            }
+            Flow::Halt => {
+                cpu.rip = next(cpu, start, op.end);
+                return Some(Stop::Halt);
+            }
+        }
+    }
+    cpu.rip = next(cpu, start, block.len);
+    None
+}
+
+/// The instruction pointer `offset` bytes on.
+#[inline(always)]
+fn next(cpu: &Cpu, start: u64, offset: u16) -> u64 {
+    let rip = start.wrapping_add(offset.into());
+    if cpu.mode == Mode::Code64 { rip } else { rip & 0xffff_ffff }
+}
+
+/// The block at [`Cpu::rip`].
+#[inline(always)]
+fn find<'a>(
+    cache: &'a mut BlockCache,
+    decoder: &mut BlockDecoder,
+    cpu: &mut Cpu,
+    single: bool,
+) -> Result<&'a Block, Fault> {
+    let linear = if cpu.mode == Mode::Code64 { cpu.rip } else { legacy_linear(cpu)? };
+    let (code_linear, code_host) = cpu.mmu.code_page;
+    let host = if linear & !0xfff == code_linear {
+        cpu.mmu.tlb.code_byte(code_host, linear)
+    } else {
+        let host = cpu.fetch(linear)?;
+        cpu.mmu.code_page = (linear & !0xfff, host.addr() & !0xfff);
+        host
+    };
+    let key = key(host, cpu.mode, single);
+    // The borrow checker does not see that the early return ends the borrow: look twice, by number.
+    if let Some(id) = cache.front(key) {
+        let block = cache.at(id);
+        match block.second {
+            None => return Ok(cache.at(id)),
+            Some((second, stamp)) => {
+                let there = cpu.fetch((linear | 0xfff).wrapping_add(1))?;
+                if there.addr() == second && stamp.is_current() {
+                    return Ok(cache.at(id));
+                }
+            }
+        }
+    } else if let Some(id) = cache.find(key)
+        && cache.at(id).second.is_none()
+    {
+        return Ok(cache.at(id));
+    }
+    let block = decoder.decode(cpu, linear, host, single)?;
+    let id = cache.insert(block);
+    Ok(cache.at(id))
+}
+
+#[cold]
+fn legacy_linear(cpu: &Cpu) -> Result<u64, Fault> {
+    let cs = &cpu.seg[seg::CS];
+    if cpu.rip > u64::from(cs.limit) {
+        return Err(Fault::GP0);
+    }
+    Ok(cs.base.wrapping_add(cpu.rip) & 0xffff_ffff)
+}

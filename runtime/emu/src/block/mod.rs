@@ -1,0 +1,44 @@
+//! Blocks of decoded instructions: decoding, the cache, the dispatcher.
+
+mod cache;
+mod decode;
+mod dispatch;
+mod operands;
+mod stamp;
+
+pub use dispatch::{Dispatcher, Stop};
+
+use crate::op::{Handler, Op};
+use stamp::CodeStamp;
+
+/// A handler chosen for an instruction.
+pub(crate) struct Selected {
+    /// What to run.
+    pub handler: Handler,
+    /// The block ends after it.
+    pub ends: bool,
+}
+
+/// A run of decoded instructions that starts at one byte of guest RAM, in one mode.
+#[derive(Debug)]
+pub struct Block {
+    ops: Box<[Op]>,
+    /// Identity: see [`cache::key`].
+    key: u64,
+    /// Generation of the page it was decoded from.
+    first: CodeStamp,
+    /// If an instruction crosses into another page: host address and generation of that page.
+    second: Option<(u64, CodeStamp)>,
+    /// Bytes of code.
+    len: u16,
+    /// Instructions.
+    count: u16,
+}
+
+impl Block {
+    /// Is the code still what was decoded?
+    #[inline(always)]
+    fn is_fresh(&self) -> bool {
+        self.first.is_current()
+    }
+}

@@ -1,0 +1,49 @@
+//! The engine as the machine above sees it.
+
+use std::sync::Arc;
+
+use mvm_engine::cpuid::CpuModel;
+use mvm_engine::{Engine, Error, Result, Vm, VmConfig};
+
+use crate::vm::EmuVm;
+
+/// vCPUs of one machine, at most: what the local APICs' xAPIC mode can address.
+pub const MAX_VCPUS: u32 = 32;
+
+/// The emulation engine. Needs nothing of the host but its processor.
+#[derive(Debug, Default)]
+pub struct EmuEngine;
+
+impl EmuEngine {
+    /// The engine.
+    ///
+    /// # Errors
+    /// The host forbids executable memory, which the stubs for SIMD instructions need.
+    pub fn new() -> Result<Self> {
+        crate::host::init().map_err(|source| Error::Host {
+            what: "cannot make executable memory for the emulation engine",
+            source,
+        })?;
+        Ok(Self)
+    }
+}
+
+impl Engine for EmuEngine {
+    fn name(&self) -> &'static str {
+        "emu"
+    }
+
+    fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn Vm>> {
+        if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
+            return Err(Error::TooManyVcpus { wanted: config.vcpus, max: MAX_VCPUS });
+        }
+        if config.cpu == CpuModel::Host {
+            return Err(Error::Model {
+                engine: self.name(),
+                model: config.cpu,
+                reason: "it has a processor of its own; use v3".into(),
+            });
+        }
+        Ok(Arc::new(EmuVm::new(config)))
+    }
+}

@@ -1,0 +1,299 @@
+//! Guest-physical memory as all vCPUs of a machine share it: RAM, the bus beyond it, and the agreement
+//! between those who store and those who decode (invariants 5 to 8).
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mvm_engine::IoBus;
+use mvm_memory::{CodePage, GuestRam, PAGE_SHIFT, RamRegion};
+
+use super::raw::HostAddr;
+
+/// A page of RAM: which region, and which page of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRef {
+    /// Index into [`PhysMemory`]'s regions.
+    pub region: u32,
+    /// Page of the region.
+    pub page: u32,
+}
+
+/// A vCPU as the others see it when they watch a page.
+#[derive(Default)]
+pub struct Guard {
+    /// Executing guest code. While false, the vCPU cannot store.
+    running: AtomicBool,
+    /// Times that fast writes had to be dropped.
+    asked: AtomicU64,
+    /// The value of `asked` that was last obeyed.
+    obeyed: AtomicU64,
+    /// Called after `asked` moved: makes a running vCPU look at it soon.
+    nudge: Mutex<Option<Box<dyn Fn() + Send + Sync>>>,
+}
+
+impl fmt::Debug for Guard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guard").field("running", &self.running).finish_non_exhaustive()
+    }
+}
+
+impl Guard {
+    /// Says how to make the vCPU come to a block boundary.
+    pub fn on_request(&self, nudge: impl Fn() + Send + Sync + 'static) {
+        *lock(&self.nudge) = Some(Box::new(nudge));
+    }
+
+    /// The vCPU stops executing: it sleeps, waits for a lock, or is in a device.
+    #[inline]
+    pub fn park(&self) {
+        self.running.store(false, Ordering::SeqCst);
+    }
+
+    /// The vCPU executes again. Returns true if fast writes must be dropped first.
+    #[inline]
+    #[must_use]
+    pub fn unpark(&self) -> bool {
+        self.running.store(true, Ordering::SeqCst);
+        self.asked()
+    }
+
+    /// Is there a request that was not obeyed yet?
+    #[inline]
+    pub fn asked(&self) -> bool {
+        self.asked.load(Ordering::SeqCst) != self.obeyed.load(Ordering::Relaxed)
+    }
+
+    /// The number to confirm once fast writes have been dropped.
+    pub fn requested(&self) -> u64 {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    /// Confirms that fast writes were dropped after `request` was read.
+    pub fn confirm(&self, request: u64) {
+        self.obeyed.store(request, Ordering::SeqCst);
+    }
+}
+
+/// Memory of one machine, shared by its vCPUs.
+pub struct PhysMemory {
+    ram: GuestRam,
+    io: Arc<dyn IoBus>,
+    /// Per region and page: bit `vcpu % 32` is set before the vCPU enters a fast write.
+    writers: Vec<Box<[AtomicU32]>>,
+    guards: Vec<Arc<Guard>>,
+    watching: Mutex<()>,
+    split: Mutex<()>,
+}
+
+impl fmt::Debug for PhysMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PhysMemory").field("ram", &self.ram).finish_non_exhaustive()
+    }
+}
+
+impl PhysMemory {
+    /// Memory for `vcpus` vCPUs.
+    pub fn new(ram: GuestRam, io: Arc<dyn IoBus>, vcpus: u32) -> Self {
+        let pages = |r: &RamRegion| (0..r.size >> PAGE_SHIFT).map(|_| AtomicU32::new(0)).collect();
+        let writers = ram.regions().iter().map(pages).collect();
+        let guards = (0..vcpus).map(|_| Arc::default()).collect();
+        Self { ram, io, writers, guards, watching: Mutex::default(), split: Mutex::default() }
+    }
+
+    /// The bus beyond RAM.
+    pub fn io(&self) -> &dyn IoBus {
+        &*self.io
+    }
+
+    /// RAM, for those who go through `vm-memory`.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// The guard of vCPU `index`, if there is such a vCPU.
+    pub fn guard(&self, index: u32) -> Option<Arc<Guard>> {
+        self.guards.get(index as usize).cloned()
+    }
+
+    /// The RAM page of `gpa` and the host address of that byte, if it is RAM.
+    #[inline]
+    pub fn find(&self, gpa: u64) -> Option<(PageRef, HostAddr)> {
+        for (index, region) in self.ram.regions().iter().enumerate() {
+            let offset = gpa.wrapping_sub(region.start);
+            if offset < region.size {
+                let page = PageRef { region: index as u32, page: (offset >> PAGE_SHIFT) as u32 };
+                // SAFETY: inside the region's mapping, which `self.ram` keeps alive; regions are
+                // whole pages.
+                return Some((page, unsafe { HostAddr::new(region.host as u64 + offset) }));
+            }
+        }
+        None
+    }
+
+    /// The page of a host address made by [`PhysMemory::find`] or the TLB.
+    #[inline]
+    pub fn page_of_host(&self, host: HostAddr) -> Option<PageRef> {
+        for (index, region) in self.ram.regions().iter().enumerate() {
+            let offset = host.addr().wrapping_sub(region.host as u64);
+            if offset < region.size {
+                return Some(PageRef { region: index as u32, page: (offset >> PAGE_SHIFT) as u32 });
+            }
+        }
+        None
+    }
+
+    /// The guest physical address of the start of a page.
+    pub fn gpa(&self, page: PageRef) -> u64 {
+        self.ram.regions().get(page.region as usize).map_or(0, |r| r.start)
+            + (u64::from(page.page) << PAGE_SHIFT)
+    }
+
+    /// The code record of a page.
+    #[inline]
+    pub fn code_page(&self, page: PageRef) -> Option<&CodePage> {
+        self.ram.regions().get(page.region as usize)?.tracker.code_page(page.page as usize)
+    }
+
+    /// Tells the tracker of a store by a vCPU that did not take the fast path. True if cached code
+    /// went stale.
+    pub fn stored(&self, page: PageRef, offset: usize, len: usize) -> bool {
+        let Some(region) = self.ram.regions().get(page.region as usize) else { return false };
+        region.tracker.set_dirty(page.page as usize);
+        self.code_page(page).is_some_and(|code| code.written(offset, len))
+    }
+
+    /// Asks whether `vcpu` may enter a fast write for `page`; marks it dirty and the vCPU as a writer.
+    pub fn allow_fast_write(&self, page: PageRef, vcpu: u32) -> bool {
+        let Some(region) = self.ram.regions().get(page.region as usize) else { return false };
+        let writers = self.writers.get(page.region as usize);
+        let (Some(code), Some(writers)) = (
+            region.tracker.code_page(page.page as usize),
+            writers.and_then(|w| w.get(page.page as usize)),
+        ) else {
+            return false;
+        };
+        region.tracker.set_dirty(page.page as usize);
+        let bit = 1 << (vcpu % 32);
+        if writers.load(Ordering::Relaxed) & bit == 0 {
+            // The other half of the handshake is in `watch`: one of the two sees the other.
+            writers.fetch_or(bit, Ordering::SeqCst);
+        }
+        std::sync::atomic::fence(Ordering::SeqCst);
+        code.lines() == 0
+    }
+
+    /// Watches `[offset, offset + len)` of `page` for vCPU `me` and returns the generation to decode under.
+    ///
+    /// On return no vCPU has a fast write for the page. The second value is true if the
+    /// caller must drop its own fast writes before it reads the code.
+    pub fn watch(&self, page: PageRef, offset: usize, len: usize, me: u32) -> (u32, bool) {
+        let Some(code) = self.code_page(page) else { return (0, false) };
+        let my_guard = self.guards.get(me as usize);
+        // Only one may wait for the others at a time, and who waits for its turn must not be waited for.
+        if let Some(guard) = my_guard {
+            guard.park();
+        }
+        let turn = lock(&self.watching);
+        let mut drop_own = my_guard.is_some_and(|g| g.unpark());
+        let generation = code.watch(offset, len);
+        let writers = self
+            .writers
+            .get(page.region as usize)
+            .and_then(|w| w.get(page.page as usize))
+            .map_or(0, |w| w.swap(0, Ordering::SeqCst));
+        if writers != 0 {
+            drop_own |= writers & 1 << (me % 32) != 0;
+            self.drop_fast_writes(writers, me);
+        }
+        drop(turn);
+        (generation, drop_own)
+    }
+
+    fn drop_fast_writes(&self, writers: u32, me: u32) {
+        let others = || {
+            let wanted = |i: u32| i != me && writers & 1 << (i % 32) != 0;
+            (0u32..).zip(&self.guards).filter(move |(i, _)| wanted(*i)).map(|(_, g)| g)
+        };
+        let mut waiting = Vec::new();
+        for guard in others() {
+            let number = guard.asked.fetch_add(1, Ordering::SeqCst) + 1;
+            if guard.running.load(Ordering::SeqCst) {
+                if let Some(nudge) = &*lock(&guard.nudge) {
+                    nudge();
+                }
+                waiting.push((guard, number));
+            }
+        }
+        let mut spins = 0u32;
+        while waiting.iter().any(|(g, number)| {
+            g.running.load(Ordering::SeqCst) && g.obeyed.load(Ordering::SeqCst) < *number
+        }) {
+            // A block takes microseconds, unless the other thread has lost its processor.
+            spins += 1;
+            if spins < 200 {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// The lock under which locked operations that cross a page run.
+    pub fn split_lock(&self) -> MutexGuard<'_, ()> {
+        lock(&self.split)
+    }
+
+    /// The aligned 64-bit word of RAM at `gpa`.
+    #[inline]
+    pub fn read_u64(&self, gpa: u64) -> Option<u64> {
+        self.find(gpa & !7).map(|(_, host)| host.load::<u64>())
+    }
+
+    /// The aligned 32-bit word of RAM at `gpa`.
+    #[inline]
+    pub fn read_u32(&self, gpa: u64) -> Option<u32> {
+        self.find(gpa & !3).map(|(_, host)| host.load::<u32>())
+    }
+
+    /// Sets bits in the aligned 64-bit word of RAM at `gpa`, atomically.
+    pub fn or_u64(&self, gpa: u64, bits: u64) {
+        if let Some((page, host)) = self.find(gpa & !7) {
+            host.or_u64(bits);
+            self.stored(page, (gpa & 0xff8) as usize, 8);
+        }
+    }
+
+    /// Copies out of RAM. False if part of the range is not RAM.
+    pub fn read(&self, gpa: u64, to: &mut [u8]) -> bool {
+        let mut done = 0;
+        while done < to.len() {
+            let Some((_, host)) = gpa.checked_add(done as u64).and_then(|a| self.find(a)) else {
+                return false;
+            };
+            let count = host.to_page_end().min(to.len() - done);
+            host.copy_out(&mut to[done..done + count]);
+            done += count;
+        }
+        true
+    }
+
+    /// Copies into RAM and tells the tracker. False if part of the range is not RAM.
+    pub fn write(&self, gpa: u64, from: &[u8]) -> bool {
+        let mut done = 0;
+        while done < from.len() {
+            let Some((page, host)) = gpa.checked_add(done as u64).and_then(|a| self.find(a)) else {
+                return false;
+            };
+            let count = host.to_page_end().min(from.len() - done);
+            host.copy_in(&from[done..done + count]);
+            self.stored(page, (host.addr() & 0xfff) as usize, count);
+            done += count;
+        }
+        true
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

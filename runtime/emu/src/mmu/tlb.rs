@@ -1,0 +1,355 @@
+//! The software TLB: direct-mapped tables, one per way to look at memory.
+//!
+//! An entry's tag is the linear page address with a *context* number in its low bits. One compare of
+//! `page of the access's last byte + context` covers a miss, a missing right, a page crossing and a stale entry at
+//! once. Contexts are never reused before all tables have been wiped, so a flush is the choice of a new
+//! number.
+//!
+//! * The lower half of the address space has a context per PCID, so a CR3 write with PCIDs loses nothing.
+//! * The upper half has one context for all: pages there are nearly always global. If one that is not was
+//!   entered, the next change of address space flushes the half.
+//! * Fast writes have context numbers of their own, so that all of them can be dropped at once when a page
+//!   becomes watched (invariant 6) without losing a translation for reading.
+//! * With alignment checks on, a table is used whose entries serve fetches alone: each access to data takes the
+//!   slow path, which checks.
+
+use super::raw::HostAddr;
+
+/// Entries of each table.
+pub const ENTRIES: usize = 2048;
+const PAGE: u64 = !0xfff;
+/// Context numbers fit the low bits of a tag; 0 is never current.
+const CONTEXTS: u64 = 0x1000;
+/// PCIDs remembered at a time (Linux uses seven).
+const SPACES: usize = 12;
+
+/// A translation: tags per kind of access, and what turns the linear into the host address.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C, align(32))]
+pub struct Entry {
+    read: u64,
+    write: u64,
+    exec: u64,
+    addend: u64,
+}
+
+/// Who accesses: selects the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Who {
+    /// CPL 3.
+    User,
+    /// Supervisor, or an implicit supervisor access; with SMAP, user pages are out of reach.
+    Supervisor,
+    /// Supervisor with EFLAGS.AC set: user pages may be reached despite SMAP.
+    SupervisorAc,
+    /// CPL 3 with alignment checks on (CR0.AM, EFLAGS.AC).
+    UserAligned,
+}
+
+/// Tables: the values of [`Who`].
+const TABLES: usize = 4;
+/// Start of the table of [`Who::UserAligned`].
+const ALIGNED: usize = Who::UserAligned as usize * ENTRIES;
+
+/// Kind of access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Load.
+    Read,
+    /// Store, or load and store.
+    Write,
+    /// Instruction fetch.
+    Exec,
+}
+
+/// The contexts of one address space.
+#[derive(Debug, Clone, Copy, Default)]
+struct Space {
+    pcid: u16,
+    /// 0: none yet.
+    read: u64,
+    write: u64,
+}
+
+/// What a page walk found, for [`Tlb::insert`].
+#[derive(Debug, Clone, Copy)]
+pub struct Rights {
+    /// Loads are allowed.
+    pub read: bool,
+    /// Fast stores are allowed.
+    pub write: bool,
+    /// Fetches are allowed.
+    pub exec: bool,
+    /// The page is global.
+    pub global: bool,
+    /// Shift of the page's size: 12, 21 or 30.
+    pub shift: u8,
+}
+
+/// The software TLB of one vCPU.
+#[derive(Debug)]
+pub struct Tlb {
+    entries: Box<[Entry]>,
+    /// Start of the current table.
+    active: usize,
+    /// Current contexts for reading and fetching: lower half, upper half.
+    read: [u64; 2],
+    /// Current contexts for writing.
+    write: [u64; 2],
+    next_context: u64,
+    spaces: [Space; SPACES],
+    current: usize,
+    victim: usize,
+    /// A page of the upper half that is not global has been entered.
+    upper_private: bool,
+    /// Hashed set of the 2 MiB regions that have fragments of large pages.
+    large: Box<[u64; 64]>,
+    /// The same for the 1 GiB regions of 1 GiB pages.
+    huge: u64,
+    /// Times everything was wiped, for the metrics.
+    pub wipes: u64,
+}
+
+impl Default for Tlb {
+    fn default() -> Self {
+        let mut tlb = Self {
+            entries: vec![Entry::default(); TABLES * ENTRIES].into_boxed_slice(),
+            active: Who::Supervisor as usize * ENTRIES,
+            read: [0; 2],
+            write: [0; 2],
+            next_context: 1,
+            spaces: [Space::default(); SPACES],
+            current: 0,
+            victim: 0,
+            upper_private: false,
+            large: Box::new([0; 64]),
+            huge: 0,
+            wipes: 0,
+        };
+        tlb.flush_all();
+        tlb
+    }
+}
+
+impl Tlb {
+    #[inline(always)]
+    fn slot(&self, linear: u64) -> usize {
+        self.active + ((linear >> 12) as usize & (ENTRIES - 1))
+    }
+
+    #[inline(always)]
+    fn entry(&self, linear: u64) -> &Entry {
+        // SAFETY: `active` is one of the table starts (`select` alone sets it), and the rest
+        // is below ENTRIES: the sum is below the box's length.
+        unsafe { self.entries.get_unchecked(self.slot(linear)) }
+    }
+
+    /// The host address of `size` bytes at `linear` if they may be read and lie in one page.
+    #[inline(always)]
+    pub fn probe_read(&self, linear: u64, size: usize) -> Option<HostAddr> {
+        let entry = self.entry(linear);
+        let last = linear.wrapping_add(size as u64 - 1) & PAGE;
+        if last ^ entry.read == self.read[(linear >> 63) as usize] {
+            // SAFETY: the entry maps a page of guest RAM; the compare says that the access lies in it.
+            Some(unsafe { HostAddr::new(entry.addend.wrapping_add(linear)) })
+        } else {
+            None
+        }
+    }
+
+    /// The host address of `size` bytes at `linear` if they may be written without further ado.
+    #[inline(always)]
+    pub fn probe_write(&self, linear: u64, size: usize) -> Option<HostAddr> {
+        let entry = self.entry(linear);
+        let last = linear.wrapping_add(size as u64 - 1) & PAGE;
+        if last ^ entry.write == self.write[(linear >> 63) as usize] {
+            // SAFETY: as in `probe_read`.
+            Some(unsafe { HostAddr::new(entry.addend.wrapping_add(linear)) })
+        } else {
+            None
+        }
+    }
+
+    /// The host address of the code byte at `linear` if it may be fetched.
+    #[inline(always)]
+    pub fn probe_exec(&self, linear: u64) -> Option<HostAddr> {
+        let entry = self.entry(linear);
+        if linear & PAGE ^ entry.exec == self.read[(linear >> 63) as usize] {
+            // SAFETY: as in `probe_read`.
+            Some(unsafe { HostAddr::new(entry.addend.wrapping_add(linear)) })
+        } else {
+            None
+        }
+    }
+
+    /// The host address of the byte at `linear`, whose page is at host address `page`, as
+    /// [`Tlb::probe_exec`] or a walk found it since the last flush.
+    #[inline(always)]
+    pub fn code_byte(&self, page: u64, linear: u64) -> HostAddr {
+        // SAFETY: `page` is the start of a mapped page of guest RAM: `Mmu::code_page` is only set from
+        // the address of a fetch.
+        unsafe { HostAddr::new(page | linear & 0xfff) }
+    }
+
+    /// Enters the translation of the page of `linear` to the host page at `host`.
+    pub fn insert(&mut self, linear: u64, host: HostAddr, rights: Rights) {
+        let page = linear & PAGE;
+        let half = (linear >> 63) as usize;
+        let tag = |allowed: bool, context: u64| if allowed { page | context } else { 0 };
+        let data = !self.checks_alignment();
+        let entry = Entry {
+            read: tag(data && rights.read, self.read[half]),
+            write: tag(data && rights.write, self.write[half]),
+            exec: tag(rights.exec, self.read[half]),
+            addend: (host.addr() & PAGE).wrapping_sub(page),
+        };
+        let slot = self.slot(linear);
+        self.entries[slot] = entry;
+        if half == 1 && !rights.global {
+            self.upper_private = true;
+        }
+        if rights.shift == 21 {
+            let region = (linear >> 21) as usize & 4095;
+            self.large[region / 64] |= 1 << (region % 64);
+        } else if rights.shift == 30 {
+            self.huge |= 1 << (linear >> 30 & 63);
+        }
+    }
+
+    /// Looks through the eyes of `who` from now on.
+    pub fn select(&mut self, who: Who) {
+        self.active = who as usize * ENTRIES;
+    }
+
+    /// Who looks.
+    pub fn selected(&self) -> Who {
+        match self.active / ENTRIES {
+            0 => Who::User,
+            1 => Who::Supervisor,
+            2 => Who::SupervisorAc,
+            _ => Who::UserAligned,
+        }
+    }
+
+    /// Whether accesses to data must be aligned.
+    #[inline(always)]
+    pub fn checks_alignment(&self) -> bool {
+        self.active == ALIGNED
+    }
+
+    /// Goes to the address space `pcid`.
+    pub fn set_space(&mut self, pcid: u16) {
+        if self.spaces[self.current].pcid == pcid && self.read[0] != 0 {
+            return;
+        }
+        self.leave_space();
+        if let Some(found) = self.spaces.iter().position(|s| s.pcid == pcid && s.read != 0) {
+            self.current = found;
+        } else {
+            self.victim = (self.victim + 1) % SPACES;
+            self.current = self.victim;
+            self.spaces[self.current] = Space { pcid, read: 0, write: 0 };
+        }
+        self.load_space();
+    }
+
+    /// Drops all of `pcid` but global pages.
+    pub fn flush_pcid(&mut self, pcid: u16) {
+        self.leave_space();
+        for space in self.spaces.iter_mut().filter(|s| s.pcid == pcid) {
+            (space.read, space.write) = (0, 0);
+        }
+        self.load_space();
+    }
+
+    /// Drops everything but global pages, in every address space.
+    pub fn flush_non_global(&mut self) {
+        self.leave_space();
+        for space in &mut self.spaces {
+            (space.read, space.write) = (0, 0);
+        }
+        self.load_space();
+    }
+
+    /// Drops everything.
+    pub fn flush_all(&mut self) {
+        for space in &mut self.spaces {
+            (space.read, space.write) = (0, 0);
+        }
+        *self.large = [0; 64];
+        self.huge = 0;
+        self.flush_upper();
+        self.load_space();
+    }
+
+    /// Drops the page of `linear` in every address space and every table.
+    pub fn flush_page(&mut self, linear: u64) {
+        let region = (linear >> 21) as usize & 4095;
+        let large = self.large[region / 64] & 1 << (region % 64) != 0;
+        if large || self.huge & 1 << (linear >> 30 & 63) != 0 {
+            // A fragment of a large page may be anywhere in it.
+            self.flush_all();
+            return;
+        }
+        let index = (linear >> 12) as usize & (ENTRIES - 1);
+        for table in 0..TABLES {
+            self.entries[table * ENTRIES + index] = Entry::default();
+        }
+    }
+
+    /// Makes every store take the slow path once.
+    pub fn flush_writes(&mut self) {
+        for space in &mut self.spaces {
+            space.write = 0;
+        }
+        self.write[1] = self.new_context();
+        self.load_space();
+    }
+
+    fn leave_space(&mut self) {
+        if self.upper_private {
+            self.flush_upper();
+        }
+    }
+
+    fn flush_upper(&mut self) {
+        self.upper_private = false;
+        self.read[1] = self.new_context();
+        self.write[1] = self.new_context();
+    }
+
+    fn load_space(&mut self) {
+        if self.spaces[self.current].read == 0 {
+            let context = self.new_context();
+            self.spaces[self.current].read = context;
+        }
+        if self.spaces[self.current].write == 0 {
+            let context = self.new_context();
+            // The numbers may have run out in between and taken the other one along.
+            if self.spaces[self.current].read == 0 {
+                self.spaces[self.current].read = self.new_context();
+            }
+            self.spaces[self.current].write = context;
+        }
+        self.read[0] = self.spaces[self.current].read;
+        self.write[0] = self.spaces[self.current].write;
+    }
+
+    /// A number that no entry carries.
+    fn new_context(&mut self) -> u64 {
+        if self.next_context == CONTEXTS {
+            self.entries.fill(Entry::default());
+            self.wipes += 1;
+            for space in &mut self.spaces {
+                (space.read, space.write) = (0, 0);
+            }
+            self.upper_private = false;
+            self.read[1] = 1;
+            self.write[1] = 2;
+            self.next_context = 3;
+        }
+        self.next_context += 1;
+        self.next_context - 1
+    }
+}

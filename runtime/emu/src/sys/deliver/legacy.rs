@@ -1,0 +1,88 @@
+//! Delivery in protected mode without IA-32e (SDM vol. 3, 6.12).
+//!
+//! Task gates are not implemented: they raise #GP as an absent gate would.
+
+use super::{Cause, Event};
+use crate::cpu::{Cpu, seg};
+use crate::fault::{Fault, vector};
+use crate::sys::descriptor::{Gate, access, system};
+use crate::sys::segments::{gp, is_null, np, ts};
+
+impl Cpu {
+    pub(super) fn enter_legacy(&mut self, event: Event) -> Result<(), Fault> {
+        let offset = u32::from(event.vector) * 8;
+        if offset + 7 > u32::from(self.sys.idtr.limit) {
+            return Err(Fault::gp(event.gate_code()));
+        }
+        let gate = Gate(self.read_sys::<u64>(self.sys.idtr.base.wrapping_add(offset.into()))?);
+        let descriptor = gate.descriptor();
+        let (size, interrupt) = match descriptor.kind() {
+            system::INT16 => (2, true),
+            system::TRAP16 => (2, false),
+            system::INT => (4, true),
+            system::TRAP => (4, false),
+            _ => return Err(Fault::gp(event.gate_code())),
+        };
+        if !descriptor.is_system() || event.cause == Cause::Software && descriptor.dpl() < self.cpl
+        {
+            return Err(Fault::gp(event.gate_code()));
+        }
+        if !descriptor.present() {
+            return Err(Fault::with_code(vector::NP, event.gate_code()));
+        }
+        let selector = gate.selector();
+        if is_null(selector) {
+            return Err(Fault::GP0);
+        }
+        let code = self.descriptor(selector)?;
+        if !code.is_code() || code.dpl() > self.cpl {
+            return Err(gp(selector));
+        }
+        if !code.present() {
+            return Err(np(selector));
+        }
+        let rip = if size == 2 { gate.offset() & 0xffff } else { gate.offset() };
+        if rip > code.limit().into() {
+            return Err(Fault::GP0);
+        }
+        let cpl = if code.conforming() { self.cpl } else { code.dpl() };
+        let (ss, sp) = if cpl == self.cpl {
+            (self.seg[seg::SS], self.gpr[4] as u32)
+        } else {
+            let (sp, ss) = self.tss_stack(cpl)?;
+            // Faults about the new stack segment are #TS.
+            let segment = self.stack_segment(ss, cpl).map_err(|fault| match fault.vector() {
+                vector::GP => ts(ss),
+                _ => fault,
+            })?;
+            (segment, sp)
+        };
+        let mut words = Vec::with_capacity(6);
+        if cpl != self.cpl {
+            words.push(u32::from(self.seg[seg::SS].selector));
+            words.push(self.gpr[4] as u32);
+        }
+        words.push(event.pushed_flags(self) as u32);
+        words.push(self.seg[seg::CS].selector.into());
+        words.push(event.rip as u32);
+        words.extend(event.code);
+        let mask = if ss.access & access::DB != 0 { u32::MAX } else { 0xffff };
+        let mut top = sp;
+        for word in words {
+            top = top.wrapping_sub(size) & mask | top & !mask;
+            let address = ss.base.wrapping_add(u64::from(top & mask)) & 0xffff_ffff;
+            if size == 2 {
+                self.write_as::<u16>(cpl, address, word as u16)?;
+            } else {
+                self.write_as::<u32>(cpl, address, word)?;
+            }
+        }
+        let cs = self.mark_accessed(selector, code)?.load(selector);
+        self.seg[seg::SS] = ss;
+        self.gpr[4] = self.gpr[4] & !u64::from(mask) & 0xffff_ffff | u64::from(top & mask);
+        self.rip = rip;
+        self.set_code_segment(cs, cpl);
+        self.leave_gate_flags(interrupt);
+        Ok(())
+    }
+}

@@ -1,0 +1,107 @@
+//! A machine of the emulation engine.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mvm_engine::{CpuidEntry, EngineMetrics, Error, MsiMessage, Result, Vcpu, Vm, VmConfig};
+
+use crate::cpu::Cpu;
+use crate::mmu::{Mmu, PhysMemory};
+use crate::sys::clock::host_tsc_khz;
+use crate::sys::{Platform, SystemState};
+use crate::vcpu::EmuVcpu;
+
+/// What a vCPU counts. Written by its thread between blocks, now and then.
+#[derive(Debug, Default)]
+pub struct VcpuCounters {
+    /// Instructions executed.
+    pub instructions: AtomicU64,
+    /// Blocks decoded.
+    pub blocks: AtomicU64,
+    /// Bytes of decoded code in the cache.
+    pub cache_bytes: AtomicU64,
+    /// Times the block cache was full and emptied.
+    pub cache_emptied: AtomicU64,
+    /// Page walks.
+    pub walks: AtomicU64,
+    /// Exceptions delivered.
+    pub exceptions: AtomicU64,
+    /// Times it went to sleep.
+    pub sleeps: AtomicU64,
+}
+
+impl VcpuCounters {
+    fn rows(&self) -> [(&'static str, &AtomicU64); 7] {
+        [
+            ("instructions", &self.instructions),
+            ("blocks-decoded", &self.blocks),
+            ("block-cache-bytes", &self.cache_bytes),
+            ("block-cache-emptied", &self.cache_emptied),
+            ("page-walks", &self.walks),
+            ("exceptions", &self.exceptions),
+            ("sleeps", &self.sleeps),
+        ]
+    }
+}
+
+/// A machine: what its vCPUs share.
+#[derive(Debug)]
+pub struct EmuVm {
+    platform: Arc<Platform>,
+    phys: Arc<PhysMemory>,
+    counters: Vec<Arc<VcpuCounters>>,
+    made: Mutex<Vec<bool>>,
+}
+
+impl EmuVm {
+    pub(crate) fn new(config: VmConfig) -> Self {
+        let VmConfig { vcpus, cpu, ram, io } = config;
+        Self {
+            platform: Platform::new(cpu, vcpus, io.clone(), host_tsc_khz()),
+            phys: Arc::new(PhysMemory::new(ram, io, vcpus)),
+            counters: (0..vcpus).map(|_| Arc::default()).collect(),
+            made: Mutex::new(vec![false; vcpus as usize]),
+        }
+    }
+}
+
+impl Vm for EmuVm {
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let max = made.len() as u32;
+        let (Some(taken), Some(counters)) =
+            (made.get_mut(index as usize), self.counters.get(index as usize))
+        else {
+            return Err(Error::TooManyVcpus { wanted: index.saturating_add(1), max });
+        };
+        if std::mem::replace(taken, true) {
+            return Err(Error::BadState { vcpu: index, reason: "it exists already".into() });
+        }
+        let mmu = Mmu::new(self.phys.clone(), index);
+        let mut cpu = Cpu::new(mmu, SystemState::new(self.platform.clone(), index));
+        cpu.power_up();
+        Ok(Box::new(EmuVcpu::new(cpu, self.platform.clone(), counters.clone())))
+    }
+
+    fn signal_msi(&self, message: MsiMessage) {
+        self.platform.apics.signal_msi(message);
+    }
+
+    fn cpuid(&self, index: u32) -> Vec<CpuidEntry> {
+        self.platform.model.entries(index).to_vec()
+    }
+
+    fn tsc_khz(&self) -> u64 {
+        self.platform.clock.khz()
+    }
+
+    fn metrics(&self) -> EngineMetrics {
+        let mut rows = Vec::new();
+        for (index, counters) in self.counters.iter().enumerate() {
+            for (name, value) in counters.rows() {
+                rows.push((format!("vcpu{index}.{name}"), value.load(Ordering::Relaxed)));
+            }
+        }
+        EngineMetrics(rows)
+    }
+}

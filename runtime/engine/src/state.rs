@@ -1,0 +1,176 @@
+//! Architectural state of a vCPU, in no engine's terms.
+
+use serde::{Deserialize, Serialize};
+
+use crate::cpuid::CpuModel;
+
+/// Bytes of the XSAVE area kept in a state: legacy region, header and AVX (SDM vol. 1, 13.4).
+pub const XSAVE_AREA_SIZE: usize = 832;
+
+/// Everything that makes a vCPU go on elsewhere as if nothing had happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VcpuState {
+    /// General registers, instruction pointer, flags.
+    pub regs: GeneralRegisters,
+    /// Segments, tables, control registers.
+    pub sregs: SystemRegisters,
+    /// DR0-DR3, DR6, DR7.
+    pub debug: DebugRegisters,
+    /// XSAVE area in the standard format, [`XSAVE_AREA_SIZE`] bytes; more if components beyond AVX are in
+    /// use, which takes [`CpuModel::Host`].
+    pub xsave: Vec<u8>,
+    /// XCR0.
+    pub xcr0: u64,
+    /// MSRs as (index, value).
+    pub msrs: Vec<(u32, u64)>,
+    /// Local APIC.
+    pub lapic: LapicState,
+    /// What is pending at the next instruction boundary.
+    pub events: PendingEvents,
+    /// Running, halted, waiting.
+    pub mp_state: MpState,
+    /// Clock.
+    pub clock: ClockState,
+    /// How much of a processor `cpuid` shows, and whether it goes on elsewhere.
+    pub model: CpuModel,
+    /// The CPUID shown to the guest.
+    pub cpuid: Vec<CpuidEntry>,
+}
+
+/// General registers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GeneralRegisters {
+    /// rax rcx rdx rbx rsp rbp rsi rdi r8..r15: the order of their encoding.
+    pub gpr: [u64; 16],
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Flags.
+    pub rflags: u64,
+}
+
+/// A segment register with its hidden part.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Selector.
+    pub selector: u16,
+    /// Base address.
+    pub base: u64,
+    /// Limit in bytes, granularity applied.
+    pub limit: u32,
+    /// Access rights as bits 8-23 of the descriptor's second dword, shifted right by 8: type 0-3,
+    /// S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15. Bit 16 marks an unusable segment.
+    pub access: u32,
+}
+
+/// A descriptor table register.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// Linear base.
+    pub base: u64,
+    /// Limit in bytes.
+    pub limit: u16,
+}
+
+/// System registers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SystemRegisters {
+    /// es cs ss ds fs gs: the order of their encoding.
+    pub segments: [Segment; 6],
+    /// Local descriptor table.
+    pub ldtr: Segment,
+    /// Task register.
+    pub tr: Segment,
+    /// Global descriptor table.
+    pub gdtr: Table,
+    /// Interrupt descriptor table.
+    pub idtr: Table,
+    /// CR0.
+    pub cr0: u64,
+    /// CR2.
+    pub cr2: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// CR8, the task priority.
+    pub cr8: u64,
+    /// EFER.
+    pub efer: u64,
+}
+
+/// Debug registers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DebugRegisters {
+    /// DR0-DR3.
+    pub address: [u64; 4],
+    /// DR6.
+    pub dr6: u64,
+    /// DR7.
+    pub dr7: u64,
+}
+
+/// Local APIC: the register page of xAPIC mode, a dword every 16 bytes (SDM vol. 3, table 11-1).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LapicState {
+    /// IA32_APIC_BASE.
+    pub base: u64,
+    /// Registers by offset / 16.
+    pub regs: Vec<u32>,
+    /// TSC deadline, 0 if not armed.
+    pub tsc_deadline: u64,
+}
+
+/// Events pending at an instruction boundary.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingEvents {
+    /// An exception to deliver: vector and error code.
+    pub exception: Option<(u8, Option<u32>)>,
+    /// Interrupts are held off for one instruction by STI or MOV SS.
+    pub shadow: bool,
+    /// An NMI is pending.
+    pub nmi_pending: bool,
+    /// NMIs are masked until IRET.
+    pub nmi_masked: bool,
+    /// A start-up IPI's vector, pending.
+    pub sipi: Option<u8>,
+}
+
+/// What a vCPU is doing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MpState {
+    /// Executes instructions.
+    #[default]
+    Running,
+    /// In HLT.
+    Halted,
+    /// After INIT, waits for a start-up IPI.
+    WaitForSipi,
+}
+
+/// Clock of a vCPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockState {
+    /// The time-stamp counter when the state was taken.
+    pub tsc: u64,
+    /// Its frequency in kHz.
+    pub tsc_khz: u64,
+    /// kvmclock's system time when the state was taken, in ns.
+    pub kvmclock_ns: u64,
+}
+
+/// One CPUID leaf.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidEntry {
+    /// EAX of the query.
+    pub leaf: u32,
+    /// ECX of the query, where it matters.
+    pub subleaf: Option<u32>,
+    /// Answer.
+    pub eax: u32,
+    /// Answer.
+    pub ebx: u32,
+    /// Answer.
+    pub ecx: u32,
+    /// Answer.
+    pub edx: u32,
+}

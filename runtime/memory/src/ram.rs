@@ -1,0 +1,197 @@
+//! The RAM of one machine: sealed memory files, mapped once.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::bitmap::{Bitmap, NewBitmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap};
+
+use crate::{GuestMemory, PAGE_SIZE, PageTracker};
+
+/// Why guest RAM could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A range is empty, not page-aligned, or runs past the end of the address space.
+    #[error("RAM range {start:#x}+{size:#x} is not a whole number of pages")]
+    Range {
+        /// First guest physical address.
+        start: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// The memory file could not be made or sized.
+    #[error("cannot reserve {size} bytes of memory for the guest: {source}")]
+    Reserve {
+        /// Bytes.
+        size: u64,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// The memory file could not be mapped.
+    #[error("cannot map {size} bytes of guest memory: {source}")]
+    Map {
+        /// Bytes.
+        size: u64,
+        /// What the host said.
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// Two ranges overlap, or there is none.
+    #[error("the RAM ranges do not make a memory map: {0}")]
+    Layout(vm_memory::GuestRegionCollectionError),
+}
+
+/// One contiguous range of guest RAM as the engines see it: host pointer and page tracker.
+///
+/// The pointer is for engines alone; everyone else goes through [`GuestRam::memory`].
+#[derive(Debug, Clone)]
+pub struct RamRegion {
+    /// First guest physical address.
+    pub start: u64,
+    /// Length in bytes, a multiple of the page size.
+    pub size: u64,
+    /// Where the range is mapped in this process. Valid as long as the [`GuestRam`] lives.
+    pub host: *mut u8,
+    /// Who cached what of each page.
+    pub tracker: PageTracker,
+}
+
+// SAFETY: the pointer is only a number here; every dereference is an engine's own unsafe block, and
+// guest RAM is shared between threads by nature.
+unsafe impl Send for RamRegion {}
+// SAFETY: as above.
+unsafe impl Sync for RamRegion {}
+
+/// The RAM of one machine. Cheap to clone; the mapping goes with the last clone.
+///
+/// Pages are touched lazily: a fresh machine costs the host nothing but address space.
+#[derive(Debug, Clone)]
+pub struct GuestRam {
+    memory: GuestMemory,
+    regions: Vec<RamRegion>,
+}
+
+impl GuestRam {
+    /// Reserves and maps RAM for the ranges `(start, size)` in bytes, each backed by its own
+    /// memory file (`memfd_create(2)`).
+    ///
+    /// # Errors
+    /// [`Error`]: bad or overlapping ranges, or the host refuses the memory.
+    pub fn new(ranges: &[(u64, u64)]) -> Result<Self, Error> {
+        let mut regions = Vec::with_capacity(ranges.len());
+        let mut mapped = Vec::with_capacity(ranges.len());
+        for &(start, size) in ranges {
+            let region = map(start, size)?;
+            regions.push(RamRegion { start, size, host: region.host, tracker: region.tracker });
+            mapped.push(region.region);
+        }
+        let memory = GuestMemory::from_regions(mapped).map_err(Error::Layout)?;
+        Ok(Self { memory, regions })
+    }
+
+    /// The view for devices and loaders; its writes reach the page tracker.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The ranges in ascending order, for engines.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// Total size in bytes.
+    pub fn size(&self) -> u64 {
+        self.memory.iter().map(|r| r.len()).sum()
+    }
+
+    /// Gives pages `[gpa, gpa + len)` back to the host; the guest reads zeros there afterwards.
+    /// Parts outside RAM or not covering a whole page are left alone. Returns the bytes released.
+    pub fn discard(&self, gpa: u64, len: u64) -> u64 {
+        let page = PAGE_SIZE as u64;
+        let mut released = 0;
+        for region in &self.regions {
+            let end = gpa.saturating_add(len).min(region.start + region.size) & !(page - 1);
+            let from = gpa.max(region.start).next_multiple_of(page);
+            if from >= end {
+                continue;
+            }
+            let (offset, len) = ((from - region.start) as usize, (end - from) as usize);
+            // SAFETY: the range lies inside the mapping, which outlives this call; the mapping is
+            // shared and file-backed, so MADV_REMOVE only turns its content into zeros.
+            let rc =
+                unsafe { libc::madvise(region.host.add(offset).cast(), len, libc::MADV_REMOVE) };
+            if rc == 0 {
+                region.tracker.mark_dirty(offset, len);
+                released += len as u64;
+            }
+        }
+        released
+    }
+}
+
+struct Mapped {
+    region: GuestRegionMmap<PageTracker>,
+    host: *mut u8,
+    tracker: PageTracker,
+}
+
+fn map(start: u64, size: u64) -> Result<Mapped, Error> {
+    let range = Error::Range { start, size };
+    let whole = |n: u64| n.is_multiple_of(PAGE_SIZE as u64);
+    let Ok(len) = usize::try_from(size) else { return Err(range) };
+    if size == 0 || !whole(start) || !whole(size) || start.checked_add(size).is_none() {
+        return Err(range);
+    }
+    let reserve = |source| Error::Reserve { size, source };
+    let fd: OwnedFd =
+        memfd_create("mvm-ram", MFdFlags::MFD_CLOEXEC).map_err(|e| reserve(e.into()))?;
+    let file = File::from(fd);
+    file.set_len(size).map_err(reserve)?;
+    let tracker = PageTracker::with_len(len);
+    let mapping = MmapRegionBuilder::new_with_bitmap(len, tracker.clone())
+        .with_file_offset(FileOffset::new(file, 0))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|source| Error::Map { size, source })?;
+    let host = mapping.as_ptr();
+    let region = GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(range)?;
+    Ok(Mapped { region, host, tracker })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn writes_through_the_memory_view_reach_the_tracker() {
+        let ram = GuestRam::new(&[(0, 0x4000), (0x1_0000, 0x2000)]).unwrap();
+        let high = &ram.regions()[1];
+        let generation = high.tracker.code_page(1).unwrap().watch(0, 16);
+        ram.memory().write_obj(0x1122_3344_u32, GuestAddress(0x1_1008)).unwrap();
+        assert_ne!(high.tracker.code_page(1).unwrap().generation(), generation);
+        assert!(high.tracker.dirty_at(0x1008));
+        assert!(!ram.regions()[0].tracker.dirty_at(0));
+    }
+
+    #[test]
+    fn discarded_pages_read_as_zero_and_count_as_written() {
+        let ram = GuestRam::new(&[(0, 0x4000)]).unwrap();
+        ram.memory().write_slice(&[0xaa; 0x4000], GuestAddress(0)).unwrap();
+        ram.regions()[0].tracker.take_dirty();
+        assert_eq!(ram.discard(0x800, 0x2000), 0x1000);
+        let mut page = [1u8; 0x1000];
+        ram.memory().read_slice(&mut page, GuestAddress(0x1000)).unwrap();
+        assert_eq!(page, [0; 0x1000]);
+        assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0x2000)).unwrap(), 0xaa);
+        assert_eq!(ram.regions()[0].tracker.take_dirty(), [0b10]);
+    }
+
+    #[test]
+    fn odd_ranges_are_refused() {
+        assert!(matches!(GuestRam::new(&[(0, 100)]), Err(Error::Range { size: 100, .. })));
+        assert!(matches!(GuestRam::new(&[(0, 0x2000), (0x1000, 0x1000)]), Err(Error::Layout(_))));
+    }
+}

@@ -1,0 +1,219 @@
+//! What has to be known about each guest page by those who cache its content.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+
+use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
+
+use crate::{PAGE_SHIFT, PAGE_SIZE};
+
+/// Bytes covered by one bit of [`CodePage::lines`]: a cache line.
+pub const LINE_SIZE: usize = PAGE_SIZE / 64;
+
+/// The code-cache record of one guest page.
+///
+/// Protocol (the reader is a vCPU that decodes, the writer anyone who stores):
+///
+/// 1. A reader publishes the lines it is about to decode ([`CodePage::watch`], which answers with
+///    the generation), makes sure that no vCPU writes the page behind the tracker's back (the
+///    engine's business), and only then reads the bytes.
+/// 2. A writer stores first and then calls [`CodePage::written`]. If watched lines were hit, the
+///    generation moves on and everything decoded under the old one is stale.
+///
+/// So bytes that were read before the store always carry a generation that the store ends.
+#[derive(Debug, Default)]
+pub struct CodePage {
+    lines: AtomicU64,
+    generation: AtomicU32,
+}
+
+impl CodePage {
+    /// Marks bytes `[offset, offset + len)` of the page as cached code, and returns the generation
+    /// under which they may be decoded.
+    pub fn watch(&self, offset: usize, len: usize) -> u32 {
+        let mask = line_mask(offset, len);
+        loop {
+            self.lines.fetch_or(mask, Ordering::SeqCst);
+            let generation = self.generation.load(Ordering::SeqCst);
+            // A writer in between may have wiped the lines and moved the generation on already.
+            if self.lines.load(Ordering::SeqCst) & mask == mask {
+                return generation;
+            }
+        }
+    }
+
+    /// Bit per [`LINE_SIZE`] bytes that hold cached code.
+    pub fn lines(&self) -> u64 {
+        self.lines.load(Ordering::SeqCst)
+    }
+
+    /// Number of times cached code of this page went stale.
+    #[inline]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Tells the record that `[offset, offset + len)` was stored to. Returns true if cached code
+    /// went stale.
+    #[inline]
+    pub fn written(&self, offset: usize, len: usize) -> bool {
+        // The store must be visible before the record is looked at, so that a reader who marks lines in
+        // between gets the new bytes. On x86 a load may overtake an older store.
+        fence(Ordering::SeqCst);
+        let hit = self.lines.load(Ordering::SeqCst) & line_mask(offset, len);
+        if hit == 0 {
+            return false;
+        }
+        // The page starts anew: nothing of it is cached under the new generation.
+        self.lines.store(0, Ordering::SeqCst);
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        true
+    }
+}
+
+/// Bits of the lines touched by `[offset, offset + len)`, clipped to the page.
+fn line_mask(offset: usize, len: usize) -> u64 {
+    if len == 0 || offset >= PAGE_SIZE {
+        return 0;
+    }
+    let first = offset / LINE_SIZE;
+    let last = (offset + len - 1).min(PAGE_SIZE - 1) / LINE_SIZE;
+    (u64::MAX << first) & (u64::MAX >> (63 - last))
+}
+
+struct Pages {
+    code: Box<[CodePage]>,
+    dirty: Box<[AtomicU64]>,
+}
+
+/// The page tracker of one RAM region: the `vm-memory` bitmap of everything written.
+///
+/// Cheap to clone; clones share the same records. Offsets are bytes from the region's start.
+#[derive(Clone)]
+pub struct PageTracker(Arc<Pages>);
+
+impl PageTracker {
+    /// The code record of page `index` of the region, if there is such a page.
+    #[inline]
+    pub fn code_page(&self, index: usize) -> Option<&CodePage> {
+        self.0.code.get(index)
+    }
+
+    /// Number of pages tracked.
+    pub fn pages(&self) -> usize {
+        self.0.code.len()
+    }
+
+    /// Marks page `index` as written, for the dirty log alone (a vCPU's fast path has told the
+    /// code record already, or knows that there is none).
+    #[inline]
+    pub fn set_dirty(&self, index: usize) {
+        if let Some(word) = self.0.dirty.get(index / 64) {
+            let bit = 1 << (index % 64);
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                word.fetch_or(bit, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Takes the dirty log: a bit per page, cleared as it is read.
+    pub fn take_dirty(&self) -> Vec<u64> {
+        self.0.dirty.iter().map(|w| w.swap(0, Ordering::AcqRel)).collect()
+    }
+}
+
+impl fmt::Debug for PageTracker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PageTracker").field("pages", &self.pages()).finish()
+    }
+}
+
+impl Default for PageTracker {
+    fn default() -> Self {
+        Self::with_len(0)
+    }
+}
+
+impl<'a> WithBitmapSlice<'a> for PageTracker {
+    type S = RefSlice<'a, PageTracker>;
+}
+
+impl Bitmap for PageTracker {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        if len == 0 {
+            return;
+        }
+        let end = offset.saturating_add(len);
+        for index in offset >> PAGE_SHIFT..=(end - 1) >> PAGE_SHIFT {
+            let Some(page) = self.code_page(index) else { return };
+            let start = index << PAGE_SHIFT;
+            let from = offset.max(start);
+            page.written(from - start, end - from);
+            self.set_dirty(index);
+        }
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        let index = offset >> PAGE_SHIFT;
+        self.0
+            .dirty
+            .get(index / 64)
+            .is_some_and(|w| w.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
+    }
+
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, PageTracker> {
+        RefSlice::new(self, offset)
+    }
+}
+
+impl NewBitmap for PageTracker {
+    fn with_len(len: usize) -> Self {
+        let pages = len.div_ceil(PAGE_SIZE);
+        Self(Arc::new(Pages {
+            code: (0..pages).map(|_| CodePage::default()).collect(),
+            dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn line_masks_cover_exactly_the_touched_lines() {
+        assert_eq!(line_mask(0, 1), 1);
+        assert_eq!(line_mask(63, 1), 1);
+        assert_eq!(line_mask(63, 2), 3);
+        assert_eq!(line_mask(4095, 1), 1 << 63);
+        assert_eq!(line_mask(4095, 100), 1 << 63);
+        assert_eq!(line_mask(0, 4096), u64::MAX);
+        assert_eq!(line_mask(64, 0), 0);
+    }
+
+    #[test]
+    fn writes_end_only_watched_code() {
+        let tracker = PageTracker::with_len(3 * PAGE_SIZE);
+        let page = tracker.code_page(1).unwrap();
+        let before = page.watch(128, 20);
+        assert_eq!(page.watch(128, 20), before);
+        assert_eq!(page.lines(), 0b100);
+        tracker.mark_dirty(PAGE_SIZE + 64, 64);
+        assert_eq!(page.generation(), before);
+        tracker.mark_dirty(100, PAGE_SIZE + 29);
+        assert_ne!(page.generation(), before);
+        assert_eq!(page.lines(), 0);
+        assert!(
+            tracker.dirty_at(0) && tracker.dirty_at(PAGE_SIZE) && !tracker.dirty_at(2 * PAGE_SIZE)
+        );
+    }
+
+    #[test]
+    fn out_of_range_marks_are_ignored() {
+        let tracker = PageTracker::with_len(PAGE_SIZE);
+        tracker.mark_dirty(usize::MAX - 3, 10);
+        tracker.mark_dirty(PAGE_SIZE, 1);
+        assert!(!tracker.dirty_at(PAGE_SIZE));
+    }
+}

@@ -1,0 +1,424 @@
+//! `mvm run --unikernel`: a kernel file as a machine of its own. No image, no agent; what the guest
+//! writes to its serial port is the output, and how the machine ends is the exit code.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use mvm_sandbox::ending::Ending;
+use mvm_sandbox::engine::{self, Guest};
+use mvm_sandbox::logfile::{LogWriter, Source};
+use mvm_sandbox::machine::{MonitorLauncher, Payload};
+use mvm_sandbox::pump::{self, Flag, OutputEnd, Sink};
+use mvm_sandbox::spec::{parse_size, signal_name};
+use mvm_sandbox::timings::Timings;
+use mvm_sandbox::unikernel::{Kind, Words};
+use mvm_sandbox::{BarePlan, Description, Disk, Error, Sandbox, Woken};
+use mvm_vmm::EndReason;
+use mvm_vmm::config::BootProtocol;
+use mvm_vmm::layout::{MAX_MEMORY, MIN_MEMORY};
+use nix::libc::SIGTERM;
+
+use super::Context;
+use super::attach::our_output;
+use super::run::{self, announce_engine, cpus, give_up, interrupted, output_failed, stopped};
+use crate::cli::RunArgs;
+use crate::output::{complain, size};
+use crate::settings::{Config, Origin, Settings};
+use crate::signals::{ENDING, Signals};
+use crate::{detach, embedded, env_file};
+
+/// Memory if nobody says otherwise: far more than most unikernels touch.
+const MEMORY: u64 = 64 << 20;
+
+/// How long what is left in the console's pipe may take to be written once the machine is gone.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Runs the kernel and returns the exit code for the user.
+pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
+    let mut timings = Timings::start();
+    let Some(kind) = args.unikernel.map(Kind::from) else { bail!("--unikernel names no kind") };
+    refuse_what_does_not_hold(args, Provenance::File)?;
+    let settings = Settings::of_run(args, &Config::load(&context.settings)?)?;
+    let cmdline = command_line(args, kind)?;
+    // The files in mvm.toml are those of containers.
+    let kernel_path = args.kernel.as_deref().context("--unikernel needs --kernel FILE")?;
+    let kernel = embedded::kernel(Some(kernel_path))?;
+    let initrd = args.initrd.as_deref().map(|p| embedded::initramfs(Some(p))).transpose()?;
+    let disks = args.disk.iter().map(|d| open_disk(d)).collect::<anyhow::Result<_>>()?;
+    let load = Load {
+        kind,
+        kernel,
+        initrd,
+        disks,
+        boot: boot(args, kind)?,
+        cmdline,
+        command: args.image_and_command.clone(),
+        image: kernel_path.display().to_string(),
+        image_digest: String::new(),
+        labels: BTreeMap::new(),
+    };
+    launch(context, args, &settings, load, &mut timings)
+}
+
+/// Where a guest comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Provenance {
+    /// A file of the user's.
+    File,
+    /// An image.
+    Image,
+}
+
+/// A guest to be run, and what is recorded about it.
+pub(super) struct Load {
+    pub kind: Kind,
+    pub kernel: Payload,
+    pub initrd: Option<Payload>,
+    pub disks: Vec<Disk>,
+    pub boot: BootProtocol,
+    pub cmdline: String,
+    pub command: Vec<String>,
+    pub image: String,
+    pub image_digest: String,
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Makes a machine for the guest, runs it, and returns the exit code for the user.
+pub(super) fn launch(
+    context: &Context,
+    args: &RunArgs,
+    settings: &Settings,
+    load: Load,
+    timings: &mut Timings,
+) -> anyhow::Result<i32> {
+    let memory = memory(settings, load.kind)?;
+    let vcpus = cpus(settings)?.vcpus();
+    let mut labels = load.labels;
+    labels.extend(run::labels(args)?);
+    let registry = context.registry()?;
+    if let Some(name) = &args.name {
+        mvm_sandbox::registry::check_name(name).map_err(Error::from)?;
+    }
+    let guest = if load.kind == Kind::Linux { Guest::Linux } else { Guest::Unikernel };
+    let outlook = engine::look(&context.layout, settings.wish(args.force)).map_err(Error::from)?;
+    let engine = outlook.decide(guest).map_err(Error::from)?;
+    if args.detach && !args.background {
+        return detach::start();
+    }
+    if args.background {
+        detach::leave_session()?;
+    }
+
+    let signals = Signals::of(&ENDING)?;
+    let about = Description {
+        name: args.name.clone(),
+        image: load.image,
+        image_digest: load.image_digest,
+        labels,
+        vcpus,
+        memory,
+        detached: args.detach,
+        auto_remove: args.rm,
+        stop_signal: SIGTERM,
+        stop_timeout: settings.stop_timeout.value,
+        ..Description::default()
+    };
+    let sandbox = Sandbox::create(&registry, about)?;
+    let plan = BarePlan {
+        vcpus,
+        memory,
+        engine,
+        cpu: settings.cpu.value,
+        kernel: load.kernel,
+        initrd: load.initrd,
+        cmdline: load.cmdline,
+        style: load.kind.style(),
+        boot: load.boot,
+        disks: load.disks,
+    };
+    lead(args, sandbox, plan, load.command, &signals, timings)
+}
+
+/// Flags that ask for something which no agent is there to do.
+pub(super) fn refuse_what_does_not_hold(args: &RunArgs, from: Provenance) -> anyhow::Result<()> {
+    let file = from == Provenance::File;
+    let asked = [
+        (args.interactive, "--interactive", "its machine has no input"),
+        (args.tty, "--tty", "its machine has no terminal"),
+        (args.init, "--init", "it has no processes"),
+        (args.read_only, "--read-only", "it has no root file system of mvm's; see --disk FILE:ro"),
+        (args.privileged, "--privileged", "it has no capabilities to be given"),
+        (args.user.is_some(), "--user", "it has no users"),
+        (args.workdir.is_some(), "--workdir", "it has no working directory"),
+        (file && args.entrypoint.is_some(), "--entrypoint", "its kernel is the program"),
+        (args.hostname.is_some(), "--hostname", "nothing in it takes one"),
+        (args.stop_signal.is_some(), "--stop-signal", "it takes no signals"),
+        (args.console.is_some(), "--console", "its console is what it prints"),
+        (!args.tmpfs.is_empty(), "--tmpfs", "it has no file systems of mvm's"),
+        (!args.ulimit.is_empty(), "--ulimit", "it has no processes"),
+        (!args.cap_add.is_empty(), "--cap-add", "it has no capabilities"),
+        (!args.cap_drop.is_empty(), "--cap-drop", "it has no capabilities"),
+        (!args.security_opt.is_empty(), "--security-opt", "it has no processes"),
+        (file && !args.annotation.is_empty(), "--annotation", "it has no runtime specification"),
+    ];
+    match asked.iter().find(|(asked, ..)| *asked) {
+        Some((_, flag, why)) => bail!("{flag} cannot hold for a unikernel: {why}"),
+        None => Ok(()),
+    }
+}
+
+fn memory(settings: &Settings, kind: Kind) -> anyhow::Result<u64> {
+    if settings.memory.origin == Origin::Default && kind != Kind::Linux {
+        return Ok(MEMORY);
+    }
+    let named = settings.memory.named("memory");
+    let memory = parse_size(&settings.memory.value).with_context(|| named.clone())?;
+    if !(MIN_MEMORY..=MAX_MEMORY).contains(&memory) {
+        let (value, min, max) = (&settings.memory.value, size(MIN_MEMORY), size(MAX_MEMORY));
+        bail!("{named} {value}: a machine has {min} to {max}");
+    }
+    Ok(memory)
+}
+
+/// The kernel's command line.
+fn command_line(args: &RunArgs, kind: Kind) -> anyhow::Result<String> {
+    let env = env_file::collect(&args.env_file, &args.env)?;
+    if !env.is_empty() && !kind.takes_environment() {
+        bail!("--env cannot hold for this kind of unikernel: it has no environment");
+    }
+    let name = args.kernel.as_deref().and_then(Path::file_name).unwrap_or_default();
+    let words = Words {
+        kernel: &name.to_string_lossy(),
+        env: &env,
+        initrd: args.initrd.is_some(),
+        old_unikraft: false,
+        kernel_args: args.cmdline.as_deref().unwrap_or_default(),
+        args: &args.image_and_command,
+    };
+    Ok(words.cmdline(kind).map_err(Error::from)?)
+}
+
+fn boot(args: &RunArgs, kind: Kind) -> anyhow::Result<BootProtocol> {
+    match &args.boot {
+        Some(name) => Ok(name.parse()?),
+        None => Ok(kind.boot()),
+    }
+}
+
+/// Opens `FILE` or `FILE:ro`.
+fn open_disk(text: &str) -> anyhow::Result<Disk> {
+    let (path, read_only) = match text.strip_suffix(":ro") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    let file = File::options()
+        .read(true)
+        .write(!read_only)
+        .open(path)
+        .with_context(|| format!("cannot open the disk {path}"))?;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(anyhow!("the disk {path} is neither a file nor a block device"));
+    }
+    Ok(Disk { file, read_only })
+}
+
+fn lead(
+    args: &RunArgs,
+    mut sandbox: Sandbox,
+    plan: BarePlan,
+    command: Vec<String>,
+    signals: &Signals,
+    timings: &mut Timings,
+) -> anyhow::Result<i32> {
+    let notice = plan.engine.notice.clone();
+    let started = sandbox.start_bare(&MonitorLauncher, plan, command, timings, signals.as_fd());
+    let console = match started {
+        Ok(console) => console,
+        Err(Error::Interrupted) => return interrupted(sandbox, signals.next()?),
+        Err(e) => return give_up(sandbox, e),
+    };
+    announce_engine(&sandbox, notice.as_deref());
+    let log =
+        LogWriter::create(&sandbox.place().logs).context("cannot write the container's log")?;
+    if args.background {
+        let id = sandbox.id().to_owned();
+        if let Err(e) = detach::report(&id) {
+            // Whoever was to hear the id was interrupted: it is as if nothing had been started.
+            sandbox.abandon("interrupted before it was known")?;
+            return Err(e);
+        }
+    }
+    let output = Output::start(console, log, !args.detach)?;
+    let ending = stand_by(&mut sandbox, output, signals, timings)?;
+    timings.mark("process ended");
+    let cost = args.timings.and_then(|_| sandbox.cost());
+    let code = ending.exit_code;
+    sandbox.finish(&ending)?;
+    timings.mark("teardown");
+    if !args.background {
+        run::show_timings(args, timings, cost.as_ref())?;
+    }
+    Ok(code)
+}
+
+/// The thread that copies the console to our output and the log.
+struct Output {
+    /// The machine is gone: what is in the pipe is all there is.
+    gone: Flag,
+    /// The copying is over.
+    over: Flag,
+    end: Receiver<OutputEnd>,
+}
+
+impl Output {
+    fn start(console: UnixStream, log: LogWriter, foreground: bool) -> anyhow::Result<Self> {
+        let flag = || Flag::new().context("cannot make an event descriptor");
+        let (gone, over) = (flag()?, flag()?);
+        let out = if foreground { Some(our_output(Source::Stdout)?) } else { None };
+        let sink = Sink { out, log: Some(Arc::new(Mutex::new(log))), source: Source::Stdout };
+        let (tell, end) = channel();
+        let raised = over.clone();
+        let done = move |how| {
+            // Nobody hears it when the run was given up.
+            let _ = tell.send(how);
+            raised.raise();
+        };
+        pump::output("console", console, sink, gone.clone(), GRACE, done)
+            .context("cannot start a thread")?;
+        Ok(Self { gone, over, end })
+    }
+}
+
+/// Waits for the machine's end and the last of its output, or for a reason to end it.
+fn stand_by(
+    sandbox: &mut Sandbox,
+    output: Output,
+    signals: &Signals,
+    timings: &mut Timings,
+) -> anyhow::Result<Ending> {
+    let mut others = vec![signals.as_fd(), output.over.as_fd()];
+    let outcome = loop {
+        match sandbox.wait_machine(timings, &others)? {
+            Woken::Ended(outcome) => break outcome,
+            Woken::Other(0) => {
+                let signal = signals.next()?;
+                return Ok(stopped(128 + signal, format!("ended by {}", signal_name(signal))));
+            }
+            Woken::Other(_) => match output.end.try_recv() {
+                Ok(OutputEnd::SinkFailed(e)) => return Ok(output_failed(&e)),
+                // The monitor has closed it and will say why.
+                _ => others.truncate(1),
+            },
+        }
+    };
+    output.gone.raise();
+    if let Ok(OutputEnd::SinkFailed(e)) = output.end.recv() {
+        return Ok(output_failed(&e));
+    }
+    let reason = outcome.reason;
+    let said_so = reason.is_orderly() && reason != EndReason::Stopped;
+    if !said_so {
+        complain(&reason.to_string());
+    }
+    let exit_code = reason.exit_code().into();
+    Ok(Ending { exit_code, oom_killed: false, reason: (!said_so).then(|| first_line(&reason)) })
+}
+
+fn first_line(reason: &EndReason) -> String {
+    reason.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn args(list: &[&str]) -> Box<RunArgs> {
+        let all = ["mvm", "run", "--kernel", "/k/app_x86", "--unikernel"].iter().chain(list);
+        match Cli::try_parse_from(all).unwrap().command {
+            Command::Run(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn line(list: &[&str]) -> String {
+        let args = args(list);
+        command_line(&args, args.unikernel.unwrap().into()).unwrap()
+    }
+
+    #[test]
+    fn words_become_the_command_line() {
+        assert_eq!(line(&["rust", "a", "--b", "c=1"]), "a --b c=1");
+        assert_eq!(
+            line(&["linux", "--cmdline", "root=/dev/vda ro", "quiet"]),
+            "root=/dev/vda ro quiet"
+        );
+        assert_eq!(line(&["unikraft", "x"]), "app_x86 -- x");
+        assert_eq!(
+            line(&["unikraft", "-e", "A=b c", "-e", "D=", "x", "y"]),
+            "app_x86 env.vars=[ \"A=b c\" \"D=\" ] -- x y"
+        );
+        assert_eq!(line(&["hvt"]), "");
+        let args = args(&["unikraft", "-e", "A=\" evil"]);
+        assert!(command_line(&args, Kind::Unikraft).is_err());
+    }
+
+    #[test]
+    fn what_cannot_hold_is_refused_by_name() {
+        for flag in [
+            "-t",
+            "-i",
+            "--init",
+            "--read-only",
+            "--privileged",
+            "--user=1",
+            "--tmpfs=/x",
+            "--cap-add=ALL",
+        ] {
+            let args = args(&["rust", flag]);
+            let e = refuse_what_does_not_hold(&args, Provenance::File).unwrap_err().to_string();
+            assert!(e.contains("cannot hold for a unikernel"), "{flag}: {e}");
+        }
+        refuse_what_does_not_hold(
+            &args(&["rust", "--rm", "--cpus", "2", "word"]),
+            Provenance::File,
+        )
+        .unwrap();
+    }
+
+    #[test]
+    fn memory_may_be_small() {
+        let of = |list: &[&str]| {
+            let args = args(list);
+            let settings = Settings::of_run(&args, &Config::default()).unwrap();
+            memory(&settings, args.unikernel.unwrap().into())
+        };
+        assert_eq!(of(&["rust"]).unwrap(), 64 << 20);
+        assert_eq!(of(&["linux"]).unwrap(), 512 << 20);
+        assert_eq!(of(&["hvt", "-m", "16m"]).unwrap(), 16 << 20);
+        assert!(of(&["hvt", "-m", "1m"]).unwrap_err().to_string().contains("--memory 1m"));
+    }
+
+    #[test]
+    fn disks_are_opened_as_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, [0; 512]).unwrap();
+        let path = path.to_str().unwrap();
+        assert!(!open_disk(path).unwrap().read_only);
+        assert!(open_disk(&format!("{path}:ro")).unwrap().read_only);
+        assert!(open_disk("/").is_err());
+        assert!(open_disk("/no/such").unwrap_err().to_string().contains("/no/such"));
+    }
+}

@@ -1,0 +1,96 @@
+//! Commands that change what containers do: stop, kill, pause, unpause, wait, rm.
+
+use std::time::Duration;
+
+use mvm_sandbox::ops::{self, Found};
+use mvm_sandbox::registry::Registry;
+use mvm_sandbox::spec::signal_number;
+use mvm_sandbox::{EXIT_FAILURE, Error};
+
+use super::Context;
+use crate::cli::{KillArgs, NamesArgs, RmArgs, StopArgs};
+use crate::output::{complain, line};
+
+/// Does the same to each, goes on after a failure, and prints the names of those that it was done
+/// to.
+fn each(
+    registry: &Registry,
+    names: &[String],
+    mut act: impl FnMut(&str, Found) -> Result<(), Error>,
+) -> anyhow::Result<i32> {
+    let mut code = 0;
+    for name in names {
+        match ops::find(registry, name).and_then(|found| act(name, found)) {
+            Ok(()) => line(name)?,
+            Err(e) => {
+                complain(&e.to_string());
+                code = EXIT_FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}
+
+pub fn stop(context: &Context, args: &StopArgs) -> anyhow::Result<i32> {
+    each(&context.registry()?, &args.containers, |_, mut found| {
+        let seconds = args.time.unwrap_or(found.state.stop_timeout);
+        found.stop(Duration::from_secs(seconds.into()))
+    })
+}
+
+pub fn kill(context: &Context, args: &KillArgs) -> anyhow::Result<i32> {
+    let signal = signal_number(&args.signal).map_err(Error::from)?;
+    each(&context.registry()?, &args.containers, |_, found| found.kill(signal))
+}
+
+pub fn pause(context: &Context, args: &NamesArgs) -> anyhow::Result<i32> {
+    each(&context.registry()?, &args.containers, |_, mut found| found.pause())
+}
+
+pub fn unpause(context: &Context, args: &NamesArgs) -> anyhow::Result<i32> {
+    each(&context.registry()?, &args.containers, |_, mut found| found.resume())
+}
+
+pub fn wait(context: &Context, args: &NamesArgs) -> anyhow::Result<i32> {
+    let registry = context.registry()?;
+    let mut code = 0;
+    for name in &args.containers {
+        match ops::find(&registry, name).and_then(|mut found| found.wait_until(None)) {
+            Ok(Some(ending)) => line(&ending.exit_code.to_string())?,
+            // Without a deadline there is always an end.
+            Ok(None) => code = EXIT_FAILURE,
+            Err(e) => {
+                complain(&e.to_string());
+                code = EXIT_FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}
+
+pub fn rm(context: &Context, args: &RmArgs) -> anyhow::Result<i32> {
+    let registry = context.registry()?;
+    let mut code = 0;
+    for name in &args.containers {
+        match remove(&registry, name, args.force) {
+            Ok(()) => line(name)?,
+            Err(e) => {
+                complain(&e.to_string());
+                code = EXIT_FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}
+
+/// A sandbox whose state cannot be read can still be removed, by force.
+fn remove(registry: &Registry, name: &str, force: bool) -> Result<(), Error> {
+    match ops::find(registry, name) {
+        Ok(found) => found.remove(registry, force),
+        Err(Error::State(e)) if force => {
+            tracing::warn!("{e}");
+            Ok(registry.remove(&registry.find(name)?)?)
+        }
+        Err(e) => Err(e),
+    }
+}

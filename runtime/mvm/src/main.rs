@@ -1,0 +1,161 @@
+//! `mvm`: runs OCI images, each in its own microVM.
+//!
+//! This crate is thin: it understands flags, speaks to people and terminals, and leaves the rest to
+//! `mvm-sandbox` and `mvm-image`. The same file is also the monitor of each machine
+//! (`mvm monitor`, see `mvm-vmm`).
+
+mod cli;
+mod commands;
+mod detach;
+mod embedded;
+mod env_file;
+mod images;
+mod interrupt;
+mod logging;
+mod output;
+mod progress;
+mod settings;
+mod signals;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use mvm_sandbox::EXIT_FAILURE;
+
+fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == mvm_vmm::monitor::SUBCOMMAND) {
+        return commands::monitor::main();
+    }
+    let code = match cli::Cli::try_parse() {
+        Ok(cli) => dispatch(&cli),
+        Err(error) => refuse(&error),
+    };
+    // Only the low byte reaches the parent, as with any process.
+    ExitCode::from(code.to_le_bytes()[0])
+}
+
+fn dispatch(cli: &cli::Cli) -> i32 {
+    logging::init(cli.debug);
+    match commands::dispatch(cli) {
+        Ok(code) => code,
+        Err(error) if output::is_closed(&error) => output::EXIT_CLOSED,
+        Err(error) => {
+            output::complain(&format!("{error:#}"));
+            if let Some(interrupt::Interrupted(signal)) = error.downcast_ref() {
+                return 128 + signal;
+            }
+            error
+                .downcast_ref::<mvm_sandbox::Error>()
+                .map_or(EXIT_FAILURE, mvm_sandbox::Error::exit_code)
+        }
+    }
+}
+
+/// Help and version go to standard output with success; a wrong command line is our own failure.
+fn refuse(error: &clap::Error) -> i32 {
+    use clap::error::ErrorKind::{DisplayHelpOnMissingArgumentOrSubcommand, MissingSubcommand};
+    if !error.use_stderr()
+        || matches!(error.kind(), DisplayHelpOnMissingArgumentOrSubcommand | MissingSubcommand)
+    {
+        // If even this cannot be written there is nobody left to tell.
+        let _ = error.print();
+        return if error.use_stderr() { EXIT_FAILURE } else { 0 };
+    }
+    let mut line = one_line(&error.render().to_string());
+    if let Some(instead) = docker_word(error).and_then(|word| instead_of(&word)) {
+        line = format!("{line}; {instead}");
+    }
+    output::complain(&line);
+    EXIT_FAILURE
+}
+
+/// The flag or subcommand that is not ours.
+fn docker_word(error: &clap::Error) -> Option<String> {
+    use clap::error::{ContextKind, ContextValue};
+    let kinds = [ContextKind::InvalidArg, ContextKind::InvalidSubcommand];
+    kinds.into_iter().find_map(|kind| match error.get(kind) {
+        Some(ContextValue::String(word)) => Some(word.clone()),
+        _ => None,
+    })
+}
+
+/// What there is, or is not yet, where docker has `word`.
+fn instead_of(word: &str) -> Option<&'static str> {
+    Some(match word {
+        "-v" | "--volume" | "--mount" => "there are no volumes yet; --tmpfs mounts memory",
+        "-p" | "-P" | "--publish" | "--network" | "--net" | "--dns" => {
+            "there are no networks yet; a container has a loopback interface alone"
+        }
+        "--platform" => "images are for linux/amd64",
+        "pull" => {
+            "there are no registries yet: `skopeo copy docker://IMAGE oci-archive:image.tar`, then \
+             `mvm image import image.tar`"
+        }
+        "images" => "images are listed by `mvm image ls`",
+        "rmi" => "images are removed by `mvm image rm`",
+        "load" => "images come in by `mvm image import FILE`",
+        "info" => "the host is looked at by `mvm doctor`",
+        _ => return None,
+    })
+}
+
+/// Clap's message without its paragraphs: what is wrong, its tip, and where the help is.
+fn one_line(message: &str) -> String {
+    let (about, usage) = message.split_once("Usage:").unwrap_or((message, ""));
+    let about: Vec<&str> = about.split_whitespace().collect();
+    let about = about.join(" ");
+    let about = about.strip_prefix("error: ").unwrap_or(&about);
+    let about = about.strip_suffix("For more information, try '--help'.").unwrap_or(about);
+    // Clap's last resort, which never helps here; its other tips name what was meant.
+    let about = about.split(" tip: to pass ").next().unwrap_or(about).replace(" tip: ", "; ");
+    // The subcommand's words stand before the first placeholder.
+    let words = usage.split_whitespace().take_while(|w| w.bytes().all(|b| b.is_ascii_lowercase()));
+    let command: Vec<&str> = words.collect();
+    let command = if command.is_empty() { "mvm".to_owned() } else { command.join(" ") };
+    format!("{}; see `{command} --help`", about.trim().trim_end_matches('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[test]
+    fn dockers_words_are_answered() {
+        for (args, want) in [
+            (&["mvm", "run", "-v", "/a:/b", "i"][..], "no volumes yet"),
+            (&["mvm", "run", "--network=host", "i"], "no networks yet"),
+            (&["mvm", "pull", "busybox"], "skopeo copy"),
+        ] {
+            let error = cli::Cli::try_parse_from(args).unwrap_err();
+            let instead = docker_word(&error).and_then(|word| instead_of(&word));
+            assert!(instead.is_some_and(|text| text.contains(want)), "{args:?}: {instead:?}");
+        }
+    }
+
+    #[test]
+    fn wrong_command_lines_are_told_in_one_line() {
+        for (args, want) in [
+            (
+                &["run", "--bogus", "i"][..],
+                "unexpected argument '--bogus' found; see `mvm run --help`",
+            ),
+            (
+                &["image", "rm"],
+                "the following required arguments were not provided: <IMAGES>; see `mvm image rm --help`",
+            ),
+            (&["qqq"], "unrecognized subcommand 'qqq'; see `mvm --help`"),
+            (
+                &["run", "--engine", "tcg", "i"],
+                "invalid value 'tcg' for '--engine <ENGINE>' [possible values: auto, kvm, emu]; \
+                 see `mvm --help`",
+            ),
+        ] {
+            let all = ["mvm"].iter().chain(args);
+            let error = cli::Cli::try_parse_from(all).unwrap_err();
+            assert_eq!(one_line(&error.render().to_string()), want);
+        }
+    }
+}

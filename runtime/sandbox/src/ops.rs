@@ -1,0 +1,251 @@
+//! What one front door does to a sandbox that another one owns.
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use mvm_vmm::monitor::{ControlClient, Request};
+use nix::libc;
+
+use crate::ending::{Ending, Waited, Waiter};
+use crate::error::Error;
+use crate::guest::Guest;
+use crate::machine::CONTROL_SOCKET;
+use crate::recover::{self, refresh};
+use crate::registry::{Place, Registry};
+use crate::state::{PAUSED_FILE, SPEC_FILE, State, Status};
+
+/// SIGKILL, in the guest as on the host.
+const SIGKILL: i32 = 9;
+
+/// Signals that end a process which does nothing about them and that people send for that.
+const FATAL: [i32; 7] = [
+    libc::SIGHUP,
+    libc::SIGINT,
+    libc::SIGQUIT,
+    libc::SIGABRT,
+    SIGKILL,
+    libc::SIGALRM,
+    libc::SIGTERM,
+];
+
+/// How long a killed process may take to be gone before its machine is ended instead.
+const KILLED: Duration = Duration::from_secs(10);
+
+/// How long an owner may take to clean up after its machine.
+const OWNER: Duration = Duration::from_secs(5);
+
+/// How long the monitor may take to answer.
+const CONTROL: Duration = Duration::from_secs(10);
+
+/// A sandbox as found, with its state brought up to date.
+#[derive(Debug)]
+pub struct Found {
+    /// Its places on disk.
+    pub place: Place,
+    /// Its state.
+    pub state: State,
+}
+
+/// Finds a sandbox by name or id.
+pub fn find(registry: &Registry, wanted: &str) -> Result<Found, Error> {
+    let place = registry.find(wanted)?;
+    let state = refresh(&place, State::load(&place.dir)?)?;
+    Ok(Found { place, state })
+}
+
+impl Found {
+    /// The agent, if the process runs.
+    pub fn guest(&self) -> Result<Guest, Error> {
+        match self.state.status {
+            _ if self.state.bare => {
+                Err(self.no_agent("running a command or asking for one's state"))
+            }
+            Status::Running => Guest::connect(&self.place.dir, &self.state.id),
+            Status::Paused => Err(self.wrong("`mvm unpause` lets it go on")),
+            Status::Creating => Err(self.wrong("try again when it runs")),
+            Status::Exited => Err(self.wrong("only a running container can do this")),
+        }
+    }
+
+    fn no_agent(&self, what: &'static str) -> Error {
+        Error::NoAgent { name: self.state.name.clone(), what }
+    }
+
+    /// Sends a signal to the container's process. A machine without agent knows none: what would
+    /// end a process ends it.
+    pub fn kill(&self, signal: i32) -> Result<(), Error> {
+        if self.state.bare {
+            return match (self.state.is_live(), FATAL.contains(&signal)) {
+                (true, true) => Ok(self.control()?.request(&Request::Stop).map(drop)?),
+                (true, false) => Err(self.no_agent("delivering a signal that ends nothing")),
+                (false, _) => Err(self.wrong("only a running container can do this")),
+            };
+        }
+        self.guest()?.signal("", signal)
+    }
+
+    /// The machine's control socket.
+    pub fn control(&self) -> Result<ControlClient, Error> {
+        let path = self.place.dir.join(CONTROL_SOCKET);
+        let connected =
+            crate::socket::with_short(&path, |p| Ok(ControlClient::connect(p, CONTROL)));
+        Ok(connected.map_err(Error::io("cannot reach the monitor"))??)
+    }
+
+    /// Stops the vCPUs.
+    pub fn pause(&mut self) -> Result<(), Error> {
+        if self.state.status != Status::Running {
+            return Err(self.wrong("only a running container can be paused"));
+        }
+        self.control()?.request(&Request::Pause)?;
+        let marker = self.place.dir.join(PAUSED_FILE);
+        File::create(&marker).map_err(Error::io(marker.display().to_string()))?;
+        self.state.status = Status::Paused;
+        Ok(())
+    }
+
+    /// Lets them go on, with the right time in the guest.
+    pub fn resume(&mut self) -> Result<(), Error> {
+        if self.state.status != Status::Paused {
+            return Err(self.wrong("only a paused container can go on"));
+        }
+        self.control()?.request(&Request::Resume)?;
+        let marker = self.place.dir.join(PAUSED_FILE);
+        std::fs::remove_file(&marker).map_err(Error::io(marker.display().to_string()))?;
+        self.state.status = Status::Running;
+        // The clock of a machine without agent is kvmclock, which went on.
+        if self.state.bare { Ok(()) } else { self.guest()?.set_clock() }
+    }
+
+    /// The specification it was started with.
+    pub fn spec(&self) -> Result<oci_spec::runtime::Spec, Error> {
+        let path = self.place.dir.join(SPEC_FILE);
+        Ok(oci_spec::runtime::Spec::load(path).map_err(crate::spec::Error::from)?)
+    }
+
+    fn wrong(&self, advice: &'static str) -> Error {
+        Error::WrongStatus {
+            name: self.state.name.clone(),
+            status: self.state.status.word(),
+            advice,
+        }
+    }
+
+    /// Asks the process to end, and after `limit` makes it.
+    pub fn stop(&mut self, limit: Duration) -> Result<(), Error> {
+        if self.state.status == Status::Paused {
+            self.resume()?;
+        }
+        if self.state.status == Status::Exited {
+            return Ok(());
+        }
+        // There is nobody to ask in a machine without agent: it is ended, and its owner told.
+        let (signal, limit) = match self.state.bare {
+            true => (SIGKILL, KILLED),
+            false => (self.state.stop_signal, limit),
+        };
+        if self.state.status == Status::Running
+            && self.kill(signal).is_ok()
+            && self.wait_until(Some(Instant::now() + limit))?.is_some()
+        {
+            return Ok(());
+        }
+        self.end_by_force()
+    }
+
+    /// Ends the process at once; if that does not work, the machine.
+    pub fn end_by_force(&mut self) -> Result<(), Error> {
+        if self.state.status == Status::Paused && self.resume().is_err() {
+            tracing::debug!("container {} cannot be resumed before its end", self.state.name);
+        }
+        if self.state.status == Status::Exited {
+            return Ok(());
+        }
+        if self.state.status == Status::Running
+            && !self.state.bare
+            && let Ok(guest) = Guest::connect_within(&self.place.dir, &self.state.id, KILLED)
+            && guest.signal("", SIGKILL).is_ok()
+            && self.wait_until(Some(Instant::now() + KILLED))?.is_some()
+        {
+            return Ok(());
+        }
+        recover::end_monitor(&self.state)?;
+        self.wait_until(Some(Instant::now() + OWNER)).map(drop)
+    }
+
+    /// Waits for the end until `deadline`, or for ever; `None` when the time is over.
+    pub fn wait_until(&mut self, deadline: Option<Instant>) -> Result<Option<Ending>, Error> {
+        if let Some(ending) = self.ending() {
+            return Ok(Some(ending));
+        }
+        let what = "cannot wait for the container";
+        let mut waiter = match Waiter::new(&self.place.dir, self.state.owner) {
+            Ok(waiter) => waiter,
+            // Removed at its end, a moment before we could watch.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                self.state.status = Status::Exited;
+                self.state.reason = Some("it was removed".into());
+                return Ok(self.ending());
+            }
+            Err(e) => return Err(Error::io(what)(e)),
+        };
+        loop {
+            match waiter.wait(deadline).map_err(Error::io(what))? {
+                Waited::Ended(ending) => {
+                    self.state.finish(&ending);
+                    return Ok(Some(ending));
+                }
+                Waited::Timeout | Waited::Other => return Ok(None),
+                Waited::OwnerGone => {
+                    self.state = refresh(&self.place, self.state.clone())?;
+                    if let Some(ending) = self.ending() {
+                        return Ok(Some(ending));
+                    }
+                    if !self.wait_unattended(deadline) {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits for the process of a machine without owner; `false` when the time is over.
+    fn wait_unattended(&self, deadline: Option<Instant>) -> bool {
+        let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+        if left == Some(Duration::ZERO) {
+            return false;
+        }
+        let millis = left.map_or(60_000, |l| u32::try_from(l.as_millis()).unwrap_or(60_000));
+        let asked = !self.state.bare
+            && Guest::connect(&self.place.dir, &self.state.id)
+                .map(|guest| guest.poll_exit("", millis.clamp(1, 60_000)))
+                .is_ok();
+        if !asked {
+            // Neither owner nor agent: the end of the monitor is all that can still happen.
+            let limit = left.unwrap_or(Duration::from_secs(60));
+            if let Some(Ok(Some(monitor))) = self.state.monitor.map(|m| m.open()) {
+                return monitor.wait_ended(limit).unwrap_or(true) || deadline.is_none();
+            }
+        }
+        true
+    }
+
+    fn ending(&self) -> Option<Ending> {
+        (self.state.status == Status::Exited).then(|| Ending {
+            exit_code: self.state.exit_code.unwrap_or(recover::EXIT_UNKNOWN),
+            oom_killed: self.state.oom_killed,
+            reason: self.state.reason.clone(),
+        })
+    }
+
+    /// Removes the sandbox; one that runs only with `force`.
+    pub fn remove(mut self, registry: &Registry, force: bool) -> Result<(), Error> {
+        if self.state.is_live() {
+            if !force {
+                return Err(self.wrong("stop it first by `mvm stop`, or remove it by `mvm rm -f`"));
+            }
+            self.end_by_force()?;
+        }
+        Ok(registry.remove(&self.place)?)
+    }
+}

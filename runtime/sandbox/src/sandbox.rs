@@ -1,0 +1,304 @@
+//! The life of one sandbox, as the front door that owns it leads it: created, booted, started,
+//! finished. Whatever happens in between, dropping it leaves no machine behind.
+
+mod bare;
+
+use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
+
+use mvm_agent_protocol::rpc::CallError;
+use mvm_vmm::monitor::ControlClient;
+
+pub use bare::{BarePlan, Disk, Woken};
+
+use crate::ending::{self, Ending};
+use crate::engine::Selection;
+use crate::error::{EXIT_FAILURE, Error};
+use crate::guest::{Exit, Guest, Stdio, Streams, program};
+use crate::machine::{self, LAST_WORDS, Launcher, Machine, MachinePlan};
+use crate::procid::{ProcessId, boot_id};
+use crate::registry::{Place, Registry};
+use crate::spec::{self, Container};
+use crate::state::{EngineChoice, SPEC_FILE, STATE_VERSION, State, Status, now_ms};
+use crate::timings::Timings;
+
+/// What is recorded about a sandbox from the beginning.
+#[derive(Debug, Clone, Default)]
+pub struct Description {
+    /// Its name, or `None` for a made-up one.
+    pub name: Option<String>,
+    /// The image as the user wrote it.
+    pub image: String,
+    /// Digest of the image's manifest.
+    pub image_digest: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Memory in bytes.
+    pub memory: u64,
+    /// Whether the process has a terminal.
+    pub tty: bool,
+    /// Whether it runs in the background.
+    pub detached: bool,
+    /// Whether it is removed at its end.
+    pub auto_remove: bool,
+    /// The signal that asks the process to end.
+    pub stop_signal: i32,
+    /// Seconds between that signal and SIGKILL.
+    pub stop_timeout: u32,
+}
+
+/// A sandbox owned by this process.
+#[derive(Debug)]
+pub struct Sandbox {
+    registry: Registry,
+    place: Place,
+    state: State,
+    machine: Option<Box<dyn Machine>>,
+    guest: Option<Guest>,
+    finished: bool,
+}
+
+impl Sandbox {
+    /// Makes a sandbox; no machine runs yet.
+    pub fn create(registry: &Registry, about: Description) -> Result<Self, Error> {
+        let owner = ProcessId::current().map_err(Error::io("cannot read /proc/self/stat"))?;
+        let (place, state) = registry.create(about.name.as_deref(), |place, name| State {
+            version: STATE_VERSION,
+            id: place.id.clone(),
+            name: name.to_owned(),
+            image: about.image,
+            image_digest: about.image_digest,
+            command: Vec::new(),
+            labels: about.labels,
+            status: Status::Creating,
+            exit_code: None,
+            oom_killed: false,
+            reason: None,
+            created: now_ms(),
+            started: None,
+            finished: None,
+            engine: EngineChoice::default(),
+            vcpus: about.vcpus,
+            memory: about.memory,
+            bare: false,
+            tty: about.tty,
+            detached: about.detached,
+            auto_remove: about.auto_remove,
+            stop_signal: about.stop_signal,
+            stop_timeout: about.stop_timeout,
+            boot_id: boot_id(),
+            owner,
+            monitor: None,
+        })?;
+        let sandbox = Self {
+            registry: registry.clone(),
+            place,
+            state,
+            machine: None,
+            guest: None,
+            finished: false,
+        };
+        let path = sandbox.place.dir.display().to_string();
+        ending::prepare(&sandbox.place.dir).map_err(Error::io(path))?;
+        Ok(sandbox)
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.state.id
+    }
+
+    /// Its places on disk.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// What is known of it.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Starts the machine and waits until its agent is ready. `interrupt` ends the wait when it
+    /// becomes readable.
+    pub fn boot(
+        &mut self,
+        launcher: &dyn Launcher,
+        plan: MachinePlan,
+        timings: &mut Timings,
+        interrupt: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Error> {
+        self.note_engine(&plan.engine);
+        let starting = machine::launch(launcher, &self.place, plan)?;
+        self.state.monitor = ProcessId::of(starting.pid()).ok();
+        self.save()?;
+        let machine = starting.wait_ready(timings, interrupt)?;
+        self.machine = Some(machine);
+        self.guest = Some(Guest::connect(&self.place.dir, &self.state.id)?);
+        Ok(())
+    }
+
+    fn note_engine(&mut self, chosen: &Selection) {
+        self.state.engine = EngineChoice {
+            name: chosen.engine.name().to_owned(),
+            reason: chosen.reason.clone(),
+            fallback: chosen.fallback,
+        };
+    }
+
+    /// The agent of a booted sandbox.
+    pub fn guest(&self) -> Result<&Guest, Error> {
+        self.guest.as_ref().ok_or_else(|| Error::WrongStatus {
+            name: self.state.name.clone(),
+            status: self.state.status.word(),
+            advice: "its machine has not been started",
+        })
+    }
+
+    /// Sets up the container in the booted machine, joins its streams and starts its process.
+    /// `notices` takes what the guest will not honour.
+    pub fn start(
+        &mut self,
+        container: &Container,
+        stdio: Stdio,
+        init: bool,
+        notices: &mut Vec<String>,
+    ) -> Result<Streams, Error> {
+        let started = self.try_start(container, stdio, init, notices);
+        started.map_err(|e| self.explain(e))
+    }
+
+    fn try_start(
+        &mut self,
+        container: &Container,
+        stdio: Stdio,
+        init: bool,
+        notices: &mut Vec<String>,
+    ) -> Result<Streams, Error> {
+        let guest = self.guest()?.clone();
+        // For those who run further processes in it.
+        let path = self.place.dir.join(SPEC_FILE);
+        container.spec.save(&path).map_err(spec::Error::from)?;
+        notices.extend(guest.create(container, stdio, init)?);
+        let streams = guest.attach("", stdio)?;
+        guest.start("", &program(&container.spec))?;
+        let process = container.spec.process().as_ref();
+        self.state.command = process.and_then(|p| p.args().clone()).unwrap_or_default();
+        self.state.status = Status::Running;
+        self.state.started = Some(now_ms());
+        self.save()?;
+        Ok(streams)
+    }
+
+    /// Replaces an error that only says that the connection broke by the reason for it: the end of
+    /// the machine.
+    pub fn explain(&mut self, error: Error) -> Error {
+        let broken = matches!(
+            &error,
+            Error::Agent(CallError::Closed { .. }) | Error::Stream(_) | Error::Io { .. }
+        );
+        match if broken { self.machine_ended() } else { None } {
+            Some(outcome) => {
+                Error::MachineEnded { reason: outcome.reason, console: outcome.console_tail }
+            }
+            None => error,
+        }
+    }
+
+    fn machine_ended(&mut self) -> Option<mvm_vmm::Outcome> {
+        let machine = self.machine.as_deref_mut()?;
+        let monitor = self.state.monitor?;
+        // Connections break a moment before the process is gone.
+        let gone = match monitor.open() {
+            Ok(Some(process)) => process.wait_ended(LAST_WORDS).unwrap_or(false),
+            Ok(None) => true,
+            Err(_) => false,
+        };
+        gone.then(|| machine::last_words(machine, LAST_WORDS))
+    }
+
+    /// What the machine costs the host, while it is there.
+    pub fn cost(&self) -> Option<mvm_vmm::monitor::Stats> {
+        let path = self.place.dir.join(machine::CONTROL_SOCKET);
+        let connected =
+            crate::socket::with_short(&path, |p| Ok(ControlClient::connect(p, LAST_WORDS)));
+        connected.ok()?.ok()?.stats().ok()
+    }
+
+    /// How the sandbox ended, from what waiting for its process brought.
+    pub fn conclude(&mut self, waited: Result<Exit, CallError>) -> Result<Ending, Error> {
+        match waited {
+            Ok(exit) => Ok(Ending {
+                exit_code: exit.code,
+                oom_killed: exit.oom_killed,
+                reason: exit.oom_killed.then(|| "out of memory".to_owned()),
+            }),
+            Err(e) => Err(self.explain(e.into())),
+        }
+    }
+
+    /// Ends the machine and records how the sandbox ended; with `--rm` nothing of it is left.
+    pub fn finish(mut self, ending: &Ending) -> Result<(), Error> {
+        self.close(ending, false)
+    }
+
+    /// Ends the machine and removes every trace: the process never ran, and the caller says why.
+    pub fn abandon(mut self, reason: &str) -> Result<(), Error> {
+        let ending =
+            Ending { exit_code: EXIT_FAILURE, oom_killed: false, reason: Some(reason.to_owned()) };
+        self.close(&ending, true)
+    }
+
+    fn close(&mut self, ending: &Ending, remove: bool) -> Result<(), Error> {
+        self.finished = true;
+        self.guest = None;
+        let ended = match &mut self.machine {
+            Some(machine) => machine.end(),
+            None => Ok(()),
+        };
+        self.state.finish(ending);
+        let recorded = self.record(ending, remove || self.state.auto_remove);
+        ended.map_err(Error::io("cannot end the monitor process"))?;
+        recorded
+    }
+
+    fn record(&self, ending: &Ending, remove: bool) -> Result<(), Error> {
+        // Another front door may have removed the sandbox meanwhile (`mvm rm -f`).
+        if !self.place.dir.exists() {
+            return Ok(self.registry.remove(&self.place)?);
+        }
+        let saved = self.save();
+        let announced = ending::announce(&self.place.dir, ending);
+        if remove || !self.place.dir.exists() {
+            return Ok(self.registry.remove(&self.place)?);
+        }
+        // Nobody can connect any more.
+        for socket in [machine::CONTROL_SOCKET, crate::guest::VSOCK_SOCKET] {
+            let _ = std::fs::remove_file(self.place.dir.join(socket));
+        }
+        saved?;
+        announced.map_err(Error::io(self.place.dir.display().to_string()))
+    }
+
+    fn save(&self) -> Result<(), Error> {
+        Ok(self.state.save(&self.place.dir)?)
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        let ending = Ending {
+            exit_code: EXIT_FAILURE,
+            oom_killed: false,
+            reason: Some("its mvm process gave up".into()),
+        };
+        // Here only after an error or a panic, which the caller reports.
+        if let Err(e) = self.close(&ending, self.state.started.is_none()) {
+            tracing::warn!("cannot clean up sandbox {}: {e}", self.state.id);
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Unikernel containers: images and files whose content is a kernel of its own, with no Linux and no
+//! agent around it.
+//!
+//! [`recognise`] looks at what an image says of itself, in the forms that unikernel builders use, and
+//! says how it is booted ([`UnikernelPlan`]) or that it is an ordinary image. It opens nothing: files
+//! of the image are read through [`Tree`]. Everything here is the image's word, which is not trusted:
+//! keys that are not known are not looked at, values are checked, and nothing is passed on in a form
+//! in which it could mean something else.
+//!
+//! Docs: `docs/unikernels.md`.
+
+mod cmdline;
+mod hermit;
+mod krun;
+mod tree;
+mod unikraft;
+mod urunc;
+mod value;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use mvm_vmm::config::{BootProtocol, CmdlineStyle};
+
+pub use cmdline::Words;
+pub use krun::Size;
+pub use tree::ErofsTree;
+
+/// Keys and values as labels and annotations have them.
+pub type Pairs = BTreeMap<String, String>;
+
+/// What kind of guest it is: that decides how its command line is put together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A kernel that takes its words as they are.
+    Rust,
+    /// Unikraft: library parameters, `--`, the application's arguments.
+    Unikraft,
+    /// Nanos: words as they are; the program is on its disk.
+    Nanos,
+    /// A Solo5 guest, MirageOS for instance: words as they are.
+    Hvt,
+    /// Rumprun: a JSON document.
+    Rumprun,
+    /// Hermit: kernel arguments, `--`, the application's arguments.
+    Hermit,
+    /// A Linux kernel that is booted as it is.
+    Linux,
+}
+
+impl Kind {
+    /// Whether there is a place for environment variables on its command line.
+    pub fn takes_environment(self) -> bool {
+        self == Self::Unikraft
+    }
+
+    /// What it is told besides its words: where its devices are, if that is where it looks for them.
+    pub fn style(self) -> CmdlineStyle {
+        match self {
+            Self::Rust | Self::Unikraft | Self::Nanos => CmdlineStyle::Devices,
+            Self::Hvt | Self::Rumprun | Self::Hermit => CmdlineStyle::Bare,
+            Self::Linux => CmdlineStyle::Stock,
+        }
+    }
+
+    /// The boot protocol, where the kernel's file need not be asked.
+    pub fn boot(self) -> BootProtocol {
+        match self {
+            Self::Hvt | Self::Rumprun => BootProtocol::Hvt,
+            Self::Linux => BootProtocol::Linux,
+            _ => BootProtocol::Auto,
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Rust => "rust",
+            Self::Unikraft => "unikraft",
+            Self::Nanos => "nanos",
+            Self::Hvt => "hvt",
+            Self::Rumprun => "rumprun",
+            Self::Hermit => "hermit",
+            Self::Linux => "linux",
+        })
+    }
+}
+
+/// What an image and its user say.
+#[derive(Debug, Clone, Copy)]
+pub struct Packaging<'a> {
+    /// Annotations of the runtime specification: the user's, so they win.
+    pub annotations: &'a Pairs,
+    /// Annotations of the manifest.
+    pub manifest: &'a Pairs,
+    /// Annotations of the layers, lowest layer first.
+    pub layers: &'a [&'a Pairs],
+    /// Labels of the image.
+    pub labels: &'a Pairs,
+    /// Variables, `NAME=VALUE`.
+    pub env: &'a [String],
+    /// First arguments.
+    pub entrypoint: &'a [String],
+    /// Arguments that the user's replace.
+    pub cmd: &'a [String],
+    /// The user's arguments.
+    pub args: &'a [String],
+    /// Words of the user's for the kernel itself.
+    pub kernel_args: &'a str,
+    /// The platform's system is one by which only unikernels go.
+    pub unikernel_platform: bool,
+    /// The image's files.
+    pub tree: &'a dyn Tree,
+}
+
+impl Packaging<'_> {
+    /// What would be executed if this were a container of processes.
+    fn command(&self) -> Vec<String> {
+        let rest = if self.args.is_empty() { self.cmd } else { self.args };
+        self.entrypoint.iter().chain(rest).cloned().collect()
+    }
+}
+
+/// Reads files of an image. Paths are absolute in the image, and links in it cannot lead out.
+pub trait Tree: fmt::Debug {
+    /// The first `limit` bytes of a regular file; `None` if there is no such file.
+    ///
+    /// # Errors
+    /// The image cannot be read.
+    fn head(&self, path: &str, limit: usize) -> Result<Option<Vec<u8>>, Error>;
+}
+
+/// How a unikernel is booted. Paths are absolute in the image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnikernelPlan {
+    /// What kind of guest.
+    pub kind: Kind,
+    /// Path of the kernel.
+    pub kernel: String,
+    /// Path of the initrd.
+    pub initrd: Option<String>,
+    /// Path of a raw disk image.
+    pub disk: Option<String>,
+    /// How the kernel is entered, as far as the packaging says.
+    pub boot: BootProtocol,
+    /// The whole command line.
+    pub cmdline: String,
+    /// Whether the variables are on it.
+    pub environment: bool,
+    /// The application's arguments in it, for lists of containers.
+    pub words: Vec<String>,
+}
+
+/// What an image is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recognised {
+    /// A kernel of its own.
+    Unikernel(UnikernelPlan),
+    /// A root file system for Linux, with the size of machine that it asks for.
+    Linux(Size),
+}
+
+/// Why an image that calls itself a unikernel cannot be run.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// A key that is known has a value that is not.
+    #[error("{key} in the image's {place}: {reason}")]
+    Value {
+        /// The key.
+        key: String,
+        /// Where it is.
+        place: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A key has to be there and is not.
+    #[error("{key} is missing in the image's {place}")]
+    Missing {
+        /// The key.
+        key: &'static str,
+        /// Where it should be.
+        place: &'static str,
+    },
+    /// A word cannot be put on a command line.
+    #[error("{what} cannot be put on the kernel's command line: {reason}")]
+    Word {
+        /// Which.
+        what: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A file of the image cannot be used.
+    #[error("{path} in the image {reason}")]
+    File {
+        /// Its path.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// Says what an image is.
+///
+/// # Errors
+/// It calls itself a unikernel, or asks for a machine, in a way that makes no sense.
+pub fn recognise(packaging: &Packaging<'_>) -> Result<Recognised, Error> {
+    let plan = match urunc::recognise(packaging)? {
+        Some(plan) => Some(plan),
+        None => match unikraft::recognise(packaging)? {
+            Some(plan) => Some(plan),
+            None => hermit::recognise(packaging)?,
+        },
+    };
+    match plan {
+        Some(plan) => Ok(Recognised::Unikernel(plan)),
+        None => krun::size(packaging).map(Recognised::Linux),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,62 @@
+//! The tables of fixed form: FADT (5.2.9), MADT (5.2.12), XSDT (5.2.8).
+
+use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::xsdt::XSDT;
+use mvm_devices::PowerControl;
+
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
+use crate::layout;
+
+/// IA-PC boot architecture flags (5.2.9.3): there is neither VGA nor a CMOS clock to probe for. The
+/// bits for other legacy devices and for a keyboard controller are clear for the same reason.
+const VGA_NOT_PRESENT: u16 = 1 << 2;
+const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
+
+/// A byte-wide I/O port.
+fn port(offset: u64) -> GAS {
+    let address = layout::POWER_PORT + offset;
+    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
+}
+
+/// Points to the DSDT and tells how the machine is switched off and reset.
+pub fn fadt(dsdt: u64) -> FADT {
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::Wbinvd)
+        // These two say that there is no such button among the fixed hardware.
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Headless)
+        .preferred_pm_profile(PmProfile::Unspecified);
+    fadt.iapc_boot_arch = (VGA_NOT_PRESENT | CMOS_RTC_NOT_PRESENT).into();
+    fadt.reset_reg = port(PowerControl::RESET);
+    fadt.reset_value = PowerControl::RESET_VALUE;
+    fadt.sleep_control_reg = port(PowerControl::SLEEP_CONTROL);
+    fadt.sleep_status_reg = port(PowerControl::SLEEP_STATUS);
+    fadt.finalize()
+}
+
+/// The interrupt controllers. There is no PIC (flag `PCAT_COMPAT` is clear) and no override: an
+/// interrupt's number is its pin's.
+pub fn madt(platform: Platform) -> MADT {
+    let local = LocalInterruptController::Address(layout::LOCAL_APIC as u32);
+    let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, local);
+    for id in 0..platform.vcpus as u8 {
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(platform.vcpus as u8, layout::IOAPIC as u32, 0));
+    madt
+}
+
+/// The list of tables.
+pub fn xsdt(tables: &[u64]) -> XSDT {
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    tables.iter().for_each(|&table| xsdt.add_entry(table));
+    xsdt
+}

@@ -1,0 +1,233 @@
+//! Boot protocols: from a kernel file to a machine that is ready to run its first instruction.
+//!
+//! [`Kernel::open`] recognises the file, [`Kernel::place`] fills guest memory, and [`Entry`] sets
+//! the boot processor's registers. A protocol is a [`BootImage`]; what holds for all of them (is
+//! there room, where does the initramfs go, what stands on the command line) is done here.
+//!
+//! Docs: `docs/boot.md`.
+
+mod acpi;
+mod area;
+mod cmdline;
+mod cpu;
+mod elf;
+mod error;
+mod hvt;
+mod linux;
+mod memory_map;
+mod mptable;
+mod multiboot;
+mod pvh;
+mod recognise;
+mod reset;
+mod section;
+
+use std::ffi::CStr;
+use std::fmt;
+use std::io;
+
+use mvm_memory::{GuestRam, PAGE_SIZE};
+use vm_memory::{Bytes, GuestAddress};
+
+pub use cmdline::Parts as CmdlineParts;
+pub use cpu::Entry;
+pub use error::Error;
+pub use hvt::{Attached, Kind as ManifestKind, Manifest};
+pub use section::Section;
+
+use crate::config::{BootProtocol, CmdlineStyle};
+use crate::layout;
+
+/// A kernel file in the terms of one protocol, checked as far as that goes without guest memory.
+trait BootImage: fmt::Debug + Send {
+    /// Which; never [`BootProtocol::Auto`].
+    fn protocol(&self) -> BootProtocol;
+
+    /// What suits its command line; never [`CmdlineStyle::Auto`].
+    fn cmdline_style(&self) -> CmdlineStyle {
+        CmdlineStyle::Bare
+    }
+
+    /// First address that is free when the kernel has been loaded and has unpacked itself.
+    fn end(&self) -> u64;
+
+    /// Bytes that it cannot start without, beyond its image and a module of `module` bytes.
+    fn working_memory(&self, _module: u64) -> u64 {
+        0
+    }
+
+    /// Where the protocol wants the initramfs.
+    fn module_place(&self) -> ModulePlace;
+
+    /// The devices that it demands, if it has hypercalls in place of a PC's devices.
+    fn manifest(&self) -> Option<&Manifest> {
+        None
+    }
+
+    /// Fills guest memory with everything but the initramfs, and says how to begin.
+    ///
+    /// # Errors
+    /// [`Error`]: something does not fit, or the file cannot be read.
+    fn place(&self, file: &mut Section, placing: &Placing<'_>) -> Result<Entry, Error>;
+}
+
+/// Where an initramfs goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ModulePlace {
+    /// As high as possible below the device hole, out of the kernel's way.
+    High,
+    /// On the page after the kernel, as the common multiboot loaders do: some kernels take what
+    /// follows the last module for their own.
+    AfterKernel,
+    /// There is none.
+    Nowhere,
+}
+
+/// What a kernel is told of its machine.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// Guest memory, zero so far.
+    pub ram: &'a GuestRam,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Frequency of the time-stamp counter in kHz.
+    pub tsc_khz: u64,
+    /// What was attached to the entries of its manifest.
+    pub attached: &'a [Attached],
+}
+
+/// What a [`BootImage`] is placed with.
+struct Placing<'a> {
+    ram: &'a GuestRam,
+    cmdline: &'a CStr,
+    /// Address and length of the initramfs.
+    module: Option<(u64, u64)>,
+    /// Address of ACPI's root pointer, if there are such tables.
+    rsdp: Option<u64>,
+    /// Frequency of the time-stamp counter in kHz.
+    tsc_khz: u64,
+    /// What was attached to the entries of its manifest.
+    attached: &'a [Attached],
+}
+
+impl Placing<'_> {
+    /// Writes a boot structure.
+    fn write(&self, what: &'static str, at: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.ram
+            .memory()
+            .write_slice(bytes, GuestAddress(at))
+            .map_err(|_| Error::Structure { what, at })
+    }
+}
+
+/// A kernel file that was recognised.
+#[derive(Debug)]
+pub struct Kernel {
+    file: Section,
+    image: Box<dyn BootImage>,
+}
+
+impl Kernel {
+    /// Recognises a kernel file; `wanted` says by which protocol it must be one.
+    ///
+    /// # Errors
+    /// It is none, or none of ours, or not one for `wanted`.
+    pub fn open(file: Section, wanted: BootProtocol) -> Result<Self, Error> {
+        let image = recognise::recognise(&file, wanted)?;
+        Ok(Self { file, image })
+    }
+
+    /// How it is entered; never [`BootProtocol::Auto`].
+    pub fn protocol(&self) -> BootProtocol {
+        self.image.protocol()
+    }
+
+    /// What its command line holds, if `wanted` leaves the choice to the kernel.
+    pub fn cmdline_style(&self, wanted: CmdlineStyle) -> CmdlineStyle {
+        match wanted {
+            CmdlineStyle::Auto => self.image.cmdline_style(),
+            chosen => chosen,
+        }
+    }
+
+    /// The devices that the kernel demands, if it has hypercalls in place of a PC's devices.
+    pub fn manifest(&self) -> Option<&Manifest> {
+        self.image.manifest()
+    }
+
+    /// Fills guest memory: kernel, initramfs, command line and everything the kernel is told.
+    ///
+    /// # Errors
+    /// [`Error`]: it does not fit, or a file cannot be read.
+    pub fn place(
+        mut self,
+        facts: &Facts<'_>,
+        initramfs: Option<Section>,
+        cmdline: &CmdlineParts<'_>,
+    ) -> Result<Entry, Error> {
+        let Facts { ram, vcpus, tsc_khz, attached } = *facts;
+        let initramfs = initramfs.filter(|i| i.size() > 0);
+        let len = initramfs.as_ref().map_or(0, Section::size);
+        let at = self.plan(ram, len)?;
+        let rsdp = match self.manifest() {
+            // Nor is there room for a PC's tables in what it can see.
+            Some(_) => None,
+            None => write_tables(ram, vcpus, cmdline)?,
+        };
+        let cmdline = cmdline::build(cmdline)?;
+        let module = initramfs.is_some().then_some((at, len));
+        let placing = Placing { ram, cmdline: &cmdline, module, rsdp, tsc_khz, attached };
+        let entry = self.image.place(&mut self.file, &placing)?;
+        if let Some(mut file) = initramfs {
+            ram.memory()
+                .read_exact_volatile_from(GuestAddress(at), &mut file, len as usize)
+                .map_err(|e| Error::Read { what: "the initramfs", source: io::Error::other(e) })?;
+        }
+        Ok(entry)
+    }
+
+    /// Checks that everything fits and says where an initramfs of `len` bytes goes.
+    fn plan(&self, ram: &GuestRam, len: u64) -> Result<u64, Error> {
+        const PAGE: u64 = PAGE_SIZE as u64;
+        let module_place = self.image.module_place();
+        if len > 0 && module_place == ModulePlace::Nowhere {
+            return Err(Error::NoInitramfs { protocol: self.protocol() });
+        }
+        let after = self.image.end().checked_next_multiple_of(PAGE);
+        let need = after
+            .and_then(|end| end.checked_add(len.checked_next_multiple_of(PAGE)?))
+            .and_then(|end| end.checked_add(self.image.working_memory(len)))
+            .and_then(|end| end.checked_next_multiple_of(1 << 20))
+            .unwrap_or(u64::MAX);
+        if need > layout::LOW_MEMORY_END {
+            return Err(Error::TooLarge { need });
+        }
+        let have = ram.size();
+        if have < need {
+            return Err(Error::NotEnoughMemory { have, need });
+        }
+        Ok(match module_place {
+            ModulePlace::High => (memory_map::low_end(ram) - len) & !(PAGE - 1),
+            ModulePlace::AfterKernel | ModulePlace::Nowhere => after.unwrap_or(need),
+        })
+    }
+}
+
+/// Writes what a kernel looks for without being told: MP table, reset code and, if its command line
+/// does not tell of devices, ACPI tables, whose root pointer's address is returned.
+fn write_tables(
+    ram: &GuestRam,
+    vcpus: u32,
+    cmdline: &CmdlineParts<'_>,
+) -> Result<Option<u64>, Error> {
+    mptable::write(ram.memory(), vcpus)?;
+    reset::write(ram.memory())?;
+    if cmdline.style.announces_devices() {
+        return Ok(None);
+    }
+    let virtio_devices = cmdline.virtio_devices;
+    acpi::write(ram.memory(), acpi::Platform { vcpus, virtio_devices }).map(Some)
+}
+
+#[cfg(test)]
+mod tests;

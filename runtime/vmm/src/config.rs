@@ -1,0 +1,429 @@
+//! What a machine is made of: plain data that travels to the monitor process.
+//!
+//! Files and sockets are named by [`FdIndex`], their place in the list of descriptors that goes
+//! with the config; nothing here is a path, since the monitor opens none. Sizes are bytes.
+
+use std::fmt;
+
+pub use mvm_engine::cpuid::CpuModel;
+use serde::{Deserialize, Serialize};
+
+use crate::layout;
+
+pub use boot::{BootProtocol, CmdlineStyle};
+
+mod boot;
+
+/// Place of a descriptor in the list that travels with the config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FdIndex(pub u32);
+
+/// A machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Name of the machine, for logs and the process list.
+    pub id: String,
+    /// Number of vCPUs, `1..=`[`layout::MAX_VCPUS`].
+    pub vcpus: u32,
+    /// Guest RAM in bytes, rounded up to whole pages.
+    pub memory: u64,
+    /// What runs it.
+    pub engine: EngineConfig,
+    /// Why it is not hardware virtualization although nothing else was asked for; at most
+    /// [`MAX_REASON`] bytes, for status and statistics.
+    pub fallback: Option<String>,
+    /// The processor that the guest sees; `None` for the most that engine and host have in common.
+    pub cpu: Option<CpuModel>,
+    /// The kernel.
+    pub kernel: ImageSource,
+    /// How it is entered.
+    pub boot: BootProtocol,
+    /// The initramfs, or the first module of a kernel that has modules, if there is one.
+    pub initramfs: Option<ImageSource>,
+    /// The user's part of the kernel command line.
+    pub cmdline: String,
+    /// What the command line holds besides it.
+    pub cmdline_style: CmdlineStyle,
+    /// Whether the kernel tells of its progress on the serial console (slow: every character is an
+    /// exit).
+    pub verbose: bool,
+    /// Block devices, in the order of their names in the guest (`/dev/vda`, ...).
+    pub disks: Vec<DiskConfig>,
+    /// Block devices without a medium after the disks, to be filled while the guest runs.
+    pub empty_block_slots: u32,
+    /// Sockets between host and guest.
+    pub vsock: Option<VsockConfig>,
+    /// The serial console.
+    pub console: ConsoleConfig,
+    /// A second console, the guest's `/dev/hvc0`.
+    #[serde(default)]
+    pub virtio_console: Option<VirtioConsoleConfig>,
+    /// Listening unix socket of the control protocol.
+    pub control: Option<FdIndex>,
+    /// File that takes the [`Outcome`](crate::Outcome) as JSON when the machine has ended.
+    pub outcome: Option<FdIndex>,
+    /// What happens when the process that started the monitor goes away.
+    pub owner_gone: OwnerGone,
+}
+
+impl MachineConfig {
+    /// A machine of one vCPU with nothing but kernel, RAM and console.
+    pub fn new(id: impl Into<String>, memory: u64, kernel: ImageSource) -> Self {
+        Self {
+            id: id.into(),
+            vcpus: 1,
+            memory,
+            engine: EngineConfig::Emu,
+            fallback: None,
+            cpu: None,
+            kernel,
+            boot: BootProtocol::Auto,
+            initramfs: None,
+            cmdline: String::new(),
+            cmdline_style: CmdlineStyle::Auto,
+            verbose: false,
+            disks: Vec::new(),
+            empty_block_slots: 0,
+            vsock: None,
+            console: ConsoleConfig::default(),
+            virtio_console: None,
+            control: None,
+            outcome: None,
+            owner_gone: OwnerGone::Continue,
+        }
+    }
+
+    /// Checks everything that can be checked without opening a descriptor.
+    ///
+    /// # Errors
+    /// The first field that no machine can have.
+    pub fn validate(&self) -> Result<(), Error> {
+        if self.id.is_empty() || self.id.len() > MAX_ID {
+            return Err(Error::Id { len: self.id.len() });
+        }
+        if self.vcpus == 0 || self.vcpus > layout::MAX_VCPUS {
+            return Err(Error::Vcpus { vcpus: self.vcpus });
+        }
+        if self.memory < layout::MIN_MEMORY || self.memory > layout::MAX_MEMORY {
+            return Err(Error::Memory { bytes: self.memory });
+        }
+        if let Some(reason) = self.fallback.as_ref().filter(|r| r.len() > MAX_REASON) {
+            return Err(Error::Reason { len: reason.len() });
+        }
+        let slots = self.disks.len() as u64 + u64::from(self.empty_block_slots);
+        let fixed = FIXED_VIRTIO_DEVICES
+            + u64::from(self.vsock.is_some())
+            + u64::from(self.virtio_console.is_some());
+        if slots + fixed > u64::from(layout::MAX_VIRTIO_DEVICES) {
+            return Err(Error::TooManyDisks {
+                disks: slots,
+                max: u64::from(layout::MAX_VIRTIO_DEVICES) - fixed,
+            });
+        }
+        if let Some(disk) = self.disks.iter().find(|d| d.serial.len() > MAX_SERIAL) {
+            return Err(Error::DiskSerial { serial: disk.serial.clone() });
+        }
+        match &self.vsock {
+            Some(vsock) if vsock.cid < 3 || vsock.cid >= u64::from(u32::MAX) => {
+                Err(Error::Cid { cid: vsock.cid })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Longest machine name in bytes.
+pub const MAX_ID: usize = 128;
+
+/// Longest reason for an engine in bytes.
+pub const MAX_REASON: usize = 1024;
+
+/// Longest serial number of a disk in bytes (virtio 1.2, 5.2.6).
+pub const MAX_SERIAL: usize = 20;
+
+/// Virtio devices that every machine has: entropy and balloon.
+const FIXED_VIRTIO_DEVICES: u64 = 2;
+
+/// A piece of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageSource {
+    /// The file.
+    pub fd: FdIndex,
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes; `None` takes everything up to the end of the file.
+    pub len: Option<u64>,
+}
+
+impl ImageSource {
+    /// A whole file.
+    pub fn file(fd: FdIndex) -> Self {
+        Self { fd, offset: 0, len: None }
+    }
+}
+
+/// What runs the guest. Whoever hands over a machine has chosen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineConfig {
+    /// The emulation engine.
+    #[default]
+    Emu,
+    /// Hardware virtualization.
+    Kvm {
+        /// The device of KVM, open for reading and writing.
+        device: FdIndex,
+    },
+}
+
+/// Which engine a user wants.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineChoice {
+    /// The best one that this host can run.
+    #[default]
+    Auto,
+    /// Hardware virtualization, or an error.
+    Kvm,
+    /// The emulation engine.
+    Emu,
+}
+
+impl fmt::Display for EngineChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            EngineChoice::Auto => "auto",
+            EngineChoice::Kvm => "kvm",
+            EngineChoice::Emu => "emu",
+        })
+    }
+}
+
+impl std::str::FromStr for EngineChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "auto" => Ok(EngineChoice::Auto),
+            "kvm" => Ok(EngineChoice::Kvm),
+            "emu" => Ok(EngineChoice::Emu),
+            _ => Err(Error::Engine { name: text.to_owned() }),
+        }
+    }
+}
+
+/// A block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Raw image: a file or a block device.
+    pub fd: FdIndex,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Serial number shown to the guest, at most [`MAX_SERIAL`] bytes.
+    pub serial: String,
+}
+
+/// Sockets between host and guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// Context id of the guest, 3 or more.
+    pub cid: u64,
+    /// Listening unix socket: who connects writes `CONNECT <port>\n` and then talks to that port
+    /// of the guest.
+    pub listener: Option<FdIndex>,
+    /// What the guest may dial; every other port is refused.
+    pub guest_ports: Vec<GuestPort>,
+}
+
+/// A host port that the guest may dial, once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestPort {
+    /// Port on the host side.
+    pub port: u32,
+    /// Connected unix stream socket that the guest's first connection is joined to; later ones are
+    /// refused.
+    pub stream: FdIndex,
+}
+
+/// The serial console.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// Where the output goes besides the ring.
+    pub log: Option<FdIndex>,
+    /// What is typed at it; the open file is made non-blocking.
+    #[serde(default)]
+    pub input: Option<FdIndex>,
+    /// Bytes of the most recent output kept for error reports.
+    pub ring: u32,
+}
+
+impl Default for ConsoleConfig {
+    fn default() -> Self {
+        Self { log: None, input: None, ring: 16 * 1024 }
+    }
+}
+
+/// A virtio console. Both open files are made non-blocking.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioConsoleConfig {
+    /// Where its output goes, or nowhere. The guest waits while the other end takes nothing.
+    pub output: Option<FdIndex>,
+    /// Where its input comes from.
+    pub input: Option<FdIndex>,
+}
+
+/// What happens when the process that started the monitor goes away.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OwnerGone {
+    /// The machine goes on; the control socket is there for the next owner.
+    #[default]
+    Continue,
+    /// The machine ends.
+    End,
+}
+
+/// A field that no machine can have.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// The name is empty or too long.
+    #[error("a machine's name has 1 to {MAX_ID} bytes, this one has {len}")]
+    Id {
+        /// Its length.
+        len: usize,
+    },
+    /// No or too many vCPUs.
+    #[error("{vcpus} vCPUs asked for; there can be 1 to {}", layout::MAX_VCPUS)]
+    Vcpus {
+        /// vCPUs asked for.
+        vcpus: u32,
+    },
+    /// Too little or too much memory.
+    #[error(
+        "{} of guest memory asked for; there can be {} to {}",
+        mib(*bytes), mib(layout::MIN_MEMORY), mib(layout::MAX_MEMORY)
+    )]
+    Memory {
+        /// Bytes asked for.
+        bytes: u64,
+    },
+    /// More disks than places.
+    #[error("{disks} block devices asked for; there can be {max}")]
+    TooManyDisks {
+        /// Disks and empty slots asked for.
+        disks: u64,
+        /// Places for them.
+        max: u64,
+    },
+    /// A serial number does not fit.
+    #[error("the disk serial {serial:?} is longer than {MAX_SERIAL} bytes")]
+    DiskSerial {
+        /// The number.
+        serial: String,
+    },
+    /// A reason for an engine is too long.
+    #[error("the reason for the engine has {len} bytes; at most {MAX_REASON} are taken")]
+    Reason {
+        /// Its length.
+        len: usize,
+    },
+    /// A context id that is reserved or out of range.
+    #[error("vsock context id {cid} is reserved; a guest has 3 to {}", u32::MAX - 1)]
+    Cid {
+        /// The id.
+        cid: u64,
+    },
+    /// No such boot protocol.
+    #[error("there is no boot protocol {name:?}: choose auto, linux, pvh, multiboot or hvt")]
+    BootProtocol {
+        /// What was asked for.
+        name: String,
+    },
+    /// No such engine.
+    #[error("there is no engine {name:?}: choose auto, kvm or emu")]
+    Engine {
+        /// What was asked for.
+        name: String,
+    },
+}
+
+/// A size for people.
+pub(crate) fn mib(bytes: u64) -> String {
+    const MIB: u64 = 1 << 20;
+    if bytes >= MIB && bytes.is_multiple_of(MIB) {
+        format!("{} MiB", bytes / MIB)
+    } else if bytes >= MIB {
+        format!("{}.{} MiB", bytes / MIB, bytes % MIB * 10 / MIB)
+    } else {
+        format!("{bytes} bytes")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> MachineConfig {
+        MachineConfig::new("vm", 256 << 20, ImageSource::file(FdIndex(0)))
+    }
+
+    #[test]
+    fn a_plain_machine_is_valid_and_survives_json() {
+        let config = config();
+        config.validate().unwrap();
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<MachineConfig>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn impossible_fields_are_named() {
+        let check = |change: fn(&mut MachineConfig)| {
+            let mut config = config();
+            change(&mut config);
+            config.validate().unwrap_err()
+        };
+        assert_eq!(check(|c| c.vcpus = 0), Error::Vcpus { vcpus: 0 });
+        assert_eq!(check(|c| c.memory = 5), Error::Memory { bytes: 5 });
+        assert_eq!(check(|c| c.id.clear()), Error::Id { len: 0 });
+        let long = check(|c| c.fallback = Some("x".repeat(MAX_REASON + 1)));
+        assert_eq!(long, Error::Reason { len: MAX_REASON + 1 });
+        assert!(matches!(check(|c| c.empty_block_slots = 100), Error::TooManyDisks { .. }));
+        assert!(matches!(check(|c| c.empty_block_slots = u32::MAX), Error::TooManyDisks { .. }));
+        let vsock = |cid| VsockConfig { cid, listener: None, guest_ports: Vec::new() };
+        let mut config = config();
+        config.vsock = Some(vsock(2));
+        assert_eq!(config.validate().unwrap_err(), Error::Cid { cid: 2 });
+    }
+
+    #[test]
+    fn boot_protocols_are_called_by_the_same_name_everywhere() {
+        for name in ["auto", "linux", "pvh", "multiboot", "hvt"] {
+            let protocol: BootProtocol = name.parse().unwrap();
+            assert_eq!(protocol.to_string(), name);
+            assert_eq!(serde_json::to_value(protocol).unwrap(), name);
+        }
+        assert!(matches!("bios".parse::<BootProtocol>(), Err(Error::BootProtocol { .. })));
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        let mut json = serde_json::to_value(config()).unwrap();
+        json["surprise"] = 1.into();
+        assert!(serde_json::from_value::<MachineConfig>(json).is_err());
+    }
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!(mib(8 << 20), "8 MiB");
+        assert_eq!(mib((8 << 20) + (1 << 19)), "8.5 MiB");
+        assert_eq!(mib(12), "12 bytes");
+    }
+}

@@ -1,0 +1,425 @@
+//! The devices of a machine and where they are wired to.
+
+mod hvt;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+
+use mvm_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonError};
+use mvm_devices::virtio::block::{Block, BlockConfig, BlockError, Cache};
+use mvm_devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
+use mvm_devices::virtio::rng::{Rng, RngError};
+use mvm_devices::virtio::vsock::{Joined, Vsock, VsockConfig, VsockError};
+use mvm_devices::virtio::{MmioTransport, VirtioDevice};
+use mvm_devices::{
+    Bus, BusError, DebugExit, EventLoop, EventLoopError, HypercallConfig, Hypercalls, IoApic,
+    IoApicPin, PostCode, PowerControl, PowerOff, Serial, SerialConfig, SerialInputError,
+    SystemControl, VmEvent,
+};
+
+pub(crate) use hvt::Guest as HvtGuest;
+
+use crate::boot::Attached;
+use crate::bus::VmSink;
+use crate::layout;
+use crate::wires::{Wire, Wired};
+use mvm_memory::GuestRam;
+
+/// Why the devices could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Two devices at one place.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The sockets between host and guest cannot be made.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// The entropy device cannot be made.
+    #[error(transparent)]
+    Rng(#[from] RngError),
+    /// The balloon cannot be made.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
+    /// The serial port has no input.
+    #[error(transparent)]
+    SerialInput(#[from] SerialInputError),
+    /// The virtio console cannot be made.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// The devices' thread cannot be made.
+    #[error(transparent)]
+    EventLoop(#[from] EventLoopError),
+    /// More virtio devices than places.
+    #[error("there are places for {} virtio devices", layout::MAX_VIRTIO_DEVICES)]
+    TooMany,
+    /// A Solo5 kernel demands a network device.
+    #[error(
+        "the kernel demands the network device {name:?}; there is no network for Solo5's guests yet"
+    )]
+    NoNetwork {
+        /// What the kernel calls it.
+        name: String,
+    },
+    /// A Solo5 kernel demands a block device.
+    #[error("the kernel demands the block device {name:?}, and there is no disk for it: give one")]
+    NoDisk {
+        /// What the kernel calls it.
+        name: String,
+    },
+    /// A disk cannot be used.
+    #[error("cannot use a disk of the guest: {0}")]
+    HypercallDisk(#[source] io::Error),
+    /// A disk is too small.
+    #[error("the disk for device {handle} of the kernel's manifest has less than 512 bytes")]
+    EmptyDisk {
+        /// The device's place in the manifest.
+        handle: u64,
+    },
+    /// An interrupt that does not exist.
+    #[error("there is no interrupt {0}")]
+    NoInterrupt(u32),
+}
+
+/// A block device.
+#[derive(Debug)]
+pub struct Disk {
+    /// Raw image or block device of the host; `None` for a slot that is empty for now.
+    pub file: Option<File>,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Serial number shown to the guest.
+    pub serial: String,
+}
+
+/// Sockets between host and guest.
+#[derive(Debug)]
+pub struct Sockets {
+    /// Context id of the guest.
+    pub cid: u64,
+    /// Where host processes ask for connections to the guest.
+    pub listener: Option<UnixListener>,
+    /// Ports that the guest may dial, once each, and the stream that it is joined to.
+    pub guest_ports: Vec<(u32, UnixStream)>,
+}
+
+/// A console besides the serial port, the guest's `/dev/hvc0`.
+#[derive(Debug, Default)]
+pub struct VirtioConsole {
+    /// Where output goes; made non-blocking. The guest waits while it takes nothing.
+    pub output: Option<OwnedFd>,
+    /// Where input comes from; made non-blocking.
+    pub input: Option<OwnedFd>,
+}
+
+/// What the devices are made from.
+pub(crate) struct Parts {
+    /// Where the serial console's output goes.
+    pub console: Box<dyn Write + Send>,
+    /// Bytes of it that are kept.
+    pub console_ring: usize,
+    /// What is typed at it.
+    pub console_input: Option<OwnedFd>,
+    /// A second console.
+    pub virtio_console: Option<VirtioConsole>,
+    /// Block devices in the order of their names in the guest.
+    pub disks: Vec<Disk>,
+    /// Sockets between host and guest.
+    pub vsock: Option<Sockets>,
+    /// Told when the guest has dialled one of its ports.
+    pub on_hello: Joined,
+    /// Told about resets.
+    pub on_event: mvm_devices::EventSink,
+}
+
+/// What of them is for the devices behind a thread of events.
+struct VirtioParts {
+    console_ring: usize,
+    console_input: Option<OwnedFd>,
+    virtio_console: Option<VirtioConsole>,
+    disks: Vec<Disk>,
+    vsock: Option<Sockets>,
+    on_hello: Joined,
+}
+
+/// The devices of a machine.
+#[derive(Debug)]
+pub(crate) struct Devices {
+    pub ioapic: Arc<IoApic>,
+    pub sink: Arc<VmSink>,
+    pub serial: Arc<Serial>,
+    /// In the order of their register windows and interrupts.
+    pub virtio: Wired,
+    pub blocks: Vec<Arc<Block>>,
+    pub vsock: Option<Arc<Vsock>>,
+    pub rng: Option<Arc<Rng>>,
+    pub balloon: Option<Arc<Balloon>>,
+    pub console: Option<Arc<Console>>,
+    /// What a Solo5 guest has in place of all but the console.
+    pub hypercalls: Option<Arc<Hypercalls>>,
+    /// The thread on which all but the block devices wait.
+    events: Option<EventLoop>,
+}
+
+impl Devices {
+    /// Makes all devices and places them on a bus; `hvt` makes them those of a Solo5 guest.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn build(
+        parts: Parts,
+        hvt: Option<hvt::Guest<'_>>,
+        ram: &GuestRam,
+    ) -> Result<(Self, Bus), Error> {
+        let mut bus = Bus::new();
+        let sink = Arc::new(VmSink::default());
+        let ioapic = IoApic::new(sink.clone());
+        let config = SerialConfig { output: parts.console, tail: parts.console_ring };
+        let serial = Serial::new(Arc::new(pin(&ioapic, layout::SERIAL_GSI)?), config);
+        bus.ports.insert("serial", layout::SERIAL_PORT, Serial::LEN, serial.clone())?;
+        let mut devices = Self {
+            ioapic,
+            sink,
+            serial,
+            virtio: Wired::default(),
+            blocks: Vec::new(),
+            vsock: None,
+            rng: None,
+            balloon: None,
+            console: None,
+            hypercalls: None,
+            events: None,
+        };
+        if let Some(guest) = hvt {
+            if parts.vsock.is_some() {
+                tracing::warn!("a Solo5 guest cannot use sockets to the host");
+            }
+            let config = HypercallConfig {
+                ram: ram.clone(),
+                console: devices.serial.clone(),
+                disks: hvt::assign(guest.manifest, parts.disks)?,
+                gate: guest.gate.clone(),
+                events: parts.on_event,
+            };
+            devices.hypercalls = Some(hvt::attach(config, &mut bus)?);
+        } else {
+            bus.memory.insert("ioapic", layout::IOAPIC, IoApic::LEN, devices.ioapic.clone())?;
+            place_ports(parts.on_event, &mut bus)?;
+            let virtio = VirtioParts {
+                console_ring: parts.console_ring,
+                console_input: parts.console_input,
+                virtio_console: parts.virtio_console,
+                disks: parts.disks,
+                vsock: parts.vsock,
+                on_hello: parts.on_hello,
+            };
+            devices.add_virtio_devices(virtio, ram, &mut bus)?;
+        }
+        Ok((devices, bus))
+    }
+
+    /// Disks, sockets, entropy, balloon, the second console.
+    fn add_virtio_devices(
+        &mut self,
+        parts: VirtioParts,
+        ram: &GuestRam,
+        bus: &mut Bus,
+    ) -> Result<(), Error> {
+        let events = EventLoop::start("mvm-devices")?;
+        if let Some(input) = parts.console_input {
+            self.serial.read_from(input, &events)?;
+        }
+        for (index, disk) in parts.disks.into_iter().enumerate() {
+            let block = Block::new(BlockConfig {
+                name: format!("mvm-block-{index}"),
+                serial: disk.serial,
+                read_only: disk.read_only,
+                cache: Cache::WriteBack,
+                file: disk.file,
+            })?;
+            self.blocks.push(block.clone());
+            self.add_virtio(block, ram, bus)?;
+        }
+        if let Some(sockets) = parts.vsock {
+            let vsock = open_vsock(sockets, &parts.on_hello, &events)?;
+            self.vsock = Some(vsock.clone());
+            self.add_virtio(vsock, ram, bus)?;
+        }
+        let rng = Rng::new("mvm-rng", &events)?;
+        self.rng = Some(rng.clone());
+        self.add_virtio(rng, ram, bus)?;
+        let config =
+            BalloonConfig { name: "mvm-balloon".into(), deflate_on_oom: true, reporting: true };
+        let balloon = Balloon::new(config, &events)?;
+        self.balloon = Some(balloon.clone());
+        self.add_virtio(balloon, ram, bus)?;
+        if let Some(VirtioConsole { output, input }) = parts.virtio_console {
+            let tail = parts.console_ring;
+            let config = ConsoleConfig { name: "mvm-console".into(), output, input, tail };
+            let console = Console::new(config, &events)?;
+            self.console = Some(console.clone());
+            self.add_virtio(console, ram, bus)?;
+        }
+        self.events = Some(events);
+        Ok(())
+    }
+
+    /// Gives `device` the next register window and interrupt.
+    fn add_virtio(
+        &mut self,
+        device: Arc<dyn VirtioDevice>,
+        ram: &GuestRam,
+        bus: &mut Bus,
+    ) -> Result<(), Error> {
+        let index = self.virtio.len() as u32;
+        if index >= layout::MAX_VIRTIO_DEVICES {
+            return Err(Error::TooMany);
+        }
+        let gsi = layout::virtio_gsi(index);
+        let wire = Wire::new(gsi, pin(&self.ioapic, gsi)?);
+        let name = device.name().to_owned();
+        let transport = MmioTransport::new(device, ram.clone(), wire.clone());
+        let at = layout::virtio_mmio(index);
+        bus.memory.insert(&name, at, layout::VIRTIO_MMIO_SIZE, transport.clone())?;
+        self.virtio.push(transport, wire);
+        Ok(())
+    }
+
+    /// What a Solo5 guest's block devices are.
+    pub fn attached(&self) -> Vec<Attached> {
+        let capacities = self.hypercalls.iter().flat_map(|h| h.capacities());
+        capacities.map(|(handle, capacity)| Attached { handle, capacity }).collect()
+    }
+
+    /// Stops the work on all queues, with the vCPUs stopped already.
+    pub fn pause(&self) {
+        self.virtio.transports().for_each(|v| v.device().pause());
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.virtio.transports().for_each(|v| v.device().resume());
+    }
+
+    /// What the devices count: name and value.
+    pub fn counters(&self) -> Vec<(String, u64)> {
+        let mut counters = vec![("serial.written".to_owned(), self.serial.written())];
+        for transport in self.virtio.transports() {
+            let name = transport.device().name();
+            let link = transport.link();
+            counters.push((format!("{name}.interrupts"), link.interrupts()));
+            counters.push((format!("{name}.failures"), link.failures()));
+        }
+        for (index, block) in self.blocks.iter().enumerate() {
+            let stats = block.stats();
+            let all = [
+                ("reads", stats.reads),
+                ("writes", stats.writes),
+                ("flushes", stats.flushes),
+                ("discards", stats.discards),
+                ("read_bytes", stats.read_bytes),
+                ("written_bytes", stats.written_bytes),
+                ("errors", stats.errors),
+            ];
+            counters.extend(all.map(|(key, n)| (format!("mvm-block-{index}.{key}"), n)));
+        }
+        if let Some(stats) = self.vsock.as_ref().map(|v| v.stats()) {
+            let all = [
+                ("connections", stats.connections),
+                ("packets_from_guest", stats.packets_from_guest),
+                ("packets_to_guest", stats.packets_to_guest),
+                ("bytes_from_guest", stats.bytes_from_guest),
+                ("bytes_to_guest", stats.bytes_to_guest),
+                ("dropped", stats.dropped),
+            ];
+            counters.extend(all.map(|(key, n)| (format!("mvm-vsock.{key}"), n)));
+        }
+        if let Some(stats) = self.console.as_ref().map(|c| c.stats()) {
+            let all =
+                [("output", stats.output), ("dropped", stats.dropped), ("input", stats.input)];
+            counters.extend(all.map(|(key, n)| (format!("mvm-console.{key}"), n)));
+        }
+        if let Some(rng) = &self.rng {
+            counters.push(("mvm-rng.given".into(), rng.given()));
+        }
+        if let Some(balloon) = self.balloon.as_ref().map(|b| b.stats()) {
+            counters.push(("mvm-balloon.target".into(), balloon.target));
+            counters.push(("mvm-balloon.actual".into(), balloon.actual));
+            counters.push(("mvm-balloon.inflated".into(), balloon.inflated));
+            counters.push(("mvm-balloon.reported".into(), balloon.reported));
+        }
+        if let Some(hypercalls) = &self.hypercalls {
+            let all = hypercalls.counters();
+            counters.extend(all.into_iter().map(|(name, n)| (format!("mvm-hvt.{name}"), n)));
+        }
+        counters
+    }
+
+    /// The end of what the guest has printed, as text.
+    pub fn console_tail(&self) -> String {
+        String::from_utf8_lossy(&self.serial.tail()).into_owned()
+    }
+}
+
+/// The ports that a PC's kernel expects without being told, and those by which it ends its machine.
+fn place_ports(events: mvm_devices::EventSink, bus: &mut Bus) -> Result<(), BusError> {
+    for (port, device) in SystemControl::ports(events.clone()) {
+        bus.ports.insert("system-control", port, 1, Arc::new(device))?;
+    }
+    bus.ports.insert("post-code", PostCode::PORT, 1, Arc::new(PostCode::default()))?;
+    let power = Arc::new(PowerControl::new(events.clone()));
+    bus.ports.insert("power-control", layout::POWER_PORT, PowerControl::LEN, power)?;
+    let exit = Arc::new(DebugExit::new(events.clone()));
+    bus.ports.insert("debug-exit", DebugExit::PORT, DebugExit::LEN, exit)?;
+    let off = Arc::new(PowerOff::exit(events.clone()));
+    bus.ports.insert("power-off", PowerOff::EXIT, PowerOff::EXIT_LEN, off)?;
+    let off = Arc::new(PowerOff::pm1_control(events));
+    bus.ports.insert("power-off", PowerOff::PM1_CONTROL, PowerOff::PM1_LEN, off)
+}
+
+fn open_vsock(
+    sockets: Sockets,
+    on_hello: &Joined,
+    events: &EventLoop,
+) -> Result<Arc<Vsock>, VsockError> {
+    let config = VsockConfig {
+        name: "mvm-vsock".into(),
+        guest_cid: sockets.cid,
+        listener: sockets.listener,
+    };
+    let vsock = Vsock::new(config, events)?;
+    for (port, stream) in sockets.guest_ports {
+        vsock.join(port, stream, on_hello.clone())?;
+    }
+    Ok(vsock)
+}
+
+/// The pin of interrupt `gsi`.
+fn pin(ioapic: &Arc<IoApic>, gsi: u32) -> Result<IoApicPin, Error> {
+    let pin = u8::try_from(gsi).ok().and_then(|pin| ioapic.pin(pin));
+    pin.ok_or(Error::NoInterrupt(gsi))
+}
+
+/// What a machine does when a device reports an event: it ends.
+pub(crate) fn end_reason(event: VmEvent) -> crate::EndReason {
+    match event {
+        VmEvent::Reset => crate::EndReason::Reset,
+        VmEvent::PowerOff => crate::EndReason::PowerOff,
+        VmEvent::Halt { status, cookie } => crate::EndReason::GuestHalt { status, cookie },
+        VmEvent::BadHypercall { number, address, why } => crate::EndReason::BadHypercall {
+            fault: format!("number {number} with its arguments at {address:#x}: {why}"),
+        },
+        VmEvent::DebugExit(value) => crate::EndReason::DebugExit { status: value << 1 | 1 },
+    }
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parts").field("console_ring", &self.console_ring).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,22 @@
+//! The engines there are.
+
+use std::os::fd::OwnedFd;
+
+use mvm_engine::kvm::KvmEngine;
+use mvm_engine::{Engine, Error};
+
+/// The emulation engine.
+///
+/// # Errors
+/// The host refuses what it needs.
+pub fn emulation() -> Result<Box<dyn Engine>, Error> {
+    Ok(Box::new(mvm_emu::EmuEngine::new()?))
+}
+
+/// Hardware virtualization behind `device`, the open device of KVM.
+///
+/// # Errors
+/// What stands behind it cannot be used.
+pub fn kvm(device: OwnedFd) -> Result<Box<dyn Engine>, Error> {
+    Ok(Box::new(KvmEngine::from_device(device)?))
+}

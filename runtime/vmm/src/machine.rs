@@ -1,0 +1,357 @@
+//! A machine in this process: RAM, devices, vCPUs, from its parts to its end.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use mvm_devices::{DeviceStats, Gate};
+use mvm_engine::cpuid::{self, CpuModel};
+use mvm_engine::{Engine, EngineMetrics, Vm, VmConfig};
+use mvm_memory::GuestRam;
+use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
+
+use crate::boot::{self, CmdlineParts, Facts, Kernel};
+use crate::bus::MachineBus;
+use crate::config::{BootProtocol, CmdlineStyle};
+use crate::devices::{self, Devices, HvtGuest};
+use crate::events::{self, Events, Notifier};
+use crate::layout;
+use crate::monitor::protocol::Phase;
+use crate::outcome::{EndReason, Outcome};
+use crate::vcpu_thread::{Control, VcpuThreads};
+use crate::wires;
+
+pub use crate::boot::Section;
+pub use crate::devices::{Disk, Sockets, VirtioConsole};
+
+/// How long the vCPUs have for coming to a stop: far more than one instruction or one host write
+/// takes, even on a crowded host.
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No guest RAM.
+    #[error(transparent)]
+    Memory(#[from] mvm_memory::Error),
+    /// Kernel, initramfs or command line cannot be used.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// A device cannot be made.
+    #[error(transparent)]
+    Devices(#[from] devices::Error),
+    /// The engine refuses.
+    #[error(transparent)]
+    Engine(#[from] mvm_engine::Error),
+    /// A device cannot be attached to the engine.
+    #[error(transparent)]
+    Wires(#[from] wires::Error),
+    /// The host refuses a thread or a descriptor.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The processor asked for is more than what there is.
+    #[error(
+        "--cpu {model}: engine {engine} cannot show {} on this host; leave --cpu out to get what there is",
+        lacking.join(", ")
+    )]
+    Cpu {
+        /// The model asked for.
+        model: CpuModel,
+        /// Name of the engine.
+        engine: &'static str,
+        /// Features that are not there, by Linux' names.
+        lacking: Vec<&'static str>,
+    },
+    /// The vCPUs did not come to a stop.
+    #[error("the vCPUs did not stop within {} seconds", STOP_DEADLINE.as_secs())]
+    DoesNotStop,
+}
+
+/// What a machine is made from, with everything open.
+pub struct Parts {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// The processor that the guest sees; `None` for the most that engine and host have in common.
+    pub cpu: Option<CpuModel>,
+    /// Guest RAM in bytes.
+    pub memory: u64,
+    /// The kernel's file.
+    pub kernel: Section,
+    /// How it is entered.
+    pub boot: BootProtocol,
+    /// The initramfs, or the first module of a kernel that has modules.
+    pub initramfs: Option<Section>,
+    /// The user's part of the kernel command line.
+    pub cmdline: String,
+    /// What the command line holds besides it.
+    pub cmdline_style: CmdlineStyle,
+    /// Let the kernel tell of its progress.
+    pub verbose: bool,
+    /// Block devices in the order of their names in the guest (`/dev/vda`, ...).
+    pub disks: Vec<Disk>,
+    /// Sockets between host and guest.
+    pub vsock: Option<Sockets>,
+    /// Where the serial console's output goes. Must not block for long: the guest waits.
+    pub console: Box<dyn Write + Send>,
+    /// Bytes of console output kept for the [`Outcome`].
+    pub console_ring: usize,
+    /// What is typed at the serial console; the open file is made non-blocking.
+    pub console_input: Option<OwnedFd>,
+    /// A second console, the guest's `/dev/hvc0`.
+    pub virtio_console: Option<VirtioConsole>,
+}
+
+impl Parts {
+    /// One vCPU, nothing but kernel and RAM, console output kept but shown nowhere.
+    pub fn new(memory: u64, kernel: Section) -> Self {
+        Self {
+            vcpus: 1,
+            cpu: None,
+            memory,
+            kernel,
+            boot: BootProtocol::Auto,
+            initramfs: None,
+            cmdline: String::new(),
+            cmdline_style: CmdlineStyle::Auto,
+            verbose: false,
+            disks: Vec::new(),
+            vsock: None,
+            console: Box::new(io::sink()),
+            console_ring: 16 * 1024,
+            console_input: None,
+            virtio_console: None,
+        }
+    }
+}
+
+/// A machine. Dropping it ends it.
+pub struct Machine {
+    vm: Arc<dyn Vm>,
+    ram: GuestRam,
+    devices: Devices,
+    bus: Arc<MachineBus>,
+    control: Arc<Control>,
+    threads: VcpuThreads,
+    notifier: Arc<Notifier>,
+    boot: BootProtocol,
+}
+
+impl Machine {
+    /// Makes a machine that is ready to run, and the channel on which it tells what happens.
+    ///
+    /// # Errors
+    /// [`Error`]; nothing is left behind.
+    pub fn new(engine: &dyn Engine, parts: Parts) -> Result<(Self, Events), Error> {
+        let host = |what| move |source| Error::Host { what, source };
+        let (notifier, events) = events::channel().map_err(host("eventfd"))?;
+        let notifier = Arc::new(notifier);
+        let kernel = Kernel::open(parts.kernel, parts.boot)?;
+        let boot = kernel.protocol();
+        let ram = GuestRam::new(&layout::ram_ranges(parts.memory))?;
+
+        // Devices come before the vCPUs that they end. They do not keep them: the vCPUs' kickers may
+        // keep the bus and so the devices.
+        let ending = Arc::new(OnceLock::<Weak<Control>>::new());
+        let on_event = {
+            let ending = ending.clone();
+            Arc::new(move |event| {
+                if let Some(control) = ending.get().and_then(Weak::upgrade) {
+                    control.end(devices::end_reason(event));
+                }
+            })
+        };
+        let device_parts = devices::Parts {
+            console: parts.console,
+            console_ring: parts.console_ring,
+            console_input: parts.console_input,
+            virtio_console: parts.virtio_console,
+            disks: parts.disks,
+            vsock: parts.vsock,
+            on_hello: Arc::new({
+                let notifier = notifier.clone();
+                move || notifier.phase(Phase::GuestHello)
+            }),
+            on_event,
+        };
+        let gate = Arc::new(Gate::new());
+        let hvt = kernel.manifest().map(|manifest| HvtGuest { manifest, gate: &gate });
+        let (devices, bus) = Devices::build(device_parts, hvt, &ram)?;
+        let bus = Arc::new(MachineBus::new(bus, devices.ioapic.clone(), notifier.clone()));
+
+        let cmdline = CmdlineParts {
+            style: kernel.cmdline_style(parts.cmdline_style),
+            verbose: parts.verbose,
+            high_memory: ram.regions().len() > 1,
+            virtio_devices: devices.virtio.len() as u32,
+            extra: &parts.cmdline,
+        };
+        let config = VmConfig {
+            vcpus: parts.vcpus,
+            cpu: parts.cpu.unwrap_or_default(),
+            ram: ram.clone(),
+            io: bus.clone(),
+        };
+        let vm = engine.create_vm(config)?;
+        if let Some(model) = parts.cpu {
+            check_model(engine, model, &*vm)?;
+        }
+        devices.sink.connect(&vm);
+        devices.virtio.attach(&*vm)?;
+        let attached = devices.attached();
+        let facts =
+            Facts { ram: &ram, vcpus: parts.vcpus, tsc_khz: vm.tsc_khz(), attached: &attached };
+        let entry = kernel.place(&facts, parts.initramfs, &cmdline)?;
+        let mut vcpus = Vec::new();
+        for index in 0..parts.vcpus {
+            let mut vcpu = vm.create_vcpu(index)?;
+            if index == 0 {
+                let mut state = vcpu.state()?;
+                entry.apply(&mut state);
+                vcpu.set_state(&state)?;
+            }
+            vcpus.push(vcpu);
+        }
+        let kicks = vcpus.iter().map(|v| v.kicker()).collect();
+        let control = Control::new(kicks, gate, notifier.clone());
+        ending.get_or_init(|| Arc::downgrade(&control));
+        let threads =
+            VcpuThreads::start(control.clone(), vcpus).map_err(host("start a vCPU thread"))?;
+        Ok((Self { vm, ram, devices, bus, control, threads, notifier, boot }, events))
+    }
+
+    /// Lets the vCPUs run, for the first time or after [`Machine::pause`].
+    pub fn start(&self) {
+        self.notifier.phase(Phase::KernelPlaced);
+        self.control.resume();
+    }
+
+    /// Stops the vCPUs between two instructions, and the devices.
+    ///
+    /// # Errors
+    /// [`Error::DoesNotStop`].
+    pub fn pause(&self) -> Result<(), Error> {
+        if !self.control.pause(Instant::now() + STOP_DEADLINE) {
+            return Err(Error::DoesNotStop);
+        }
+        self.devices.pause();
+        Ok(())
+    }
+
+    /// Lets vCPUs and devices go on.
+    pub fn resume(&self) {
+        self.devices.resume();
+        self.control.resume();
+    }
+
+    /// Ends the machine; [`EndReason`] is what the events tell unless it has ended already.
+    pub fn end(&self, reason: EndReason) {
+        self.control.end(reason);
+    }
+
+    /// Whether the vCPUs are meant to run.
+    pub fn is_running(&self) -> bool {
+        self.control.is_running()
+    }
+
+    /// Whether the machine has ended.
+    pub fn has_ended(&self) -> bool {
+        self.control.has_ended()
+    }
+
+    /// How its kernel was entered; never [`BootProtocol::Auto`].
+    pub fn boot_protocol(&self) -> BootProtocol {
+        self.boot
+    }
+
+    /// The end of what the guest has printed.
+    pub fn console_tail(&self) -> String {
+        self.devices.console_tail()
+    }
+
+    /// What the engine counts.
+    pub fn engine_metrics(&self) -> EngineMetrics {
+        self.vm.metrics()
+    }
+
+    /// Accesses that each device has answered: ports, then memory.
+    pub fn device_stats(&self) -> Vec<DeviceStats> {
+        let bus = self.bus.devices();
+        bus.ports.stats().into_iter().chain(bus.memory.stats()).collect()
+    }
+
+    /// What the devices count: name and value.
+    pub fn device_counters(&self) -> Vec<(String, u64)> {
+        self.devices.counters()
+    }
+
+    /// Processor time that each vCPU has used.
+    pub fn vcpu_times(&self) -> Vec<Duration> {
+        self.control.cpu_times()
+    }
+
+    /// Bytes of guest RAM that the host has pages for.
+    pub fn resident_ram(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let blocks = |file: &std::fs::File| file.metadata().map_or(0, |m| m.blocks());
+        let files = self.ram.memory().iter().filter_map(|r| r.file_offset());
+        files.map(|f| blocks(f.file()) * 512).sum()
+    }
+
+    /// Ends the machine if it has not ended, waits for its threads, and says how it went.
+    ///
+    /// `reason` is what [`MachineEvent::Ended`](crate::MachineEvent::Ended) told.
+    ///
+    /// # Errors
+    /// [`Error::DoesNotStop`].
+    pub fn finish(mut self, reason: EndReason) -> Result<Outcome, Error> {
+        if !self.threads.stop(Instant::now() + STOP_DEADLINE) {
+            return Err(Error::DoesNotStop);
+        }
+        Ok(Outcome { reason, console_tail: self.console_tail() })
+    }
+}
+
+/// Refuses to call `model` what shows less.
+fn check_model(engine: &dyn Engine, model: CpuModel, vm: &dyn Vm) -> Result<(), Error> {
+    let lacking = cpuid::lacking(model, &vm.cpuid(0));
+    if lacking.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Cpu { model, engine: engine.name(), lacking })
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if !self.threads.stop(Instant::now() + STOP_DEADLINE) {
+            tracing::error!("a vCPU does not stop; its thread is left behind");
+        }
+    }
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine").field("vm", &self.vm).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Parts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Parts")
+            .field("vcpus", &self.vcpus)
+            .field("memory", &self.memory)
+            .field("kernel", &self.kernel)
+            .field("initramfs", &self.initramfs)
+            .field("cmdline", &self.cmdline)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

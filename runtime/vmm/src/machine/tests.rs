@@ -1,0 +1,144 @@
+//! Machines on the mock engine: a script plays the guest.
+
+use std::sync::Mutex;
+
+use mvm_engine::mock::{MockEngine, Step};
+use mvm_engine::{GuestFault, VmExit};
+
+use super::*;
+use crate::MachineEvent;
+use crate::testing::{ElfBuilder, section};
+
+/// The smallest thing that is taken for a kernel: an ELF file with one byte at 1 MiB.
+fn kernel() -> Section {
+    section(&ElfBuilder::elf64(0x10_0000).load(0x10_0000, &[0xf4]).build()).unwrap()
+}
+
+fn out(port: u16, value: u8) -> Step {
+    Step::Do(Box::new(move |vm| vm.io.pio_write(port, &[value])))
+}
+
+fn machine(vcpus: u32, script: Vec<Step>) -> (Machine, Events) {
+    let parts = Parts { vcpus, ..Parts::new(32 << 20, kernel()) };
+    Machine::new(&MockEngine::new(script), parts).unwrap()
+}
+
+/// Runs to the end; the phases seen and the outcome.
+fn run(vcpus: u32, script: Vec<Step>) -> (Vec<Phase>, Outcome) {
+    let (machine, events) = machine(vcpus, script);
+    machine.start();
+    let mut phases = Vec::new();
+    loop {
+        match events.wait(Some(Duration::from_secs(20))).expect("an event") {
+            MachineEvent::Phase(mark) => phases.push(mark.phase),
+            MachineEvent::Ended(reason) => return (phases, machine.finish(reason).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_resets_ends_its_machine_with_its_last_words() {
+    let script = b"bye\n".iter().map(|&b| out(0x3f8, b)).chain([out(0x64, 0xfe)]).collect();
+    let (phases, outcome) = run(2, script);
+    assert_eq!(phases, [Phase::KernelPlaced, Phase::KernelUp]);
+    assert_eq!(outcome, Outcome { reason: EndReason::Reset, console_tail: "bye\n".into() });
+}
+
+#[test]
+fn every_way_to_die_is_told_apart() {
+    let fault = || Box::new(GuestFault { reason: "boom".into(), rip: 0x77, ..Default::default() });
+    let end = |exit| run(1, vec![Step::Exit(exit)]).1.reason;
+    let EndReason::TripleFault { fault: text } = end(VmExit::TripleFault(fault())) else {
+        panic!("no triple fault");
+    };
+    assert!(text.contains("boom at rip 0x77"), "{text}");
+    assert!(matches!(end(VmExit::InternalError(fault())), EndReason::EngineFailed { .. }));
+    assert_eq!(end(VmExit::HaltedForever), EndReason::HaltedForever);
+    assert_eq!(run(1, vec![out(0xf4, 3)]).1.reason, EndReason::DebugExit { status: 7 });
+    assert_eq!(run(2, vec![out(0x600, 0x34)]).1.reason, EndReason::PowerOff);
+    assert_eq!(run(2, vec![out(0x602, 1)]).1.reason, EndReason::Reset);
+}
+
+#[test]
+fn a_panic_of_the_engine_ends_the_machine_and_not_the_process() {
+    let script = vec![Step::Do(Box::new(|_| panic!("a bug")))];
+    let EndReason::EngineFailed { fault } = run(2, script).1.reason else { panic!("no failure") };
+    assert!(fault.contains("a bug"), "{fault}");
+}
+
+#[test]
+fn a_machine_stands_still_while_paused() {
+    let count = Arc::new(Mutex::new(0));
+    let step = || {
+        let count = count.clone();
+        // The mock's run plays its whole script; the last step waits for a kick.
+        Step::Do(Box::new(move |_| *count.lock().unwrap() += 1))
+    };
+    let script = vec![step(), Step::Exit(VmExit::Kicked), step()];
+    let (machine, events) = machine(2, script);
+    machine.pause().unwrap();
+    assert_eq!(*count.lock().unwrap(), 0, "it never ran");
+    machine.start();
+    while *count.lock().unwrap() < 2 {
+        std::thread::yield_now();
+    }
+    machine.pause().unwrap();
+    machine.pause().unwrap();
+    assert!(!machine.is_running());
+    machine.resume();
+    assert!(machine.is_running());
+    machine.end(EndReason::Stopped);
+    machine.resume();
+    assert!(!machine.is_running(), "the end is final");
+    let last = std::iter::from_fn(|| events.wait(Some(Duration::from_secs(5))))
+        .find(|e| matches!(e, MachineEvent::Ended(_)));
+    assert_eq!(last, Some(MachineEvent::Ended(EndReason::Stopped)));
+    machine.finish(EndReason::Stopped).unwrap();
+}
+
+#[test]
+fn a_machine_that_is_dropped_takes_its_threads_and_devices_along() {
+    let emulated = || Machine::new(&mvm_emu::EmuEngine, Parts::new(32 << 20, kernel())).unwrap();
+    for (machine, events) in [machine(4, Vec::new()), emulated()] {
+        machine.start();
+        let control = Arc::downgrade(&machine.control);
+        let serial = Arc::downgrade(&machine.devices.serial);
+        drop(machine);
+        assert!(control.upgrade().is_none());
+        assert!(serial.upgrade().is_none());
+        assert!(matches!(events.try_next(), Some(MachineEvent::Phase(_))));
+    }
+}
+
+#[test]
+fn what_is_typed_at_the_console_reaches_the_guest() {
+    let (reader, mut typist) = io::pipe().unwrap();
+    typist.write_all(b"k").unwrap();
+    let echo = Step::Do(Box::new(|vm| {
+        let get = |port| {
+            let mut byte = [0];
+            vm.io.pio_read(port, &mut byte);
+            byte[0]
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while get(0x3fd) & 1 == 0 && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        vm.io.pio_write(0x3f8, &[get(0x3f8)]);
+        // Behind entropy and balloon there is a virtio console (device id 3).
+        let mut id = [0; 4];
+        vm.io.mmio_read(layout::virtio_mmio(2) + 8, &mut id);
+        vm.io.pio_write(0xf4, &id);
+    }));
+    let parts = Parts {
+        console_input: Some(reader.into()),
+        virtio_console: Some(VirtioConsole::default()),
+        ..Parts::new(32 << 20, kernel())
+    };
+    let (machine, events) = Machine::new(&MockEngine::new(vec![echo]), parts).unwrap();
+    machine.start();
+    let ended = std::iter::from_fn(|| events.wait(Some(Duration::from_secs(30))))
+        .find(|e| matches!(e, MachineEvent::Ended(_)));
+    assert_eq!(ended, Some(MachineEvent::Ended(EndReason::DebugExit { status: 7 })));
+    assert_eq!(machine.console_tail(), "k");
+}

@@ -1,0 +1,275 @@
+//! The control socket's server: many clients, none of which can hold up the monitor.
+//!
+//! Connections are never waited for: what can be read is read, what can be written is written, and
+//! a client that makes no progress is dropped. One request is under way per connection.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags};
+
+use super::protocol::{Request, Response};
+
+/// Most clients at a time; a further one takes the place of the one that was silent longest.
+const MAX_CLIENTS: usize = 16;
+
+/// Longest request in bytes.
+const MAX_REQUEST: usize = 4096;
+
+/// How long a client may leave an answer unread, or a request half-written.
+const PROGRESS_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Answers requests.
+pub(super) trait Answerer {
+    /// Carries out `request`.
+    fn answer(&self, request: Request) -> Response;
+}
+
+/// The server. Without a listener it serves nobody.
+#[derive(Debug)]
+pub(super) struct Server {
+    listener: Option<UnixListener>,
+    clients: Vec<Client>,
+}
+
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    /// When it last got on.
+    progress: Instant,
+    gone: bool,
+}
+
+impl Server {
+    /// A server for `listener`.
+    pub fn new(listener: Option<UnixListener>) -> io::Result<Self> {
+        if let Some(listener) = &listener {
+            listener.set_nonblocking(true)?;
+        }
+        Ok(Self { listener, clients: Vec::new() })
+    }
+
+    /// Adds what the server waits for.
+    pub fn waits<'a>(&'a self, waits: &mut Vec<PollFd<'a>>) {
+        waits.extend(self.listener.iter().map(|l| PollFd::new(l.as_fd(), PollFlags::POLLIN)));
+        waits.extend(self.clients.iter().map(|client| {
+            let flags =
+                if client.output.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLOUT };
+            PollFd::new(client.stream.as_fd(), flags)
+        }));
+    }
+
+    /// How long until a client has to be given up.
+    pub fn next_deadline(&self) -> Option<Duration> {
+        let busy = self.clients.iter().filter(|c| c.is_busy());
+        busy.map(|c| PROGRESS_DEADLINE.saturating_sub(c.progress.elapsed())).min()
+    }
+
+    /// Does whatever can be done without waiting.
+    pub fn serve(&mut self, answerer: &dyn Answerer) {
+        self.accept();
+        for client in &mut self.clients {
+            client.serve(answerer);
+        }
+        self.clients.retain(|client| !client.gone);
+    }
+
+    fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        // A bounded number a time: the machine has its turn in between.
+        for _ in 0..MAX_CLIENTS {
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    // For instance out of descriptors: told once a call, the client tries again.
+                    tracing::warn!("control socket: {error}");
+                    return;
+                }
+            };
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            if self.clients.len() >= MAX_CLIENTS {
+                let oldest = (0..self.clients.len()).min_by_key(|&i| self.clients[i].progress);
+                oldest.map(|index| self.clients.swap_remove(index));
+            }
+            self.clients.push(Client {
+                stream,
+                input: Vec::new(),
+                output: Vec::new(),
+                progress: Instant::now(),
+                gone: false,
+            });
+        }
+    }
+}
+
+impl Client {
+    /// In the middle of a request or an answer.
+    fn is_busy(&self) -> bool {
+        !self.input.is_empty() || !self.output.is_empty()
+    }
+
+    fn serve(&mut self, answerer: &dyn Answerer) {
+        self.write();
+        if self.output.is_empty() && !self.gone {
+            self.read();
+            if let Some(end) = self.input.iter().position(|&b| b == b'\n') {
+                let line: Vec<u8> = self.input.drain(..=end).collect();
+                self.reply(answerer, &line);
+                self.write();
+            } else if self.input.len() >= MAX_REQUEST {
+                self.gone = true;
+            }
+        }
+        self.gone |= self.is_busy() && self.progress.elapsed() >= PROGRESS_DEADLINE;
+    }
+
+    fn reply(&mut self, answerer: &dyn Answerer, line: &[u8]) {
+        let response = match serde_json::from_slice(line) {
+            Ok(request) => answerer.answer(request),
+            Err(error) => Response::Error { message: format!("not understood: {error}") },
+        };
+        match serde_json::to_vec(&response) {
+            Ok(mut json) => {
+                json.push(b'\n');
+                self.output = json;
+            }
+            Err(_) => self.gone = true,
+        }
+    }
+
+    fn read(&mut self) {
+        let mut buf = [0; MAX_REQUEST];
+        let room = MAX_REQUEST - self.input.len().min(MAX_REQUEST);
+        if room == 0 {
+            return;
+        }
+        match self.stream.read(&mut buf[..room]) {
+            Ok(0) => self.gone = true,
+            Ok(n) => {
+                self.input.extend_from_slice(&buf[..n]);
+                self.progress = Instant::now();
+            }
+            Err(e) if retry(&e) => {}
+            Err(_) => self.gone = true,
+        }
+    }
+
+    fn write(&mut self) {
+        while !self.output.is_empty() && !self.gone {
+            match self.stream.write(&self.output) {
+                Ok(0) => self.gone = true,
+                Ok(n) => {
+                    self.output.drain(..n);
+                    self.progress = Instant::now();
+                }
+                Err(e) if retry(&e) => return,
+                Err(_) => self.gone = true,
+            }
+        }
+    }
+}
+
+fn retry(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::ControlClient;
+    use std::os::unix::net::SocketAddr;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    struct Long;
+    impl Answerer for Long {
+        fn answer(&self, request: Request) -> Response {
+            match request {
+                Request::ConsoleTail => Response::ConsoleTail { text: "x".repeat(900_000) },
+                Request::Stop => Response::Error { message: "no".into() },
+                _ => Response::Ok,
+            }
+        }
+    }
+
+    fn server() -> (Server, SocketAddr, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("control")).unwrap();
+        let address = listener.local_addr().unwrap();
+        (Server::new(Some(listener)).unwrap(), address, dir)
+    }
+
+    fn turn(server: &mut Server) {
+        for _ in 0..3 {
+            server.serve(&Long);
+        }
+    }
+
+    #[test]
+    fn clients_get_answers_however_long() {
+        let (mut server, address, _dir) = server();
+        let path = address.as_pathname().unwrap().to_owned();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut client = ControlClient::connect(&path, Duration::from_secs(10)).unwrap();
+                assert_eq!(client.request(&Request::Pause).unwrap(), Response::Ok);
+                let Ok(Response::ConsoleTail { text }) = client.request(&Request::ConsoleTail)
+                else {
+                    panic!("no tail");
+                };
+                assert_eq!(text.len(), 900_000);
+                assert!(client.stop().unwrap_err().to_string().contains("refused: no"));
+                done.store(true, Ordering::Release);
+            });
+            while !done.load(Ordering::Acquire) {
+                let mut waits = Vec::new();
+                server.waits(&mut waits);
+                nix::poll::poll(&mut waits, 20u8).unwrap();
+                server.serve(&Long);
+            }
+        });
+        turn(&mut server);
+        assert!(server.clients.is_empty());
+    }
+
+    #[test]
+    fn nonsense_gets_an_error_and_endless_lines_the_door() {
+        let (mut server, address, _dir) = server();
+        let mut client = UnixStream::connect_addr(&address).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        client.write_all(b"{\"request\":\"fly\"}\n").unwrap();
+        turn(&mut server);
+        let mut answer = [0; 512];
+        let n = client.read(&mut answer).unwrap();
+        assert!(String::from_utf8_lossy(&answer[..n]).contains("not understood"));
+        client.write_all(&[b'x'; MAX_REQUEST + 5]).unwrap();
+        turn(&mut server);
+        assert!(server.clients.is_empty());
+    }
+
+    #[test]
+    fn a_crowd_of_silent_clients_does_not_keep_others_out() {
+        let (mut server, address, _dir) = server();
+        let mut crowd = Vec::new();
+        for _ in 0..4 * MAX_CLIENTS {
+            crowd.push(UnixStream::connect_addr(&address).unwrap());
+            server.serve(&Long);
+        }
+        assert_eq!(server.clients.len(), MAX_CLIENTS);
+        let mut client = UnixStream::connect_addr(&address).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        client.write_all(b"{\"request\":\"resume\"}\n").unwrap();
+        turn(&mut server);
+        let mut answer = [0; 64];
+        let n = client.read(&mut answer).unwrap();
+        assert_eq!(&answer[..n], b"{\"response\":\"ok\"}\n");
+        assert!(server.next_deadline().is_none(), "silent ones between requests may stay");
+    }
+}

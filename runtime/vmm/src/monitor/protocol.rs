@@ -1,0 +1,164 @@
+//! What is said over the monitor's two sockets.
+//!
+//! * The **owner channel** is the socket pair between the monitor and the process that started it:
+//!   one config with its descriptors goes down ([`super::fds`]), [`Event`]s come up, each as one
+//!   length-prefixed JSON message. Its end of file is how either side learns that the other is
+//!   gone.
+//! * The **control socket** takes a [`Request`] a line and answers with a [`Response`] a line.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::BootProtocol;
+use crate::outcome::Outcome;
+
+/// What the monitor tells its owner.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+pub enum Event {
+    /// Which engine runs the guest.
+    Engine {
+        /// Its name.
+        name: String,
+        /// Why it is not hardware virtualization, if nothing else was asked for.
+        reason: Option<String>,
+    },
+    /// How the guest's kernel is entered, once that is known.
+    Boot {
+        /// Never [`BootProtocol::Auto`].
+        protocol: BootProtocol,
+    },
+    /// Something was reached.
+    Phase(PhaseMark),
+    /// The machine could not be started. Nothing of the guest has run.
+    Failed {
+        /// What happened, where, what to do.
+        message: String,
+    },
+    /// The machine ended. The last event.
+    Ended(Outcome),
+}
+
+/// A phase of a machine's life that was reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhaseMark {
+    /// Which.
+    pub phase: Phase,
+    /// When, in nanoseconds of the host's CLOCK_MONOTONIC: comparable between processes.
+    pub at_ns: u64,
+    /// CPU time that the monitor had used by then, all its threads together, in nanoseconds.
+    pub cpu_ns: u64,
+}
+
+/// Phases that the monitor sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// The monitor has read its config and descriptors.
+    Monitor,
+    /// Kernel and initramfs are in guest memory, the vCPUs start.
+    KernelPlaced,
+    /// The guest kernel looks for devices: the first access to a virtio device, or the first
+    /// character on the serial port if that comes before.
+    KernelUp,
+    /// The guest made its first connection to the host.
+    GuestHello,
+    /// The machine ended.
+    Ended,
+}
+
+/// What can be asked of a running machine. One line of JSON each.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "request")]
+pub enum Request {
+    /// Where it is.
+    Status,
+    /// Stops the vCPUs between two instructions.
+    Pause,
+    /// Lets them go on.
+    Resume,
+    /// What it costs.
+    Stats,
+    /// The last of the serial console.
+    ConsoleTail,
+    /// Ends the machine at once, without asking the guest.
+    Stop,
+}
+
+/// The answer to a [`Request`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "response")]
+pub enum Response {
+    /// Done.
+    Ok,
+    /// To [`Request::Status`].
+    Status(Status),
+    /// To [`Request::Stats`].
+    Stats(Stats),
+    /// To [`Request::ConsoleTail`].
+    ConsoleTail {
+        /// The text, bytes that are no UTF-8 replaced.
+        text: String,
+    },
+    /// The request was not understood or could not be carried out.
+    Error {
+        /// Why.
+        message: String,
+    },
+}
+
+/// Where a machine is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Its name.
+    pub id: String,
+    /// Process id of the monitor.
+    pub pid: u32,
+    /// Running or paused.
+    pub state: RunState,
+    /// Engine that runs it.
+    pub engine: String,
+    /// Why it is not hardware virtualization, if nothing else was asked for.
+    pub engine_reason: Option<String>,
+    /// How its kernel was entered; never [`BootProtocol::Auto`].
+    pub boot: BootProtocol,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest RAM in bytes.
+    pub memory: u64,
+    /// Phases reached so far.
+    pub phases: Vec<PhaseMark>,
+}
+
+/// Whether the vCPUs run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// They do.
+    Running,
+    /// They stand still.
+    Paused,
+    /// The machine has ended.
+    Ended,
+}
+
+/// What a machine costs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// What the engine counts: name and value. `fallback` is 1 if it stands in for hardware
+    /// virtualization.
+    pub engine: Vec<(String, u64)>,
+    /// What the devices count: name and value.
+    pub devices: Vec<(String, u64)>,
+    /// Memory of the monitor that is resident on the host, guest RAM included, in bytes.
+    pub resident: u64,
+    /// Guest RAM that the host has pages for, in bytes.
+    pub guest_resident: u64,
+    /// What engine and devices need for themselves, in bytes: private memory of the process.
+    pub overhead: u64,
+    /// Processor time used by the monitor.
+    pub cpu_time: Duration,
+    /// Processor time used by each vCPU thread.
+    pub vcpu_time: Vec<Duration>,
+}

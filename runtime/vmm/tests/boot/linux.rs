@@ -1,0 +1,59 @@
+//! Kernels that are entered by the Linux 64-bit boot protocol without being Linux.
+
+use iced_x86::code_asm::*;
+use mvm_vmm::Parts;
+use mvm_vmm::config::{BootProtocol, CmdlineStyle};
+use mvm_vmm::testing::{ElfBuilder, section};
+
+use crate::guest::*;
+
+/// Saves RSI, RFLAGS and CS, shows what it finds and exits.
+fn dumper() -> Vec<u8> {
+    let code = assemble(64, AT, |a| {
+        a.mov(qword_ptr(SAVED), rsi)?;
+        a.pushfq()?;
+        a.pop(rax)?;
+        a.mov(qword_ptr(SAVED + 8), rax)?;
+        a.mov(eax, cs)?;
+        a.mov(dword_ptr(SAVED + 16), eax)?;
+        dump(a)?;
+        exit(a, 0)
+    });
+    ElfBuilder::elf64(AT).load(AT, &code).build()
+}
+
+/// The command line as the zero page tells it.
+fn cmdline(dump: &Dump) -> String {
+    let page = dump.dword(SAVED);
+    let text = dump.text(dump.dword(page + 0x228));
+    assert_eq!(dump.dword(page + 0x238) as usize, text.len());
+    text
+}
+
+#[test]
+fn a_kernel_without_notes_finds_the_zero_page() {
+    let initramfs = Some(section(&[7; 5000]).unwrap());
+    let dump = run_dump(Parts { initramfs, ..parts(&dumper()) });
+    let page = dump.dword(SAVED);
+    assert_eq!(dump.qword(SAVED + 8) & 1 << 9, 0, "interrupts are off");
+    assert_eq!(dump.dword(SAVED + 16), 0x10, "__BOOT_CS");
+    assert_eq!(dump.bytes(page + 0x202)[..4], *b"HdrS");
+    assert_eq!(dump.dword(page + 0x218), (MEMORY - 0x2000) as u32);
+    assert_eq!(dump.dword(page + 0x21c), 5000);
+    assert_eq!(dump.bytes(page + 0x1e8)[0], 3, "entries of the memory map");
+}
+
+#[test]
+fn the_command_line_is_of_the_style_asked_for() {
+    let line = |style, words: &str| {
+        let boot = BootProtocol::Linux;
+        let cmdline_style = style;
+        let parts = Parts { boot, cmdline_style, cmdline: words.into(), ..parts(&dumper()) };
+        cmdline(&run_dump(parts))
+    };
+    // Entropy and balloon are in every machine.
+    let devices = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
+    assert_eq!(line(CmdlineStyle::Auto, "app x -- y"), format!("app x {devices} -- y"));
+    assert_eq!(line(CmdlineStyle::Bare, " app  x"), " app  x");
+    assert!(line(CmdlineStyle::Linux, "x").starts_with("console=ttyS0 "));
+}

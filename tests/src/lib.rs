@@ -1,0 +1,17 @@
+//! What the end-to-end tests share: a place for state, a way to run `mvm` with a deadline, and the
+//! same images as plain directories for comparison with the host.
+//!
+//! The tests want two variables, which `make` sets: `MVM`, the binary under test, and
+//! `MVM_TEST_IMAGES`, the directory of the image recipes' output.
+
+mod chroot;
+mod pty;
+mod run;
+mod running;
+mod world;
+
+pub use chroot::Chroot;
+pub use pty::Terminal;
+pub use run::{Finished, eventually, is_running, run_with};
+pub use running::Running;
+pub use world::World;

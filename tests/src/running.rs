@@ -1,0 +1,107 @@
+//! A program that is spoken to while it runs.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+
+use crate::Finished;
+use crate::run::code_of;
+
+/// Longer than anything that is not stuck takes, on a slow and busy machine.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// The program; it is killed after a while, so that every wait for it ends.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+    stderr: thread::JoinHandle<Vec<u8>>,
+    heard: Vec<u8>,
+    /// Dropped at its end.
+    ended: Option<mpsc::Sender<()>>,
+}
+
+impl Running {
+    /// Starts `command` without input.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn start(mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("a program");
+        let stdout = BufReader::new(child.stdout.take().expect("its output"));
+        let mut from = child.stderr.take().expect("its errors");
+        let stderr = thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let _ = from.read_to_end(&mut bytes);
+            bytes
+        });
+        let (ended, end) = mpsc::channel::<()>();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        thread::spawn(move || {
+            if end.recv_timeout(DEADLINE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let _ = kill(pid, Signal::SIGKILL);
+            }
+        });
+        Self { child, stdout, stderr, heard: Vec::new(), ended: Some(ended) }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// Waits for a line on its standard output that begins with `text`.
+    ///
+    /// # Panics
+    /// If it ends before.
+    #[track_caller]
+    pub fn wait_for(&mut self, text: &str) {
+        loop {
+            let begin = self.heard.len();
+            let n = self.stdout.read_until(b'\n', &mut self.heard).expect("its output");
+            assert!(n > 0, "it ended without {text:?}: {}", String::from_utf8_lossy(&self.heard));
+            if self.heard[begin..].starts_with(text.as_bytes()) {
+                return;
+            }
+        }
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// If it is gone.
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).expect("a program to be signalled");
+    }
+
+    /// Whether it has ended. It stays a process until [`Running::finish`].
+    ///
+    /// # Panics
+    /// If it cannot be waited for.
+    #[track_caller]
+    pub fn is_over(&self) -> bool {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        waitid(Id::Pid(self.pid()), flags).expect("a child") != WaitStatus::StillAlive
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// If it cannot be waited for.
+    #[track_caller]
+    pub fn finish(mut self) -> Finished {
+        let _ = self.stdout.read_to_end(&mut self.heard);
+        let status = self.child.wait().expect("its end");
+        drop(self.ended.take());
+        let stderr = self.stderr.join().unwrap_or_default();
+        Finished { code: code_of(status), stdout: self.heard, stderr }
+    }
+}
