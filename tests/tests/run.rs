@@ -332,7 +332,8 @@ fn entry_points_are_replaced_and_cleared() {
 
 #[test]
 fn init_reaps_what_others_leave() {
-    let script = "(sleep 0.1 &) ; sleep 0.5; ps -o stat,comm | grep -c '^Z'";
+    let script = "(true &); sleep 0.3; for i in $(seq 100); do n=$(ps -o stat,comm | grep -c '^Z'); \
+                  [ $n = 0 ] && break; sleep 0.1; done; echo $n";
     let run = world().mvm(&["run", "--rm", "--init", "busybox", "sh", "-c", script]);
     assert_eq!(run.out(), "0\n", "{}", run.err());
 }

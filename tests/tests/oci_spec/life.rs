@@ -39,12 +39,18 @@ fn signals_reach_the_first_process() {
     assert_eq!(running.finish().signal, 9);
 }
 
+/// Leaves ended processes to whoever collects orphans.
+const ORPHANS: &str = "for i in 1 2 3 4 5; do sh -c 'true & true & exit'; done";
+
+/// Writes how many are never collected, once they have had time to end.
+const ZOMBIES_LEFT: &str = "sleep 0.3; for i in $(seq 100); do n=$(grep -l '^State:.*Z' /proc/[0-9]*/status 2>/dev/null | wc -l); \
+                            [ $n = 0 ] && break; sleep 0.1; done; echo $n";
+
 #[test]
 fn the_agents_init_reaps_and_forwards() {
     // Orphans of an ended child: zombies if nobody collects them.
-    let orphans = "for i in 1 2 3 4 5; do sh -c 'true & true & exit'; done; sleep 0.3; echo $$; \
-                   grep -l '^State:.*Z' /proc/[0-9]*/status 2>/dev/null | wc -l";
-    let mut case = sh(orphans);
+    let orphans = format!("{ORPHANS}; echo $$; {ZOMBIES_LEFT}");
+    let mut case = sh(&orphans);
     case.init = true;
     let out = case.out();
     let lines: Vec<&str> = out.lines().collect();
@@ -68,9 +74,8 @@ fn the_agents_init_reaps_and_forwards() {
 
 #[test]
 fn orphans_without_a_process_id_namespace_are_reaped_by_the_agent() {
-    let script = "for i in 1 2 3; do sh -c 'true & true & exit'; done; sleep 0.3; \
-                  grep -l '^State:.*Z' /proc/[0-9]*/status 2>/dev/null | wc -l";
-    assert_eq!(sh(script).without_namespace("pid").out(), "0\n");
+    let script = format!("{ORPHANS}; {ZOMBIES_LEFT}");
+    assert_eq!(sh(&script).without_namespace("pid").out(), "0\n");
 }
 
 #[test]
