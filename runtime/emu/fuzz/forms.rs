@@ -120,6 +120,10 @@ fn reason(code: Code, bitness: u32, features: &HostFeatures) -> Option<Left> {
     }
     let mnemonic = code.mnemonic();
     match mnemonic {
+        // 0F 0D with a register: nothing on Intel's processors, undefined on AMD's.
+        M::Reservednop if format!("{code:?}").ends_with("_0F0D") => {
+            return Some(Left::Undetermined);
+        }
         M::Rdtsc | M::Rdtscp | M::Rdrand | M::Rdseed | M::Cpuid | M::Xgetbv | M::Rdpmc => {
             return Some(Left::Undetermined);
         }

@@ -1,7 +1,8 @@
 //! Integer arithmetic by the host's own instructions, flags included.
 //!
 //! Each function runs one instruction on values and returns the result with the flags it left. Where an
-//! instruction keeps some flags (or all, as a shift by zero does), the guest's are loaded first.
+//! instruction keeps some flags (or all, as a shift by zero does), the guest's are loaded first; so they are
+//! for multiplications, which leave those without a defined value alone on some processors.
 
 use std::arch::asm;
 
@@ -29,15 +30,15 @@ pub trait Alu: Int {
     fn rcl(self, count: u8, cc: Cc) -> (Self, Cc);
     fn rcr(self, count: u8, cc: Cc) -> (Self, Cc);
     /// MUL: low half, high half, flags.
-    fn mul(self, b: Self) -> (Self, Self, Cc);
+    fn mul(self, b: Self, cc: Cc) -> (Self, Self, Cc);
     /// One-operand IMUL: low half, high half, flags.
-    fn imul_wide(self, b: Self) -> (Self, Self, Cc);
+    fn imul_wide(self, b: Self, cc: Cc) -> (Self, Self, Cc);
 }
 
 /// Arithmetic that 8-bit operands have not.
 #[allow(missing_docs)]
 pub trait AluWide: Alu {
-    fn imul(self, b: Self) -> (Self, Cc);
+    fn imul(self, b: Self, cc: Cc) -> (Self, Cc);
     /// BSF: `self` is what stays if `b` is zero.
     fn bsf(self, b: Self, cc: Cc) -> (Self, Cc);
     fn bsr(self, b: Self, cc: Cc) -> (Self, Cc);
@@ -150,7 +151,8 @@ macro_rules! double_shift {
     };
 }
 
-macro_rules! scan {
+/// BSF, BSR and two-operand IMUL.
+macro_rules! with_flags {
     ($name:ident, $m:literal) => {
         #[inline(always)]
         fn $name(self, b: Self, cc: Cc) -> (Self, Cc) {
@@ -172,57 +174,38 @@ macro_rules! scan {
 }
 
 macro_rules! mul_byte {
-    ($m:literal, $ax:tt, $dx:tt) => {
+    ($name:ident, $instruction:literal, $m:literal, $ax:tt, $dx:tt) => {
         #[inline(always)]
-        fn mul(self, b: Self) -> (Self, Self, Cc) {
+        fn $name(self, b: Self, cc: Cc) -> (Self, Self, Cc) {
             let product: u16;
-            let cc: Cc;
+            let mut flags = cc;
             // SAFETY: computes on registers only.
             unsafe {
-                asm!("mul {b}", "mov {p:x}, ax", "lahf", "seto al",
-                    b = in(reg_byte) b, p = out(reg) product,
-                    inout("ax") u16::from(self) => cc, options(pure, nomem, nostack));
+                asm!("add al, 127", "sahf", "mov al, {a}", concat!($instruction, " {b}"),
+                    "mov {p:x}, ax", "lahf", "seto al",
+                    a = in(reg_byte) self, b = in(reg_byte) b, p = out(reg) product,
+                    inout("ax") flags, options(pure, nomem, nostack));
             }
-            (product as u8, (product >> 8) as u8, cc)
-        }
-        #[inline(always)]
-        fn imul_wide(self, b: Self) -> (Self, Self, Cc) {
-            let product: u16;
-            let cc: Cc;
-            // SAFETY: computes on registers only.
-            unsafe {
-                asm!("imul {b}", "mov {p:x}, ax", "lahf", "seto al",
-                    b = in(reg_byte) b, p = out(reg) product,
-                    inout("ax") u16::from(self) => cc, options(pure, nomem, nostack));
-            }
-            (product as u8, (product >> 8) as u8, cc)
+            (product as u8, (product >> 8) as u8, flags)
         }
     };
 }
 
 macro_rules! mul_pair {
-    ($m:literal, $ax:tt, $dx:tt) => {
+    ($name:ident, $instruction:literal, $m:literal, $ax:tt, $dx:tt) => {
         #[inline(always)]
-        fn mul(self, b: Self) -> (Self, Self, Cc) {
-            let (low, high, flags): (Self, Self, Self);
+        fn $name(self, b: Self, cc: Cc) -> (Self, Self, Cc) {
+            let (low, high): (Self, Self);
+            let mut flags = cc;
             // SAFETY: computes on registers only.
             unsafe {
-                asm!(concat!("mul {b", $m, "}"), concat!("mov {l", $m, "}, ", $ax), "lahf", "seto al",
-                    b = in(reg) b, l = out(reg) low, inout($ax) self => flags, out($dx) high,
-                    options(pure, nomem, nostack));
+                asm!("add al, 127", "sahf", concat!("mov ", $ax, ", {a", $m, "}"),
+                    concat!($instruction, " {b", $m, "}"), concat!("mov {l", $m, "}, ", $ax),
+                    "lahf", "seto al",
+                    a = in(reg) self, b = in(reg) b, l = out(reg) low, inout("ax") flags,
+                    out($dx) high, options(pure, nomem, nostack));
             }
-            (low, high, flags as Cc)
-        }
-        #[inline(always)]
-        fn imul_wide(self, b: Self) -> (Self, Self, Cc) {
-            let (low, high, flags): (Self, Self, Self);
-            // SAFETY: computes on registers only.
-            unsafe {
-                asm!(concat!("imul {b", $m, "}"), concat!("mov {l", $m, "}, ", $ax), "lahf", "seto al",
-                    b = in(reg) b, l = out(reg) low, inout($ax) self => flags, out($dx) high,
-                    options(pure, nomem, nostack));
-            }
-            (low, high, flags as Cc)
+            (low, high, flags)
         }
     };
 }
@@ -257,7 +240,8 @@ macro_rules! alu {
                 }
                 (d, cc)
             }
-            $mul!($m, $ax, $dx);
+            $mul!(mul, "mul", $m, $ax, $dx);
+            $mul!(imul_wide, "imul", $m, $ax, $dx);
         }
     };
 }
@@ -265,9 +249,9 @@ macro_rules! alu {
 macro_rules! wide {
     ($t:ty, $m:literal) => {
         impl AluWide for $t {
-            binary!(imul, reg, $m);
-            scan!(bsf, $m);
-            scan!(bsr, $m);
+            with_flags!(imul, $m);
+            with_flags!(bsf, $m);
+            with_flags!(bsr, $m);
             double_shift!(shld, $m);
             double_shift!(shrd, $m);
         }

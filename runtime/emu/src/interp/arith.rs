@@ -192,7 +192,7 @@ pub fn double_m<T: AluWide, const RIGHT: bool>(cpu: &mut Cpu, op: &Op, _: &Block
 }
 
 pub fn imul_rr<T: AluWide>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    let (r, flags) = cpu.get::<T>(op.dst).imul(cpu.get(op.src));
+    let (r, flags) = cpu.get::<T>(op.dst).imul(cpu.get(op.src), cpu.cc);
     cpu.cc = flags;
     cpu.set(op.dst, r);
     Flow::Next
@@ -200,14 +200,14 @@ pub fn imul_rr<T: AluWide>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 
 pub fn imul_rm<T: AluWide>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     let b = or_raise!(cpu, cpu.load::<T>(op));
-    let (r, flags) = cpu.get::<T>(op.dst).imul(b);
+    let (r, flags) = cpu.get::<T>(op.dst).imul(b, cpu.cc);
     cpu.cc = flags;
     cpu.set(op.dst, r);
     Flow::Next
 }
 
 pub fn imul_rri<T: AluWide>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    let (r, flags) = cpu.get::<T>(op.src).imul(T::truncate(op.imm));
+    let (r, flags) = cpu.get::<T>(op.src).imul(T::truncate(op.imm), cpu.cc);
     cpu.cc = flags;
     cpu.set(op.dst, r);
     Flow::Next
@@ -215,7 +215,7 @@ pub fn imul_rri<T: AluWide>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 
 pub fn imul_rmi<T: AluWide>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     let a = or_raise!(cpu, cpu.load::<T>(op));
-    let (r, flags) = a.imul(T::truncate(op.imm));
+    let (r, flags) = a.imul(T::truncate(op.imm), cpu.cc);
     cpu.cc = flags;
     cpu.set(op.dst, r);
     Flow::Next
@@ -244,7 +244,8 @@ pub fn wide_m<T: Alu, const K: u8>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 fn wide_op<T: Alu, const K: u8>(cpu: &mut Cpu, b: T) -> Flow {
     if K == wide::MUL || K == wide::IMUL {
         let a = T::truncate(cpu.gpr[0]);
-        let (low, high, flags) = if K == wide::MUL { a.mul(b) } else { a.imul_wide(b) };
+        let (low, high, flags) =
+            if K == wide::MUL { a.mul(b, cpu.cc) } else { a.imul_wide(b, cpu.cc) };
         set_pair(cpu, low, high);
         cpu.cc = flags;
         return Flow::Next;
