@@ -6,6 +6,7 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use virtio_drivers::device::blk::VirtIOBlk;
+use virtio_drivers::device::rng::VirtIORng;
 use virtio_drivers::transport::mmio::MmioTransport;
 use virtio_drivers::transport::{DeviceType, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
@@ -15,22 +16,41 @@ pub use virtio_drivers::device::blk::SECTOR_SIZE as SECTOR;
 /// A disk.
 pub type Disk = VirtIOBlk<Identity, MmioTransport<'static>>;
 
+/// A source of entropy.
+pub type Entropy = VirtIORng<Identity, MmioTransport<'static>>;
+
 /// The disks of this machine.
 pub fn disks(cmdline: &'static str) -> impl Iterator<Item = Disk> {
-    let words = cmdline.split_ascii_whitespace();
-    words.filter_map(|word| word.strip_prefix("virtio_mmio.device=")).filter_map(disk)
+    devices(cmdline, DeviceType::Block).filter_map(|(device, _)| Disk::new(device).ok())
 }
 
-/// The device at `SIZE@ADDRESS:IRQ`, if it is a disk.
-fn disk(place: &str) -> Option<Disk> {
+/// The first source of entropy of this machine, and its interrupt.
+pub fn entropy(cmdline: &'static str) -> Option<(Entropy, u32)> {
+    let mut found = devices(cmdline, DeviceType::EntropySource);
+    found.find_map(|(device, irq)| Some((Entropy::new(device).ok()?, irq)))
+}
+
+/// The devices of a type, and the interrupt of each.
+fn devices(
+    cmdline: &'static str,
+    wanted: DeviceType,
+) -> impl Iterator<Item = (MmioTransport<'static>, u32)> {
+    let words = cmdline.split_ascii_whitespace();
+    let places = words.filter_map(|word| word.strip_prefix("virtio_mmio.device="));
+    places.filter_map(device).filter(move |(device, _)| device.device_type() == wanted)
+}
+
+/// The device at `SIZE@ADDRESS:IRQ`.
+fn device(place: &str) -> Option<(MmioTransport<'static>, u32)> {
     let (size, rest) = place.split_once('@')?;
-    let address = rest.split(':').next()?.strip_prefix("0x")?;
-    let address = usize::from_str_radix(address, 16).ok()?;
+    let mut rest = rest.split(':');
+    let address = usize::from_str_radix(rest.next()?.strip_prefix("0x")?, 16).ok()?;
+    let irq = rest.next()?.parse().ok()?;
     let (size, unit) = size.strip_suffix('K').map_or((size, 1), |size| (size, 1024));
     let size = size.parse::<usize>().ok()?.checked_mul(unit)?;
     // SAFETY: the command line says so, and devices are mapped.
     let transport = unsafe { MmioTransport::new(NonNull::new(address as *mut _)?, size).ok()? };
-    (transport.device_type() == DeviceType::Block).then(|| Disk::new(transport).ok())?
+    Some((transport, irq))
 }
 
 /// Memory for queues; what is taken is not given back.
