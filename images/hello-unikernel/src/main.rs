@@ -120,8 +120,7 @@ fn doorbell(boot: &BootInfo, times: u32) {
     let first = ring0::interrupts();
     for time in 0..times {
         let mut bytes = [0; 16];
-        entropy.request_entropy(&mut bytes).expect("cannot have entropy");
-        ring0::wait_interrupt(first + u64::from(time));
+        entropy.fill(&mut bytes, || ring0::wait_interrupt(first + u64::from(time)));
     }
     interrupts::enable(irq, false);
     println!("doorbell: {times} requests, {} interrupts", ring0::interrupts() - first);

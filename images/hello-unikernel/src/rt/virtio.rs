@@ -6,9 +6,9 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use virtio_drivers::device::blk::VirtIOBlk;
-use virtio_drivers::device::rng::VirtIORng;
+use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::mmio::MmioTransport;
-use virtio_drivers::transport::{DeviceType, Transport};
+use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
 pub use virtio_drivers::device::blk::SECTOR_SIZE as SECTOR;
@@ -16,8 +16,43 @@ pub use virtio_drivers::device::blk::SECTOR_SIZE as SECTOR;
 /// A disk.
 pub type Disk = VirtIOBlk<Identity, MmioTransport<'static>>;
 
-/// A source of entropy.
-pub type Entropy = VirtIORng<Identity, MmioTransport<'static>>;
+/// A source of entropy, which tells by an interrupt that it has given some. (The crate's own driver only looks.)
+pub struct Entropy {
+    transport: MmioTransport<'static>,
+    queue: VirtQueue<Identity, 8>,
+}
+
+impl Entropy {
+    /// Initialises the device (virtio 1.2, 3.1.1). Without the feature `EVENT_IDX` every buffer used is an
+    /// interrupt, however fast the driver has seen it.
+    fn new(mut transport: MmioTransport<'static>) -> Option<Self> {
+        const VERSION_1: u64 = 1 << 32;
+        let begun = DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER;
+        transport.set_status(DeviceStatus::empty());
+        transport.set_status(begun);
+        let features = transport.read_device_features() & VERSION_1;
+        transport.write_driver_features(features);
+        transport.set_status(begun | DeviceStatus::FEATURES_OK);
+        let queue = VirtQueue::new(&mut transport, 0, false, false).ok()?;
+        transport.finish_init();
+        Some(Self { transport, queue })
+    }
+
+    /// Has `bytes` filled; `wait` returns when there was an interrupt.
+    pub fn fill(&mut self, bytes: &mut [u8], wait: impl FnOnce()) {
+        // SAFETY: it stays where it is until it has been taken back below.
+        let token = unsafe { self.queue.add(&[], &mut [bytes]) }.expect("the queue is empty");
+        if self.queue.should_notify() {
+            self.transport.notify(0);
+        }
+        wait();
+        while !self.queue.can_pop() {
+            core::hint::spin_loop();
+        }
+        // SAFETY: the buffer of `add`.
+        unsafe { self.queue.pop_used(token, &[], &mut [bytes]) }.expect("it was used");
+    }
+}
 
 /// The disks of this machine.
 pub fn disks(cmdline: &'static str) -> impl Iterator<Item = Disk> {
@@ -27,7 +62,7 @@ pub fn disks(cmdline: &'static str) -> impl Iterator<Item = Disk> {
 /// The first source of entropy of this machine, and its interrupt.
 pub fn entropy(cmdline: &'static str) -> Option<(Entropy, u32)> {
     let mut found = devices(cmdline, DeviceType::EntropySource);
-    found.find_map(|(device, irq)| Some((Entropy::new(device).ok()?, irq)))
+    found.find_map(|(device, irq)| Some((Entropy::new(device)?, irq)))
 }
 
 /// The devices of a type, and the interrupt of each.
