@@ -6,6 +6,7 @@
 mod boot;
 mod ebench;
 mod qemu;
+mod start;
 mod stats;
 
 use std::env;
@@ -14,6 +15,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use mvm_tests::World;
+
+/// Starts of the unikernel: each is short.
+const STARTS: usize = 21;
 
 /// What the command line chooses.
 #[derive(Debug, Default)]
@@ -62,6 +66,7 @@ fn main() -> ExitCode {
     }
     let mut figures = serde_json::Map::new();
     if options.only.is_empty() {
+        figures.insert("unikernel".into(), start::measure(&world, STARTS.max(options.runs)));
         figures.insert("boot".into(), boot::measure(&world, qemu.as_ref(), options.runs));
     }
     figures.insert(
