@@ -89,7 +89,7 @@ test-full: test
 	images/debian/build.sh $(BUILD)/debian-full.tar full
 	$(PLAIN) MVM=$(MVM) MVM_TEST_IMAGES=$(BUILD) cargo test --release -p mvm-tests -- --test-threads 1 --ignored
 
-bench: mvm
+bench: mvm unikernel
 	$(STEP) "a busybox image" images/busybox/build.sh $(BUILD)/busybox.tar
 	env MVM=$(MVM) MVM_TEST_IMAGES=$(BUILD) cargo run --quiet --release -p mvm-tests --bin bench -- --json $(BUILD)/bench.json
 

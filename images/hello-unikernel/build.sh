@@ -33,4 +33,4 @@ binary=/hello-unikernel
 cmdline=hello
 LABELS
 printf '{%s}\n' "$encoded" >"$root/urunc.json"
-oci_pack "$root" "$image" hello-unikernel:latest "{\"Entrypoint\":[\"/hello-unikernel\"],\"Cmd\":[\"hello\"],\"Labels\":{$labels}}"
+oci_pack "$root" "$image" hello-unikernel:latest "{\"Cmd\":[\"hello\"],\"Labels\":{$labels}}"

@@ -127,3 +127,120 @@ fn a_reader_that_goes_away_ends_it() {
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().code(), Some(141));
 }
+
+#[test]
+fn what_is_typed_reaches_its_serial_port() {
+    // Far more than the port holds at a time.
+    let typed = "all that is typed, ".repeat(1000);
+    let input = format!("{typed}\u{4}and nothing after");
+    let echo = mvm_tests::run_with(
+        command(&["--rm", "-i"], &["echo"]),
+        input.as_bytes(),
+        Duration::from_secs(120),
+    );
+    let echo = echo.expect_code(0);
+    assert!(echo.out() == format!("echo: until Ctrl-D\n{typed}"), "{} bytes", echo.out().len());
+    assert_eq!(echo.err(), "");
+    // The end of the input is none of the guest's, and the guest's end does not wait for it.
+    run(&["--rm", "-i"], &["hello"]).expect_code(0);
+    let mut talk = command(&["--rm", "-i"], &["hello"]);
+    let (input, _open) = std::io::pipe().expect("a pipe");
+    let talk = talk.stdin(input).output().expect("mvm");
+    assert!(talk.status.success(), "{talk:?}");
+}
+
+#[test]
+fn a_guest_that_has_no_port_cannot_be_spoken_to() {
+    let world = World::small();
+    let kernel = world.root().join("hello.hvt");
+    let elf =
+        mvm_vmm::testing::ElfBuilder::elf64(0x10_0000).load(0x10_0000, &[0xfa, 0xf4]).solo5(1, &[]);
+    std::fs::write(&kernel, elf.build()).expect("a kernel");
+    let kernel = kernel.to_str().expect("UTF-8");
+    // By its kind, and by its file.
+    for kind in ["hvt", "rust"] {
+        let line =
+            ["run", "--rm", "--engine", "emu", "-i", "--unikernel", kind, "--kernel", kernel];
+        let refused = world.mvm(&line).expect_code(125);
+        let said = refused.err();
+        assert!(said.contains("has no input") || said.contains("nothing to type at"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
+
+#[test]
+fn an_image_of_it_runs_without_a_flag() {
+    let world = World::small();
+    let image = world.image_file("hello-unikernel");
+    let image = image.to_str().expect("UTF-8");
+    let run =
+        |args: &[&str]| world.mvm(&[&["run", "--rm", "--engine", "emu", image], args].concat());
+    let hello = run(&[]).expect_code(0);
+    assert!(hello.out().starts_with("Hello from a unikernel!\n"), "{}", hello.out());
+    assert_eq!(run(&["timer=1", "exit=2"]).expect_code(5).out(), "timer: 1 ticks\n");
+}
+
+#[test]
+fn multiboot_kernels_get_their_name_and_modules() {
+    let world = World::small();
+    // The second module's content is what it would print; it says how it was booted.
+    let module = world.root().join("env");
+    std::fs::write(&module, "A=b").expect("a module");
+    let module = module.to_str().expect("UTF-8");
+    let kernel = kernel();
+    let kernel = kernel.to_str().expect("UTF-8");
+    let line = [
+        "run",
+        "--rm",
+        "--engine",
+        "emu",
+        "--unikernel",
+        "multiboot",
+        "--kernel",
+        kernel,
+        "--initrd",
+    ];
+    let list = format!("{module} x=1,{module}");
+    let hello = world.mvm(&[&line[..], &[&list, "hello", "y"]].concat()).expect_code(0);
+    let booted = "booted by multiboot: hello-unikernel.elf hello y\n";
+    assert!(hello.out().contains(booted), "{}", hello.out());
+    let missing = format!("{module},/no/such/module");
+    let refused = world.mvm(&[&line[..], &[&missing]].concat()).expect_code(125);
+    assert!(refused.err().contains("/no/such/module"), "{}", refused.err());
+}
+
+/// Whether kvm runs the unikernel here. Where it does not a line says so.
+fn kvm_works() -> bool {
+    let flags = ["run", "--rm", "--engine", "kvm", "--unikernel", "rust"];
+    let mut hello = World::small().command(&flags);
+    let output = hello.arg("--kernel").arg(kernel()).output().expect("mvm");
+    if !output.status.success() {
+        eprintln!("skipped on kvm: {}", String::from_utf8_lossy(&output.stderr).trim_end());
+    }
+    output.status.success()
+}
+
+#[test]
+fn ten_thousand_doorbells_and_interrupts_are_no_exits_in_stats() {
+    if !kvm_works() {
+        return;
+    }
+    let world = World::small();
+    let kernel = kernel();
+    let kernel = kernel.to_str().expect("UTF-8");
+    // Numbers of the same length: as many bytes to print.
+    let exits = ["10000", "20000"].map(|times| {
+        let name = format!("doorbells-{times}");
+        let word = format!("doorbell={times}");
+        let fixed = ["run", "-d", "--engine", "kvm", "--unikernel", "rust", "--kernel", kernel];
+        world.mvm(&[&fixed[..], &["--name", &name, &word, "spin"]].concat()).expect_code(0);
+        let line = format!("doorbell: {times} requests, {times} interrupts\nspin\n");
+        eventually("its last word", || world.mvm(&["logs", &name]).out() == line);
+        let stats = world.mvm(&["stats", "--format", "json", &name]).expect_code(0).out();
+        world.mvm(&["rm", "-f", &name]).expect_code(0);
+        let stats: serde_json::Value = serde_json::from_str(&stats).expect("JSON");
+        assert_eq!(stats["devices"]["mvm-rng.interrupts"].to_string(), times);
+        stats["engine"]["vcpu0.exits"].as_u64().expect("exits")
+    });
+    assert_eq!(exits[0], exits[1], "what a doorbell or an interrupt costs");
+}

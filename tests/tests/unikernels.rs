@@ -57,6 +57,8 @@ struct Recipe<'a> {
     architecture: &'a str,
     config: Value,
     layer: Value,
+    /// Annotations of the manifest's descriptor, in the index.
+    descriptor: Value,
     files: &'a [(&'a str, &'a [u8])],
     link: Option<(&'a str, &'a str)>,
 }
@@ -64,7 +66,15 @@ struct Recipe<'a> {
 impl Default for Recipe<'_> {
     fn default() -> Self {
         let (os, architecture) = ("linux", "amd64");
-        Self { os, architecture, config: json!({}), layer: json!({}), files: &[], link: None }
+        Self {
+            os,
+            architecture,
+            config: json!({}),
+            layer: json!({}),
+            descriptor: json!({}),
+            files: &[],
+            link: None,
+        }
     }
 }
 
@@ -105,7 +115,8 @@ fn image(world: &World, name: &str, recipe: &Recipe<'_>) -> String {
         json!({"schemaVersion": 2, "mediaType": media_type, "config": config, "layers": [layer]});
     let mut manifest = blob(manifest.to_string().as_bytes(), media_type);
     manifest["platform"] = json!({"os": recipe.os, "architecture": recipe.architecture});
-    manifest["annotations"] = json!({"org.opencontainers.image.ref.name": name});
+    manifest["annotations"] = recipe.descriptor.clone();
+    manifest["annotations"]["org.opencontainers.image.ref.name"] = name.into();
     let index = json!({"schemaVersion": 2, "manifests": [manifest]});
     fs::write(layout.join("index.json"), index.to_string()).unwrap();
     fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
@@ -217,6 +228,18 @@ fn images_for_urunc_run_by_labels_and_by_their_file() {
     let labels = image(&world, "labels", &labels);
     assert_eq!(prints(&world, &labels, &[]), "app env.vars=[ \"A=b\" ] -- serve -p 80");
     assert_eq!(prints(&world, &labels, &["other"]), "app env.vars=[ \"A=b\" ] -- other");
+    let command = Recipe {
+        config: json!({
+            "Labels": keys("hermit", "/kernel", "not these"),
+            "Entrypoint": ["serve"],
+            "Cmd": ["-p", "80"],
+        }),
+        files: &[("/kernel", &kernel)],
+        ..Recipe::default()
+    };
+    let command = image(&world, "command", &command);
+    assert_eq!(prints(&world, &command, &[]), "-- serve -p 80");
+    assert_eq!(prints(&world, &command, &["-v"]), "-- serve -v");
 
     // "hermit", "qemu", "/unikernel/app", "serve".
     let json = keys("aGVybWl0", "L3VuaWtlcm5lbC9hcHA=", "c2VydmU=").to_string();
@@ -226,6 +249,13 @@ fn images_for_urunc_run_by_labels_and_by_their_file() {
         ..Recipe::default()
     };
     assert_eq!(prints(&world, &image(&world, "file", &file), &[]), "-- serve");
+
+    let index = Recipe {
+        descriptor: keys("hermit", "/kernel", "from the index"),
+        files: &[("/kernel", &kernel)],
+        ..Recipe::default()
+    };
+    assert_eq!(prints(&world, &image(&world, "index", &index), &[]), "-- from the index");
 }
 
 #[test]
@@ -264,7 +294,7 @@ fn what_only_linux_could_do_is_refused_for_images_too() {
     }});
     let recipe = Recipe { config, files: &[("/kernel", &kernel)], ..Recipe::default() };
     let image = image(&world, "image", &recipe);
-    for flag in ["--interactive", "--user=1", "--tmpfs=/x", "--cap-add=ALL", "--env=A=b"] {
+    for flag in ["--init", "--user=1", "--tmpfs=/x", "--cap-add=ALL", "--env=A=b"] {
         fails(&world, &[flag, &image], &[flag.split('=').next().unwrap(), "cannot hold"]);
     }
     fails(&world, &["--memory", "2m", &image], &["--memory 2m"]);

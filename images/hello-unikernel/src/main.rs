@@ -1,7 +1,7 @@
 //! A unikernel: no operating system, one program, one machine.
 //!
 //! The words of its command line say what it does, one after the other: `hello`, `compute=ROUNDS`,
-//! `timer=TICKS`, `smp`, `disk`, `echo`, `spin`, `halt`, `fault`, `trap`, and at the end `exit=VALUE`.
+//! `timer=TICKS`, `smp`, `disk`, `doorbell=TIMES`, `echo`, `spin`, `halt`, `fault`, `trap`, and at the end `exit=VALUE`.
 
 #![no_std]
 #![no_main]
@@ -12,7 +12,7 @@ mod rt;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use compute::Checksum;
-use rt::{BootInfo, Console, cpus, ring0, virtio};
+use rt::{BootInfo, Console, cpus, interrupts, ring0, virtio};
 
 /// The program: what it returns goes to the debug exit port, and 0 switches the machine off.
 fn main(boot: &BootInfo) -> u32 {
@@ -26,6 +26,7 @@ fn main(boot: &BootInfo) -> u32 {
             "timer" => timer(number),
             "smp" => smp(),
             "disk" => disk(boot),
+            "doorbell" => doorbell(boot, number),
             "echo" => echo(),
             "spin" => spin(),
             "halt" => ring0::halt(),
@@ -110,6 +111,19 @@ fn disk(boot: &BootInfo) {
             assert!(sector.starts_with(NOTE), "what was written does not come back");
         }
     }
+}
+
+/// Asks the entropy device for a few bytes, time after time, and waits for its interrupt each time.
+fn doorbell(boot: &BootInfo, times: u32) {
+    let (mut entropy, irq) = virtio::entropy(boot.cmdline).expect("there is no entropy device");
+    interrupts::enable(irq, true);
+    let first = ring0::interrupts();
+    for time in 0..times {
+        let mut bytes = [0; 16];
+        entropy.fill(&mut bytes, || ring0::wait_interrupt(first + u64::from(time)));
+    }
+    interrupts::enable(irq, false);
+    println!("doorbell: {times} requests, {} interrupts", ring0::interrupts() - first);
 }
 
 /// Sends back what is typed, up to the end-of-transmission character (Ctrl-D).

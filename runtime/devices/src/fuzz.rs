@@ -8,6 +8,7 @@ use std::sync::Arc;
 use mvm_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::fw_cfg::{self, FwCfg};
 use crate::testing::Guest;
 use crate::testing::hostile::{Bytewise, Choices, mischief, poke};
 use crate::virtio::VirtioDevice;
@@ -90,6 +91,39 @@ pub fn fuzz_hvt(data: &[u8]) {
             let _ = ram.memory().write_obj(word, GuestAddress(at + offset));
         }
         calls.write(choice >> 16 & 15, &(at as u32).to_le_bytes());
+    }
+}
+
+/// The firmware configuration device: its registers, and descriptors in guest memory.
+pub fn fuzz_fw_cfg(data: &[u8]) {
+    let Ok(ram) = GuestRam::new(&[(0, RAM)]) else { return };
+    let device = FwCfg::new(ram.clone());
+    device.item(fw_cfg::key::CMDLINE_DATA, b"a word\0".to_vec());
+    device.file("etc/file", vec![7; 9000]);
+    let mut choices = Bytewise(data);
+    while let Some(choice) = choices.draw() {
+        let near = [0, RAM - 8, RAM, u64::MAX - 8];
+        let near = |word: u64| near[word as usize % near.len()].wrapping_add(word >> 8 & 0xff);
+        let number = choice >> 8 & 0x3f;
+        match choice & 3 {
+            0 => device.read(choice >> 8 & 15, &mut [0; 8][..(choice >> 16) as usize % 9]),
+            1 => {
+                device.write(choice >> 8 & 15, &choice.to_le_bytes()[..(choice >> 16) as usize % 9])
+            }
+            2 => device.write(0, &(number as u16).to_le_bytes()),
+            _ => {
+                let (Some(length), Some(address)) = (choices.draw(), choices.draw()) else { break };
+                let (at, address) = (near(choice >> 16), near(address));
+                let control = (number << 16 | choice >> 32 & 0x1f) as u32;
+                let length =
+                    if length & 1 == 0 { length as u32 } else { (length >> 1) as u32 & 0x3fff };
+                let words =
+                    [&control.to_be_bytes()[..], &length.to_be_bytes(), &address.to_be_bytes()];
+                let _ = ram.memory().write_slice(&words.concat(), GuestAddress(at));
+                device.write(FwCfg::DMA, &((at >> 32) as u32).to_be_bytes());
+                device.write(FwCfg::DMA + 4, &(at as u32).to_be_bytes());
+            }
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 //!   engine; [`IoApic`] stands between the two.
 //! * [`Serial`], [`SystemControl`] and [`DebugExit`] are the few platform devices a guest expects
 //!   without discovery, [`PowerControl`] the one that ACPI needs.
+//! * [`fw_cfg`], [`Scratch`] and [`TestInterrupts`] are what kernels made for PC emulators look for.
 //! * [`virtio`] has the transport (virtio-mmio version 2) and the devices behind it.
 //! * [`Hypercalls`] is what Solo5's guests have in place of all that.
 //! * [`EventLoop`] is the one thread on which devices wait.
@@ -15,6 +16,7 @@
 mod bus;
 mod event_loop;
 mod events;
+pub mod fw_cfg;
 mod gate;
 mod hvt;
 mod ioapic;
@@ -36,5 +38,7 @@ pub use gate::{Gate, Passage};
 pub use hvt::{HypercallConfig, HypercallDisk, Hypercalls};
 pub use ioapic::{IoApic, IoApicPin, IoApicState};
 pub use irq::{EventFdLine, InterruptLine, MsiMessage, MsiSink};
-pub use platform::{DebugExit, PostCode, PowerControl, PowerOff, SystemControl};
+pub use platform::{
+    DebugExit, PostCode, PowerControl, PowerOff, Scratch, SystemControl, TestInterrupts,
+};
 pub use serial::{Serial, SerialConfig, SerialInputError, SerialState};

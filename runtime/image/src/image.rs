@@ -153,6 +153,13 @@ impl Image {
         })
     }
 
+    /// Adds what is said of the image outside its manifest; the manifest counts more.
+    pub(crate) fn add_annotations(&mut self, said: &BTreeMap<String, String>) {
+        for (key, value) in said {
+            self.annotations.entry(key.clone()).or_insert_with(|| value.clone());
+        }
+    }
+
     /// The image's identity: the digest of its configuration, as with Docker.
     pub fn id(&self) -> Digest {
         self.config
@@ -173,7 +180,8 @@ impl Image {
         self.imported
     }
 
-    /// Annotations of the image's manifest.
+    /// Annotations of the image's manifest, and where it says nothing those of the descriptor and
+    /// indexes by which it was found at import.
     pub fn annotations(&self) -> &BTreeMap<String, String> {
         &self.annotations
     }

@@ -23,6 +23,7 @@
 //! file system: owners, devices and attributes exist in the EROFS image only. Out of scope:
 //! registries (`skopeo` and others fetch), and what a container is.
 
+mod annotations;
 mod compress;
 mod digest;
 mod directory;

@@ -235,3 +235,38 @@ fn what_is_no_image_is_refused() {
     assert!(refused(&cut).contains("cannot be decompressed"), "{}", refused(&cut));
     assert!(refused(&scratch.path("missing")).contains("No such file"));
 }
+
+#[test]
+fn what_indexes_say_of_an_image_is_kept_but_counts_less_than_its_manifest() {
+    let scratch = Scratch::new();
+    let mut layout = Layout::default();
+    let tars = layers();
+    let stored = tars.iter().map(|tar| (tar.clone(), "tar")).collect();
+    let plain = layout.manifest(config(&tars, "amd64"), stored);
+    // The same manifest with a word of its own.
+    let digest = plain["digest"].as_str().unwrap().trim_start_matches("sha256:");
+    let bytes = layout.files()[&format!("blobs/sha256/{digest}")].clone();
+    let mut manifest: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+    manifest["annotations"] = json!({"both": "manifest"});
+    let media_type = "application/vnd.oci.image.manifest.v1+json";
+    let mut descriptor = layout.blob(manifest.to_string().into_bytes(), media_type);
+    descriptor["annotations"] =
+        json!({"both": "descriptor", "near": "descriptor", "mvm.imported": "7"});
+    let index = json!({
+        "schemaVersion": 2, "manifests": [descriptor],
+        "annotations": {"near": "index", "far": "index"},
+    });
+    let media_type = "application/vnd.oci.image.index.v1+json";
+    let mut outer = layout.blob(index.to_string().into_bytes(), media_type);
+    outer["annotations"] = json!({"far": "outer", "farthest": "outer"});
+    layout.add(outer, Some("said:1"));
+    let path = scratch.write("x.tar", &layout.tar());
+    let imported = scratch.store.import_path(&path, None, &Silent).unwrap().remove(0);
+    let want =
+        [("both", "manifest"), ("near", "descriptor"), ("far", "index"), ("farthest", "outer")];
+    let want: BTreeMap<_, _> = want.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    assert_eq!(*imported.annotations(), want);
+    let again = scratch.store.resolve("said:1").unwrap();
+    assert_eq!(*again.annotations(), want, "the store keeps them");
+    assert!(again.imported() > 7, "and its own word");
+}

@@ -35,4 +35,4 @@ pub mod unikernel;
 
 pub use error::{EXIT_FAILURE, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Error};
 pub use names::random_id;
-pub use sandbox::{BarePlan, Description, Disk, Sandbox, Woken};
+pub use sandbox::{BarePlan, Description, Disk, Sandbox, SerialLine, Woken};

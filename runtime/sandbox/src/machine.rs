@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use mvm_agent_protocol::{hello, port};
 use mvm_vmm::config::{
     CmdlineStyle, ConsoleConfig, CpuModel, DiskConfig, EngineConfig, GuestPort, ImageSource,
-    MachineConfig, VsockConfig,
+    MachineConfig, ModuleConfig, VsockConfig,
 };
 use mvm_vmm::monitor::spawn::Error as SpawnError;
 use mvm_vmm::monitor::{ControlClient, Event, FdTable, Launch, Monitor, Request, Response, spawn};
@@ -199,6 +199,13 @@ impl Draft {
     /// One more disk.
     pub fn disk(&mut self, file: File, read_only: bool, serial: String) {
         self.config.disks.push(DiskConfig { fd: self.fds.add(file), read_only, serial });
+    }
+
+    /// One more module, and what the kernel is told of it.
+    pub fn module(&mut self, payload: Payload, text: String) {
+        let Payload { file, offset, len } = payload;
+        let content = ImageSource { fd: self.fds.add(file), offset, len };
+        self.config.modules.push(ModuleConfig { content, text });
     }
 
     /// Starts it, with the monitor's own log at `place`.

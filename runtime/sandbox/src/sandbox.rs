@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use mvm_agent_protocol::rpc::CallError;
 use mvm_vmm::monitor::ControlClient;
 
-pub use bare::{BarePlan, Disk, Woken};
+pub use bare::{BarePlan, Disk, SerialLine, Woken};
 
 use crate::ending::{self, Ending};
 use crate::engine::Selection;

@@ -42,6 +42,9 @@ pub struct MachineConfig {
     pub boot: BootProtocol,
     /// The initramfs, or the first module of a kernel that has modules, if there is one.
     pub initramfs: Option<ImageSource>,
+    /// Further modules, at most [`MAX_MODULES`].
+    #[serde(default)]
+    pub modules: Vec<ModuleConfig>,
     /// The user's part of the kernel command line.
     pub cmdline: String,
     /// What the command line holds besides it.
@@ -81,6 +84,7 @@ impl MachineConfig {
             kernel,
             boot: BootProtocol::Auto,
             initramfs: None,
+            modules: Vec::new(),
             cmdline: String::new(),
             cmdline_style: CmdlineStyle::Auto,
             verbose: false,
@@ -125,6 +129,13 @@ impl MachineConfig {
         if let Some(disk) = self.disks.iter().find(|d| d.serial.len() > MAX_SERIAL) {
             return Err(Error::DiskSerial { serial: disk.serial.clone() });
         }
+        if self.modules.len() > MAX_MODULES {
+            return Err(Error::TooManyModules { modules: self.modules.len() });
+        }
+        let fits = |text: &str| text.len() <= MAX_MODULE_TEXT && !text.contains('\0');
+        if let Some(module) = self.modules.iter().find(|m| !fits(&m.text)) {
+            return Err(Error::ModuleText { text: module.text.clone() });
+        }
         match &self.vsock {
             Some(vsock) if vsock.cid < 3 || vsock.cid >= u64::from(u32::MAX) => {
                 Err(Error::Cid { cid: vsock.cid })
@@ -139,6 +150,12 @@ pub const MAX_ID: usize = 128;
 
 /// Longest reason for an engine in bytes.
 pub const MAX_REASON: usize = 1024;
+
+/// Most modules besides the initramfs: so many have a place in what a kernel is told.
+pub const MAX_MODULES: usize = 15;
+
+/// Longest text of a module in bytes.
+pub const MAX_MODULE_TEXT: usize = 127;
 
 /// Longest serial number of a disk in bytes (virtio 1.2, 5.2.6).
 pub const MAX_SERIAL: usize = 20;
@@ -163,6 +180,16 @@ impl ImageSource {
     pub fn file(fd: FdIndex) -> Self {
         Self { fd, offset: 0, len: None }
     }
+}
+
+/// A file that is loaded beside a kernel which has modules.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModuleConfig {
+    /// What is loaded.
+    pub content: ImageSource,
+    /// What the kernel is told of it, at most [`MAX_MODULE_TEXT`] bytes.
+    pub text: String,
 }
 
 /// What runs the guest. Whoever hands over a machine has chosen.
@@ -329,6 +356,20 @@ pub enum Error {
         /// The number.
         serial: String,
     },
+    /// More modules than a kernel can be told of.
+    #[error("{modules} further modules asked for; there can be {MAX_MODULES}")]
+    TooManyModules {
+        /// How many.
+        modules: usize,
+    },
+    /// What is told of a module does not fit.
+    #[error(
+        "what is told of a module has no NUL and at most {MAX_MODULE_TEXT} bytes; this is {text:?}"
+    )]
+    ModuleText {
+        /// What was to be told.
+        text: String,
+    },
     /// A reason for an engine is too long.
     #[error("the reason for the engine has {len} bytes; at most {MAX_REASON} are taken")]
     Reason {
@@ -397,6 +438,16 @@ mod tests {
         assert_eq!(long, Error::Reason { len: MAX_REASON + 1 });
         assert!(matches!(check(|c| c.empty_block_slots = 100), Error::TooManyDisks { .. }));
         assert!(matches!(check(|c| c.empty_block_slots = u32::MAX), Error::TooManyDisks { .. }));
+        let module = |text: &str| ModuleConfig {
+            content: ImageSource::file(FdIndex(0)),
+            text: text.to_owned(),
+        };
+        let with = |modules: Vec<ModuleConfig>| MachineConfig { modules, ..config() }.validate();
+        assert_eq!(with(vec![module(&"x".repeat(127)); 15]), Ok(()));
+        assert_eq!(with(vec![module(""); 16]), Err(Error::TooManyModules { modules: 16 }));
+        for text in ["x".repeat(128), "\0".into()] {
+            assert_eq!(with(vec![module(&text)]), Err(Error::ModuleText { text }));
+        }
         let vsock = |cid| VsockConfig { cid, listener: None, guest_ports: Vec::new() };
         let mut config = config();
         config.vsock = Some(vsock(2));

@@ -1,5 +1,6 @@
 //! The devices of a machine and where they are wired to.
 
+mod emulators;
 mod hvt;
 
 use std::fs::File;
@@ -8,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
+use mvm_devices::fw_cfg::FwCfg;
 use mvm_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonError};
 use mvm_devices::virtio::block::{Block, BlockConfig, BlockError, Cache};
 use mvm_devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
@@ -75,6 +77,9 @@ pub enum Error {
     /// A disk cannot be used.
     #[error("cannot use a disk of the guest: {0}")]
     HypercallDisk(#[source] io::Error),
+    /// A Solo5 kernel was to be spoken to.
+    #[error("Solo5's guests have a console for output alone: there is nothing to type at")]
+    NoInput,
     /// A disk is too small.
     #[error("the disk for device {handle} of the kernel's manifest has less than 512 bytes")]
     EmptyDisk {
@@ -147,6 +152,17 @@ struct VirtioParts {
     on_hello: Joined,
 }
 
+/// What kind of machine a kernel expects.
+#[derive(Debug)]
+pub(crate) enum Platform<'a> {
+    /// A PC.
+    Pc,
+    /// A PC with what its emulators have besides: the protocol is one by which they start kernels.
+    EmulatedPc,
+    /// Solo5's hypercalls.
+    Hypercalls(hvt::Guest<'a>),
+}
+
 /// The devices of a machine.
 #[derive(Debug)]
 pub(crate) struct Devices {
@@ -162,18 +178,20 @@ pub(crate) struct Devices {
     pub console: Option<Arc<Console>>,
     /// What a Solo5 guest has in place of all but the console.
     pub hypercalls: Option<Arc<Hypercalls>>,
+    /// Tells kernels made for PC emulators of their machine.
+    pub fw_cfg: Option<Arc<FwCfg>>,
     /// The thread on which all but the block devices wait.
     events: Option<EventLoop>,
 }
 
 impl Devices {
-    /// Makes all devices and places them on a bus; `hvt` makes them those of a Solo5 guest.
+    /// Makes all devices and places them on a bus.
     ///
     /// # Errors
     /// [`Error`].
     pub fn build(
         parts: Parts,
-        hvt: Option<hvt::Guest<'_>>,
+        platform: &Platform<'_>,
         ram: &GuestRam,
     ) -> Result<(Self, Bus), Error> {
         let mut bus = Bus::new();
@@ -193,11 +211,15 @@ impl Devices {
             balloon: None,
             console: None,
             hypercalls: None,
+            fw_cfg: None,
             events: None,
         };
-        if let Some(guest) = hvt {
+        if let Platform::Hypercalls(guest) = platform {
             if parts.vsock.is_some() {
                 tracing::warn!("a Solo5 guest cannot use sockets to the host");
+            }
+            if parts.console_input.is_some() {
+                return Err(Error::NoInput);
             }
             let config = HypercallConfig {
                 ram: ram.clone(),
@@ -210,6 +232,9 @@ impl Devices {
         } else {
             bus.memory.insert("ioapic", layout::IOAPIC, IoApic::LEN, devices.ioapic.clone())?;
             place_ports(parts.on_event, &mut bus)?;
+            if matches!(platform, Platform::EmulatedPc) {
+                devices.fw_cfg = Some(emulators::place(ram, &devices.ioapic, &mut bus)?);
+            }
             let virtio = VirtioParts {
                 console_ring: parts.console_ring,
                 console_input: parts.console_input,

@@ -15,7 +15,7 @@ use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
 use crate::boot::{self, CmdlineParts, Facts, Kernel};
 use crate::bus::MachineBus;
 use crate::config::{BootProtocol, CmdlineStyle};
-use crate::devices::{self, Devices, HvtGuest};
+use crate::devices::{self, Devices, HvtGuest, Platform};
 use crate::events::{self, Events, Notifier};
 use crate::layout;
 use crate::monitor::protocol::Phase;
@@ -23,7 +23,7 @@ use crate::outcome::{EndReason, Outcome};
 use crate::vcpu_thread::{Control, VcpuThreads};
 use crate::wires;
 
-pub use crate::boot::Section;
+pub use crate::boot::{Module, Section};
 pub use crate::devices::{Disk, Sockets, VirtioConsole};
 
 /// How long the vCPUs have for coming to a stop: far more than one instruction or one host write
@@ -88,6 +88,8 @@ pub struct Parts {
     pub boot: BootProtocol,
     /// The initramfs, or the first module of a kernel that has modules.
     pub initramfs: Option<Section>,
+    /// Further modules.
+    pub modules: Vec<Module>,
     /// The user's part of the kernel command line.
     pub cmdline: String,
     /// What the command line holds besides it.
@@ -118,6 +120,7 @@ impl Parts {
             kernel,
             boot: BootProtocol::Auto,
             initramfs: None,
+            modules: Vec::new(),
             cmdline: String::new(),
             cmdline_style: CmdlineStyle::Auto,
             verbose: false,
@@ -181,8 +184,12 @@ impl Machine {
             on_event,
         };
         let gate = Arc::new(Gate::new());
-        let hvt = kernel.manifest().map(|manifest| HvtGuest { manifest, gate: &gate });
-        let (devices, bus) = Devices::build(device_parts, hvt, &ram)?;
+        let platform = match (kernel.manifest(), boot) {
+            (Some(manifest), _) => Platform::Hypercalls(HvtGuest { manifest, gate: &gate }),
+            (None, BootProtocol::Multiboot | BootProtocol::Pvh) => Platform::EmulatedPc,
+            (None, _) => Platform::Pc,
+        };
+        let (devices, bus) = Devices::build(device_parts, &platform, &ram)?;
         let bus = Arc::new(MachineBus::new(bus, devices.ioapic.clone(), notifier.clone()));
 
         let cmdline = CmdlineParts {
@@ -205,9 +212,15 @@ impl Machine {
         devices.sink.connect(&vm);
         devices.virtio.attach(&*vm)?;
         let attached = devices.attached();
-        let facts =
-            Facts { ram: &ram, vcpus: parts.vcpus, tsc_khz: vm.tsc_khz(), attached: &attached };
-        let entry = kernel.place(&facts, parts.initramfs, &cmdline)?;
+        let facts = Facts {
+            ram: &ram,
+            vcpus: parts.vcpus,
+            tsc_khz: vm.tsc_khz(),
+            attached: &attached,
+            fw_cfg: devices.fw_cfg.as_deref(),
+        };
+        let modules = parts.initramfs.map(Module::from).into_iter().chain(parts.modules);
+        let entry = kernel.place(&facts, modules, &cmdline)?;
         let mut vcpus = Vec::new();
         for index in 0..parts.vcpus {
             let mut vcpu = vm.create_vcpu(index)?;

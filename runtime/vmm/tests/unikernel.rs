@@ -239,6 +239,20 @@ fn it_reads_and_writes_disks() {
 }
 
 #[test]
+fn it_takes_an_interrupt_for_every_doorbell() {
+    const TIMES: u64 = 300;
+    for engine in all_engines() {
+        let line = format!("doorbell={TIMES}");
+        let cmdline_style = CmdlineStyle::Devices;
+        let parts = Parts { cmdline_style, ..parts(BootProtocol::Auto, 1, &line) };
+        let run = run_on(&*engine, parts);
+        let expected = format!("doorbell: {TIMES} requests, {TIMES} interrupts\n");
+        assert_eq!(run.console, expected, "{}", engine.name());
+        assert_eq!(run.reason, EndReason::PowerOff);
+    }
+}
+
+#[test]
 fn one_that_spins_is_stopped_from_outside() {
     for engine in all_engines() {
         let (machine, events) =

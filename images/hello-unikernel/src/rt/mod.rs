@@ -3,6 +3,7 @@
 mod boot_info;
 mod console;
 pub mod cpus;
+pub mod interrupts;
 mod memory;
 pub mod port;
 pub mod ring0;

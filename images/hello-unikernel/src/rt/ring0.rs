@@ -9,6 +9,10 @@ global_asm!(include_str!("ring0.s"), options(att_syntax));
 #[unsafe(no_mangle)]
 static TICKS: AtomicU64 = AtomicU64::new(0);
 
+/// Interrupts of devices; ring 0 counts them.
+#[unsafe(no_mangle)]
+static INTERRUPTS: AtomicU64 = AtomicU64::new(0);
+
 /// Processors that have started; ring 0 numbers them with it.
 #[unsafe(no_mangle)]
 pub static CPUS_STARTED: AtomicU32 = AtomicU32::new(1);
@@ -18,6 +22,7 @@ const WAIT_TICK: u32 = 1;
 const HALT: u32 = 2;
 const CRASH: u32 = 3;
 const COMMAND_OTHERS: u32 = 4;
+const WAIT_DEVICE: u32 = 5;
 
 /// About 10 ms in units of 16 bus cycles, where the bus has 1 GHz as in virtual machines.
 const TICK: u64 = 10_000_000 / 16;
@@ -54,6 +59,18 @@ pub fn sleep(count: u64) {
         wait_tick(ticks());
     }
     set_timer(false);
+}
+
+/// Interrupts of devices so far.
+pub fn interrupts() -> u64 {
+    INTERRUPTS.load(Ordering::Relaxed)
+}
+
+/// Waits until there are more interrupts of devices than `seen`.
+pub fn wait_interrupt(seen: u64) {
+    while interrupts() == seen {
+        service(WAIT_DEVICE, seen);
+    }
 }
 
 /// Sends an interrupt command (SDM volume 3, 12.6.1) to all other processors.

@@ -1,4 +1,4 @@
-# All that runs in ring 0: from the boot loader to Rust in ring 3, interrupts, and five services behind INT3.
+# All that runs in ring 0: from the boot loader to Rust in ring 3, interrupts, and six services behind INT3.
 #
 # Why Rust runs in ring 3: it may use all ports and all memory there, interrupts change to a stack of their own and so
 # leave its red zone alone, and on hosts that have to interpret ring 0 it runs at full speed. Nothing here uses more than
@@ -27,6 +27,7 @@
 
     .set SERVICE_VECTOR, 3      # INT3, since hosts that let ring 3 run natively may refuse INT n and SYSCALL
     .set TIMER_VECTOR, 0x20
+    .set DEVICE_VECTOR, 0x21    # as in interrupts.rs
     .set SPURIOUS_VECTOR, 0xff
 
 # --- What boot loaders look for -----------------------------------------------------------------------------------------
@@ -57,25 +58,6 @@ multiboot_start:
 first_cpu:
     cli
     cld
-    # Identity map of 4 GiB in pages of 2 MiB: present, writable, user; the last GiB, where devices are, uncached.
-    movl $page_directories, %edi
-    movl $0x87, %eax
-map_page:
-    movl %eax, (%edi)
-    movl $0, 4(%edi)
-    addl $8, %edi
-    addl $0x200000, %eax
-    jc mapped
-    cmpl $0xc0000000, %eax
-    jb map_page
-    orl $0x18, %eax
-    jmp map_page
-mapped:
-    movl $page_directories + 0x0007, pdpt
-    movl $page_directories + 0x1007, pdpt + 8
-    movl $page_directories + 0x2007, pdpt + 16
-    movl $page_directories + 0x3007, pdpt + 24
-    movl $pdpt + 7, pml4
     xorl %edi, %edi
 
 # To 64 bits. EDI: number of this processor; ESI, EBX: for `start_cpu`.
@@ -198,6 +180,9 @@ next_exception:
     movl $idt + TIMER_VECTOR * 16, %ecx
     movl $timer_tick, %esi
     call make_gate
+    movl $idt + DEVICE_VECTOR * 16, %ecx
+    movl $device_interrupt, %esi
+    call make_gate
     movl $idt + SPURIOUS_VECTOR * 16, %ecx
     movl $spurious, %esi
     call make_gate
@@ -256,6 +241,14 @@ timer_tick:
 spurious:
     iretq
 
+device_interrupt:
+    pushq %rax
+    lock incq INTERRUPTS
+    movl $APIC, %eax
+    movl $0, APIC_EOI(%rax)
+    popq %rax
+    iretq
+
 # --- Services: EAX which (as in ring0.rs), RDI argument; RAX and RCX change ----------------------------------------------
 
 service:
@@ -268,6 +261,8 @@ service:
     je crash
     cmpl $4, %eax
     je command_others
+    cmpl $5, %eax
+    je wait_device
     iretq
 
 # 0: RDI is the timer's period in units of 16 bus cycles, 0 for off.
@@ -303,6 +298,15 @@ command_others:
     movl %edi, APIC_ICR(%rcx)
     iretq
 
+# 5: waits for an interrupt unless INTERRUPTS is no longer RDI; as 1.
+wait_device:
+    cmpq %rdi, INTERRUPTS
+    jne waited
+    sti
+    hlt
+    cli
+    iretq
+
 # --- Tables ---------------------------------------------------------------------------------------------------------------
 
     .data
@@ -326,14 +330,30 @@ no_idt_pointer:
     .word 0
     .quad 0
 
-    .bss
+# Identity map of 4 GiB in pages of 2 MiB: present, writable, user; the last GiB, where devices are, uncached. It is in
+# the file, not made at the start: on hosts that interpret ring 0 these would be most of the instructions there.
     .balign 4096
 pml4:
-    .skip 4096
+    .quad pdpt + 7
+    .fill 511, 8, 0
 pdpt:
-    .skip 4096
+    .irp gib, 0, 1, 2, 3
+    .quad page_directories + \gib * 4096 + 7
+    .endr
+    .fill 508, 8, 0
 page_directories:
-    .skip 4 * 4096
+    .set page, 0
+    .rept 1536
+    .quad page | 0x87
+    .set page, page + 0x200000
+    .endr
+    .rept 512
+    .quad page | 0x9f
+    .set page, page + 0x200000
+    .endr
+
+    .bss
+    .balign 4096
 idt:
     .skip 4096
 cpus:

@@ -6,8 +6,9 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use virtio_drivers::device::blk::VirtIOBlk;
+use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::mmio::MmioTransport;
-use virtio_drivers::transport::{DeviceType, Transport};
+use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
 pub use virtio_drivers::device::blk::SECTOR_SIZE as SECTOR;
@@ -15,22 +16,76 @@ pub use virtio_drivers::device::blk::SECTOR_SIZE as SECTOR;
 /// A disk.
 pub type Disk = VirtIOBlk<Identity, MmioTransport<'static>>;
 
-/// The disks of this machine.
-pub fn disks(cmdline: &'static str) -> impl Iterator<Item = Disk> {
-    let words = cmdline.split_ascii_whitespace();
-    words.filter_map(|word| word.strip_prefix("virtio_mmio.device=")).filter_map(disk)
+/// A source of entropy, which tells by an interrupt that it has given some. (The crate's own driver only looks.)
+pub struct Entropy {
+    transport: MmioTransport<'static>,
+    queue: VirtQueue<Identity, 8>,
 }
 
-/// The device at `SIZE@ADDRESS:IRQ`, if it is a disk.
-fn disk(place: &str) -> Option<Disk> {
+impl Entropy {
+    /// Initialises the device (virtio 1.2, 3.1.1). Without the feature `EVENT_IDX` every buffer used is an
+    /// interrupt, however fast the driver has seen it.
+    fn new(mut transport: MmioTransport<'static>) -> Option<Self> {
+        const VERSION_1: u64 = 1 << 32;
+        let begun = DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER;
+        transport.set_status(DeviceStatus::empty());
+        transport.set_status(begun);
+        let features = transport.read_device_features() & VERSION_1;
+        transport.write_driver_features(features);
+        transport.set_status(begun | DeviceStatus::FEATURES_OK);
+        let queue = VirtQueue::new(&mut transport, 0, false, false).ok()?;
+        transport.finish_init();
+        Some(Self { transport, queue })
+    }
+
+    /// Has `bytes` filled; `wait` returns when there was an interrupt.
+    pub fn fill(&mut self, bytes: &mut [u8], wait: impl FnOnce()) {
+        // SAFETY: it stays where it is until it has been taken back below.
+        let token = unsafe { self.queue.add(&[], &mut [bytes]) }.expect("the queue is empty");
+        if self.queue.should_notify() {
+            self.transport.notify(0);
+        }
+        wait();
+        while !self.queue.can_pop() {
+            core::hint::spin_loop();
+        }
+        // SAFETY: the buffer of `add`.
+        unsafe { self.queue.pop_used(token, &[], &mut [bytes]) }.expect("it was used");
+    }
+}
+
+/// The disks of this machine.
+pub fn disks(cmdline: &'static str) -> impl Iterator<Item = Disk> {
+    devices(cmdline, DeviceType::Block).filter_map(|(device, _)| Disk::new(device).ok())
+}
+
+/// The first source of entropy of this machine, and its interrupt.
+pub fn entropy(cmdline: &'static str) -> Option<(Entropy, u32)> {
+    let mut found = devices(cmdline, DeviceType::EntropySource);
+    found.find_map(|(device, irq)| Some((Entropy::new(device)?, irq)))
+}
+
+/// The devices of a type, and the interrupt of each.
+fn devices(
+    cmdline: &'static str,
+    wanted: DeviceType,
+) -> impl Iterator<Item = (MmioTransport<'static>, u32)> {
+    let words = cmdline.split_ascii_whitespace();
+    let places = words.filter_map(|word| word.strip_prefix("virtio_mmio.device="));
+    places.filter_map(device).filter(move |(device, _)| device.device_type() == wanted)
+}
+
+/// The device at `SIZE@ADDRESS:IRQ`.
+fn device(place: &str) -> Option<(MmioTransport<'static>, u32)> {
     let (size, rest) = place.split_once('@')?;
-    let address = rest.split(':').next()?.strip_prefix("0x")?;
-    let address = usize::from_str_radix(address, 16).ok()?;
+    let mut rest = rest.split(':');
+    let address = usize::from_str_radix(rest.next()?.strip_prefix("0x")?, 16).ok()?;
+    let irq = rest.next()?.parse().ok()?;
     let (size, unit) = size.strip_suffix('K').map_or((size, 1), |size| (size, 1024));
     let size = size.parse::<usize>().ok()?.checked_mul(unit)?;
     // SAFETY: the command line says so, and devices are mapped.
     let transport = unsafe { MmioTransport::new(NonNull::new(address as *mut _)?, size).ok()? };
-    (transport.device_type() == DeviceType::Block).then(|| Disk::new(transport).ok())?
+    Some((transport, irq))
 }
 
 /// Memory for queues; what is taken is not given back.

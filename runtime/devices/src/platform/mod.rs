@@ -2,6 +2,7 @@
 
 mod power;
 mod power_off;
+mod test_device;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -11,6 +12,7 @@ use crate::events::{EventSink, VmEvent};
 
 pub use power::PowerControl;
 pub use power_off::PowerOff;
+pub use test_device::{Scratch, TestInterrupts};
 
 /// Which of the system control ports this is; each is placed on its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

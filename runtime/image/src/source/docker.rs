@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use super::{Archive, BlobSource, Found, Named, SourceError, json};
+use crate::annotations::Annotations;
 use crate::digest::Digest;
 use crate::limits::Limits;
 
@@ -57,6 +58,7 @@ fn image(archive: &Archive, item: Item, limits: &Limits) -> Result<Named, Source
         config,
         config_type: CONFIG_TYPE.to_owned(),
         layers,
+        annotations: Annotations::new(),
     };
     Ok(Named { names: item.repo_tags.unwrap_or_default(), found })
 }

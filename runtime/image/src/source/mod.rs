@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 pub(crate) use self::archive::Archive;
+use crate::annotations::Annotations;
 use crate::compress::Compression;
 use crate::digest::{Digest, DigestError};
 use crate::limits::Limits;
@@ -176,6 +177,8 @@ pub(crate) struct Found {
     pub(crate) config: Vec<u8>,
     pub(crate) config_type: String,
     pub(crate) layers: Vec<BlobSource>,
+    /// What is said of it outside its manifest.
+    pub(crate) annotations: Annotations,
 }
 
 /// An image with the names that the source itself gives it.

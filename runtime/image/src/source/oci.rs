@@ -3,6 +3,7 @@
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 
 use super::{Archive, BlobSource, Found, Named, SourceError, json};
+use crate::annotations::{self, Annotations};
 use crate::digest::Digest;
 use crate::limits::Limits;
 use crate::platform::{Platform, PlatformError};
@@ -35,10 +36,11 @@ pub(super) fn images(archive: &Archive, limits: &Limits) -> Result<Vec<Named>, S
             None => groups.push((name, vec![descriptor.clone()])),
         }
     }
+    let said = annotations::merged(&Annotations::new(), index.annotations());
     let mut images: Vec<(Digest, Named)> = Vec::new();
     let mut refused = Vec::new();
     for (name, group) in groups {
-        match source.resolve(&group, 0) {
+        match source.resolve(&group, &said, 0) {
             Ok(found) => {
                 for (digest, found) in found {
                     // Several names of one image come as several descriptors.
@@ -79,10 +81,12 @@ impl Source<'_> {
         Ok(())
     }
 
-    /// The best of `descriptors` for this host; several if they are equally good.
+    /// The best of `descriptors` for this host; several if they are equally good. `said` is what is
+    /// said of all of them.
     fn resolve(
         &mut self,
         descriptors: &[Descriptor],
+        said: &Annotations,
         depth: usize,
     ) -> Result<Vec<(Digest, Found)>, SourceError> {
         if depth > NESTING_MAX {
@@ -104,18 +108,25 @@ impl Source<'_> {
         let best = candidates.iter().filter(|(platform, _)| rank(platform) == Some(best));
         for (_, descriptor) in best {
             let (digest, bytes) = self.document(descriptor, INDEX)?;
+            let said = annotations::merged(said, descriptor.annotations());
             if is_index(descriptor) {
                 let index: ImageIndex = json(&digest.to_string(), &bytes)?;
                 self.count(index.manifests().len())?;
-                images.extend(self.resolve(index.manifests(), depth + 1)?);
+                let said = annotations::merged(&said, index.annotations());
+                images.extend(self.resolve(index.manifests(), &said, depth + 1)?);
             } else {
-                images.push((digest, self.image(digest, bytes)?));
+                images.push((digest, self.image(digest, bytes, said)?));
             }
         }
         Ok(images)
     }
 
-    fn image(&self, digest: Digest, bytes: Vec<u8>) -> Result<Found, SourceError> {
+    fn image(
+        &self,
+        digest: Digest,
+        bytes: Vec<u8>,
+        said: Annotations,
+    ) -> Result<Found, SourceError> {
         let name = digest.to_string();
         let manifest: ImageManifest = json(&name, &bytes)?;
         let config_type = manifest.config().media_type().to_string();
@@ -136,7 +147,12 @@ impl Source<'_> {
                 })
             })
             .collect::<Result<_, SourceError>>()?;
-        Ok(Found { names: Vec::new(), manifest: Some(bytes), config, config_type, layers })
+        let (annotations, lost) = annotations::kept(said);
+        if lost > 0 {
+            tracing::warn!("{lost} annotations of the index are not kept: they are too long");
+        }
+        let manifest = Some(bytes);
+        Ok(Found { names: Vec::new(), manifest, config, config_type, layers, annotations })
     }
 
     /// A JSON document, checked against the descriptor that `referrer` has of it.

@@ -154,6 +154,7 @@ impl Store {
         self.stage_bytes(&found.config, &mut staged)?;
         self.stage_bytes(&manifest, &mut staged)?;
         let mut image = Image::new(&manifest, found.config, &self.limits)?;
+        image.add_annotations(&found.annotations);
         image.names = found.names;
         image.imported =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -188,6 +189,7 @@ impl Store {
             size: manifest.len() as u64,
             names: image.names.clone(),
             imported: image.imported,
+            annotations: found.annotations,
         });
         self.write_records(&records, &index)?;
         Ok(image)

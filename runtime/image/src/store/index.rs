@@ -9,6 +9,7 @@ use std::str::FromStr;
 
 use super::lock::Held;
 use super::{Store, StoreError};
+use crate::annotations::{self, Annotations};
 use crate::digest::Digest;
 use crate::reference::Reference;
 
@@ -24,6 +25,8 @@ pub(super) struct Record {
     pub(super) size: u64,
     pub(super) names: Vec<Reference>,
     pub(super) imported: u64,
+    /// What was said of the image outside its manifest.
+    pub(super) annotations: Annotations,
 }
 
 /// All manifests in the store.
@@ -49,6 +52,7 @@ impl Records {
             Some(record) => {
                 record.names.extend(new.names);
                 record.imported = new.imported;
+                record.annotations = new.annotations;
             }
             None => self.0.push(new),
         }
@@ -71,6 +75,7 @@ impl Records {
                     size: descriptor.size(),
                     names: names.collect(),
                     imported,
+                    annotations: annotations::merged(&Annotations::new(), descriptor.annotations()),
                 }),
             }
         }
@@ -83,7 +88,9 @@ impl Records {
             let digest =
                 Sha256Digest::from_str(&record.manifest.hex()).map_err(|e| e.to_string())?;
             let descriptor = |name: Option<&Reference>| {
-                let mut annotations = HashMap::new();
+                let said = record.annotations.iter();
+                let mut annotations: HashMap<_, _> =
+                    said.map(|(key, value)| (key.clone(), value.clone())).collect();
                 annotations.insert(IMPORTED.to_owned(), record.imported.to_string());
                 annotations.extend(name.map(|name| (NAME.to_owned(), name.canonical())));
                 let mut descriptor =
@@ -140,6 +147,7 @@ mod tests {
             size: 7,
             names: names.iter().map(|name| name.parse().unwrap()).collect(),
             imported: 5,
+            annotations: [("com.example.key".to_owned(), "value".to_owned())].into(),
         }
     }
 

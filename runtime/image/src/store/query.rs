@@ -114,6 +114,7 @@ impl Store {
             reason: "not a manifest".into(),
         })?;
         let mut image = Image::new(&manifest, self.read_blob(&config)?, &self.limits)?;
+        image.add_annotations(&record.annotations);
         image.names.clone_from(&record.names);
         image.imported = record.imported;
         Ok(image)

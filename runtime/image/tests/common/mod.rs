@@ -162,7 +162,7 @@ impl Layout {
 
     pub fn add(&mut self, mut descriptor: Value, name: Option<&str>) {
         if let Some(name) = name {
-            descriptor["annotations"] = json!({"org.opencontainers.image.ref.name": name});
+            descriptor["annotations"]["org.opencontainers.image.ref.name"] = name.into();
         }
         self.manifests.push(descriptor);
     }

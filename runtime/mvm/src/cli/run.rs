@@ -194,9 +194,10 @@ pub struct RunArgs {
     )]
     pub disk: Vec<String>,
 
-    /// Use this initramfs, which holds the agent, instead of the built-in one
+    /// Use this initramfs, which holds the agent, instead of the built-in one; with --unikernel its
+    /// initrd (multiboot: its modules, FILE WORDS,FILE,...; also given more than once)
     #[arg(long, value_name = "FILE", help_heading = "Machine")]
-    pub initrd: Option<PathBuf>,
+    pub initrd: Vec<PathBuf>,
 
     /// Add to the guest kernel's command line
     #[arg(long, value_name = "ARGS", help_heading = "Machine", allow_hyphen_values = true)]
@@ -257,6 +258,7 @@ impl From<UnikernelKind> for Kind {
             UnikernelKind::Nanos => Kind::Nanos,
             UnikernelKind::Hvt => Kind::Hvt,
             UnikernelKind::Hermit => Kind::Hermit,
+            UnikernelKind::Multiboot => Kind::Multiboot,
             UnikernelKind::Linux => Kind::Linux,
         }
     }
@@ -317,6 +319,8 @@ pub enum UnikernelKind {
     Hvt,
     /// Hermit: the kernel is its loader, the initrd the application
     Hermit,
+    /// A multiboot kernel with its modules, started as PC emulators do: test kernels
+    Multiboot,
     /// A Linux of its own: any distribution's kernel with its own initrd and disk
     Linux,
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
@@ -28,6 +29,7 @@ use nix::libc::SIGTERM;
 
 use super::Context;
 use super::attach::our_output;
+use super::modules;
 use super::run::{self, announce_engine, cpus, give_up, interrupted, output_failed, stopped};
 use crate::cli::RunArgs;
 use crate::output::{complain, size};
@@ -47,16 +49,23 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     let Some(kind) = args.unikernel.map(Kind::from) else { bail!("--unikernel names no kind") };
     refuse_what_does_not_hold(args, Provenance::File)?;
     let settings = Settings::of_run(args, &Config::load(&context.settings)?)?;
+    refuse_input(args, kind)?;
     let cmdline = command_line(args, kind)?;
     // The files in mvm.toml are those of containers.
     let kernel_path = args.kernel.as_deref().context("--unikernel needs --kernel FILE")?;
     let kernel = embedded::kernel(Some(kernel_path))?;
-    let initrd = args.initrd.as_deref().map(|p| embedded::initramfs(Some(p))).transpose()?;
+    let (initrd, modules) = if kind == Kind::Multiboot {
+        (None, modules::open(&args.initrd)?)
+    } else {
+        let initrd = modules::single(&args.initrd)?;
+        (initrd.map(|path| embedded::initramfs(Some(path))).transpose()?, Vec::new())
+    };
     let disks = args.disk.iter().map(|d| open_disk(d)).collect::<anyhow::Result<_>>()?;
     let load = Load {
         kind,
         kernel,
         initrd,
+        modules,
         disks,
         boot: boot(args, kind)?,
         cmdline,
@@ -82,6 +91,7 @@ pub(super) struct Load {
     pub kind: Kind,
     pub kernel: Payload,
     pub initrd: Option<Payload>,
+    pub modules: Vec<(Payload, String)>,
     pub disks: Vec<Disk>,
     pub boot: BootProtocol,
     pub cmdline: String,
@@ -139,10 +149,12 @@ pub(super) fn launch(
         cpu: settings.cpu.value,
         kernel: load.kernel,
         initrd: load.initrd,
+        modules: load.modules,
         cmdline: load.cmdline,
         style: load.kind.style(),
         boot: load.boot,
         disks: load.disks,
+        input: args.interactive && !args.detach,
     };
     lead(args, sandbox, plan, load.command, &signals, timings)
 }
@@ -151,7 +163,6 @@ pub(super) fn launch(
 pub(super) fn refuse_what_does_not_hold(args: &RunArgs, from: Provenance) -> anyhow::Result<()> {
     let file = from == Provenance::File;
     let asked = [
-        (args.interactive, "--interactive", "its machine has no input"),
         (args.tty, "--tty", "its machine has no terminal"),
         (args.init, "--init", "it has no processes"),
         (args.read_only, "--read-only", "it has no root file system of mvm's; see --disk FILE:ro"),
@@ -173,6 +184,14 @@ pub(super) fn refuse_what_does_not_hold(args: &RunArgs, from: Provenance) -> any
         Some((_, flag, why)) => bail!("{flag} cannot hold for a unikernel: {why}"),
         None => Ok(()),
     }
+}
+
+/// A guest without a serial port has nothing at which one could type.
+pub(super) fn refuse_input(args: &RunArgs, kind: Kind) -> anyhow::Result<()> {
+    if args.interactive && !kind.takes_input() {
+        bail!("--interactive cannot hold for a unikernel of kind {kind}: it has no input");
+    }
+    Ok(())
 }
 
 fn memory(settings: &Settings, kind: Kind) -> anyhow::Result<u64> {
@@ -198,7 +217,7 @@ fn command_line(args: &RunArgs, kind: Kind) -> anyhow::Result<String> {
     let words = Words {
         kernel: &name.to_string_lossy(),
         env: &env,
-        initrd: args.initrd.is_some(),
+        initrd: !args.initrd.is_empty(),
         old_unikraft: false,
         kernel_args: args.cmdline.as_deref().unwrap_or_default(),
         args: &args.image_and_command,
@@ -241,8 +260,8 @@ fn lead(
 ) -> anyhow::Result<i32> {
     let notice = plan.engine.notice.clone();
     let started = sandbox.start_bare(&MonitorLauncher, plan, command, timings, signals.as_fd());
-    let console = match started {
-        Ok(console) => console,
+    let port = match started {
+        Ok(port) => port,
         Err(Error::Interrupted) => return interrupted(sandbox, signals.next()?),
         Err(e) => return give_up(sandbox, e),
     };
@@ -257,8 +276,15 @@ fn lead(
             return Err(e);
         }
     }
-    let output = Output::start(console, log, !args.detach)?;
+    let output = Output::start(port.output, log, !args.detach)?;
+    let stop_input = Flag::new().context("cannot make an event descriptor")?;
+    if let Some(input) = port.input {
+        let stdin =
+            io::stdin().as_fd().try_clone_to_owned().context("cannot use standard input")?;
+        pump::input(stdin, input, stop_input.clone()).context("cannot start a thread")?;
+    }
     let ending = stand_by(&mut sandbox, output, signals, timings)?;
+    stop_input.raise();
     timings.mark("process ended");
     let cost = args.timings.and_then(|_| sandbox.cost());
     let code = ending.exit_code;
@@ -370,6 +396,7 @@ mod tests {
             "app_x86 env.vars=[ \"A=b c\" \"D=\" ] -- x y"
         );
         assert_eq!(line(&["hvt"]), "");
+        assert_eq!(line(&["multiboot", "x", "y=1"]), "app_x86 x y=1");
         let args = args(&["unikraft", "-e", "A=\" evil"]);
         assert!(command_line(&args, Kind::Unikraft).is_err());
     }
@@ -378,7 +405,6 @@ mod tests {
     fn what_cannot_hold_is_refused_by_name() {
         for flag in [
             "-t",
-            "-i",
             "--init",
             "--read-only",
             "--privileged",
@@ -395,6 +421,16 @@ mod tests {
             Provenance::File,
         )
         .unwrap();
+    }
+
+    #[test]
+    fn what_has_a_serial_port_can_be_spoken_to() {
+        for (kind, takes) in [("rust", true), ("linux", true), ("multiboot", true), ("hvt", false)]
+        {
+            let args = args(&[kind, "-i"]);
+            let done = refuse_input(&args, args.unikernel.unwrap().into());
+            assert_eq!(done.is_ok(), takes, "{kind}");
+        }
     }
 
     #[test]

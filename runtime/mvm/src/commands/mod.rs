@@ -9,6 +9,7 @@ mod image;
 mod life;
 mod list;
 mod logs;
+mod modules;
 pub mod monitor;
 mod run;
 mod stats;

@@ -19,6 +19,7 @@ use mvm_sandbox::{Description, EXIT_FAILURE, Error, Sandbox, engine};
 use nix::libc::{SIGINT, SIGPIPE, SIGTERM};
 
 use super::attach::{Attachment, End, stand_by};
+use super::modules;
 use super::{Context, unikernel};
 use crate::cli::{RunArgs, TimingsFormat};
 use crate::images::{self, Ready};
@@ -40,6 +41,7 @@ const GRACE: Duration = Duration::from_secs(30);
 pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     let mut timings = Timings::start();
     // Everything that can be refused is refused before anything is made.
+    modules::single(&args.initrd)?;
     let mut settings = Settings::of_run(args, &Config::load(&context.settings)?)?;
     let mut options = options(args, &settings)?;
     // What it is for is not known yet.

@@ -62,11 +62,12 @@ pub fn run(
     timings: &mut Timings,
 ) -> anyhow::Result<i32> {
     bare::refuse_what_does_not_hold(args, Provenance::Image)?;
+    bare::refuse_input(args, plan.kind)?;
     let given = !args.env.is_empty() || !args.env_file.is_empty();
     if given && !plan.environment {
         bail!("--env cannot hold for this kind of unikernel: it has no environment");
     }
-    if args.kernel.is_some() || args.initrd.is_some() {
+    if args.kernel.is_some() || !args.initrd.is_empty() {
         bail!("--kernel and --initrd cannot hold: image {} has a kernel of its own", args.image());
     }
     let tree = ErofsTree::open(ready.rootfs.file()).map_err(Error::from)?;
@@ -82,6 +83,7 @@ pub fn run(
         kind: plan.kind,
         kernel,
         initrd: initrd.map(Payload::file),
+        modules: Vec::new(),
         disks: disk.into_iter().map(|file| Disk { file, read_only: false }).collect(),
         boot: plan.boot,
         cmdline: plan.cmdline,

@@ -104,7 +104,7 @@ impl Values {
             cpus: flag(&args.cpus),
             memory: flag(&args.memory),
             kernel: flag(&args.kernel),
-            initrd: flag(&args.initrd),
+            initrd: flag(&args.initrd.first().cloned()),
             cmdline: flag(&args.cmdline),
             boot_timeout: flag(&args.boot_timeout),
             stop_timeout: flag(&args.stop_timeout),

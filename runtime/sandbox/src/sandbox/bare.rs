@@ -51,6 +51,8 @@ pub struct BarePlan {
     pub kernel: Payload,
     /// Its initrd or first module.
     pub initrd: Option<Payload>,
+    /// Further modules, with what the kernel is told of each.
+    pub modules: Vec<(Payload, String)>,
     /// Its command line.
     pub cmdline: String,
     /// What is told on the command line besides.
@@ -59,6 +61,18 @@ pub struct BarePlan {
     pub boot: BootProtocol,
     /// Its disks, in the order of their names in the guest.
     pub disks: Vec<Disk>,
+    /// Whether something is to be typed at its serial port.
+    pub input: bool,
+}
+
+/// Our ends of a bare machine's serial port.
+#[derive(Debug)]
+pub struct SerialLine {
+    /// What the guest writes comes out of it.
+    pub output: UnixStream,
+    /// What is written to it is typed at the guest's port, if that was asked for. Its end means
+    /// nothing to the guest.
+    pub input: Option<UnixStream>,
 }
 
 /// Why [`Sandbox::wait_machine`] returned.
@@ -71,8 +85,7 @@ pub enum Woken {
 }
 
 impl Sandbox {
-    /// Loads the kernel and starts the machine. What the guest writes to its serial port comes out
-    /// of the stream. `interrupt` ends the load when it becomes readable.
+    /// Loads the kernel and starts the machine. `interrupt` ends the load when it becomes readable.
     pub fn start_bare(
         &mut self,
         launcher: &dyn Launcher,
@@ -80,12 +93,15 @@ impl Sandbox {
         command: Vec<String>,
         timings: &mut Timings,
         interrupt: BorrowedFd<'_>,
-    ) -> Result<UnixStream, Error> {
+    ) -> Result<SerialLine, Error> {
         self.note_engine(&plan.engine);
         self.state.bare = true;
         self.state.command = command;
-        let (console, theirs) = UnixStream::pair().map_err(Error::io("socketpair"))?;
-        let machine = plan.draft(&self.place, theirs.into())?.launch(launcher, &self.place)?;
+        let pair = || UnixStream::pair().map_err(Error::io("socketpair"));
+        let (output, console) = pair()?;
+        let (input, typed) = if plan.input { Some(pair()?).unzip() } else { (None, None) };
+        let port = (console.into(), typed.map(OwnedFd::from));
+        let machine = plan.draft(&self.place, port)?.launch(launcher, &self.place)?;
         self.state.monitor = ProcessId::of(machine.pid()).ok();
         self.save()?;
         timings.watch(Pid::from_raw(machine.pid().cast_signed()));
@@ -98,7 +114,7 @@ impl Sandbox {
         self.state.status = Status::Running;
         self.state.started = Some(now_ms());
         self.save()?;
-        Ok(console)
+        Ok(SerialLine { output, input })
     }
 
     /// Waits until the started machine has ended or one of `others` is readable.
@@ -130,7 +146,12 @@ impl Sandbox {
 }
 
 impl BarePlan {
-    fn draft(self, place: &crate::registry::Place, console: OwnedFd) -> Result<Draft, Error> {
+    /// `port` is where the serial port's output goes, and where its input comes from.
+    fn draft(
+        self,
+        place: &crate::registry::Place,
+        port: (OwnedFd, Option<OwnedFd>),
+    ) -> Result<Draft, Error> {
         let Self { vcpus, memory, engine, cpu, kernel, initrd, .. } = self;
         let hardware = Hardware { vcpus, memory, engine, cpu, kernel, initramfs: initrd };
         let mut draft = Draft::new(place, hardware)?;
@@ -140,7 +161,12 @@ impl BarePlan {
         for (index, disk) in self.disks.into_iter().enumerate() {
             draft.disk(disk.file, disk.read_only, format!("disk{index}"));
         }
+        for (payload, text) in self.modules {
+            draft.module(payload, text);
+        }
+        let (console, typed) = port;
         draft.console(console);
+        draft.config.console.input = typed.map(|fd| draft.fds.add(fd));
         Ok(draft)
     }
 }

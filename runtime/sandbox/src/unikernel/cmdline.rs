@@ -5,7 +5,7 @@ use super::{Error, Kind};
 /// What goes on a command line.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Words<'a> {
-    /// Name of the kernel's file: Unikraft wants one before everything else.
+    /// Name of the kernel's file: Unikraft and multiboot kernels want one before everything else.
     pub kernel: &'a str,
     /// Variables, `NAME=VALUE`, for kinds that take them.
     pub env: &'a [String],
@@ -36,6 +36,7 @@ impl Words<'_> {
         let kernel_args: Vec<String> = extra.split_whitespace().map(str::to_owned).collect();
         match kind {
             Kind::Unikraft => self.unikraft(&kernel_args, &args),
+            Kind::Multiboot => Ok(join(&[&[self.app()], &kernel_args, &args])),
             Kind::Hermit if args.is_empty() => Ok(kernel_args.join(" ")),
             Kind::Hermit => Ok(join(&[&kernel_args, &[SEPARATOR.to_owned()], &args])),
             Kind::Rumprun if !extra.is_empty() => {
@@ -140,6 +141,7 @@ mod tests {
         for (kind, line) in [
             (Kind::Rust, "x.y=1 -p 80"),
             (Kind::Linux, "x.y=1 -p 80"),
+            (Kind::Multiboot, "nginx_fc x.y=1 -p 80"),
             (Kind::Hermit, "x.y=1 -- -p 80"),
             (
                 Kind::Unikraft,

@@ -44,6 +44,8 @@ pub enum Kind {
     Rumprun,
     /// Hermit: kernel arguments, `--`, the application's arguments.
     Hermit,
+    /// A multiboot kernel that is told what PC emulators tell: its file's name before its words.
+    Multiboot,
     /// A Linux kernel that is booted as it is.
     Linux,
 }
@@ -54,11 +56,16 @@ impl Kind {
         self == Self::Unikraft
     }
 
+    /// Whether its machine has a serial port, by which it could be spoken to.
+    pub fn takes_input(self) -> bool {
+        !matches!(self, Self::Hvt | Self::Rumprun)
+    }
+
     /// What it is told besides its words: where its devices are, if that is where it looks for them.
     pub fn style(self) -> CmdlineStyle {
         match self {
             Self::Rust | Self::Unikraft | Self::Nanos => CmdlineStyle::Devices,
-            Self::Hvt | Self::Rumprun | Self::Hermit => CmdlineStyle::Bare,
+            Self::Hvt | Self::Rumprun | Self::Hermit | Self::Multiboot => CmdlineStyle::Bare,
             Self::Linux => CmdlineStyle::Stock,
         }
     }
@@ -68,6 +75,7 @@ impl Kind {
         match self {
             Self::Hvt | Self::Rumprun => BootProtocol::Hvt,
             Self::Linux => BootProtocol::Linux,
+            Self::Multiboot => BootProtocol::Multiboot,
             _ => BootProtocol::Auto,
         }
     }
@@ -82,6 +90,7 @@ impl fmt::Display for Kind {
             Self::Hvt => "hvt",
             Self::Rumprun => "rumprun",
             Self::Hermit => "hermit",
+            Self::Multiboot => "multiboot",
             Self::Linux => "linux",
         })
     }

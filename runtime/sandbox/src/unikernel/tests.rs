@@ -122,6 +122,14 @@ fn users_annotations_and_arguments_win() {
     assert_eq!((plan.cmdline.as_str(), plan.boot), ("of user", BootProtocol::Hvt));
     image.args = words(&["--ipv4=10.0.0.2/24"]);
     assert_eq!(image.plan().cmdline, "--ipv4=10.0.0.2/24");
+    image.entrypoint = words(&["start"]);
+    assert_eq!(image.plan().cmdline, "start --ipv4=10.0.0.2/24");
+    image.args.clear();
+    assert_eq!(image.plan().cmdline, "start", "before any cmdline, as in urunc");
+    image.cmd = words(&["-v"]);
+    assert_eq!(image.plan().cmdline, "start -v");
+    (image.entrypoint, image.cmd) = (Vec::new(), Vec::new());
+    assert_eq!(image.plan().cmdline, "of user");
     image.annotations = urunc(&[("unikernelType", "rumprun"), ("binary", "/other")]);
     image.args.clear();
     image.cmd = words(&["redis", "-v"]);

@@ -53,10 +53,11 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
     let disk = source.path(BLOCK)?;
     let hypervisor = source.get(HYPERVISOR)?.unwrap_or_default();
     let old_unikraft = source.get(VERSION)?.is_some_and(|version| is_old(&version));
-    let words = match source.get(CMDLINE)?.filter(|line| !line.trim().is_empty()) {
-        _ if !packaging.args.is_empty() => packaging.command(),
-        Some(line) => line.split_whitespace().map(str::to_owned).collect(),
-        None => packaging.command(),
+    // As in urunc: what would be executed counts, the annotation is for images that say nothing.
+    let line = source.get(CMDLINE)?.unwrap_or_default();
+    let words = match packaging.command() {
+        nothing if nothing.is_empty() => line.split_whitespace().map(str::to_owned).collect(),
+        command => command,
     };
     let cmdline = Words {
         kernel: &kernel,
@@ -129,7 +130,8 @@ fn named(name: &str) -> Option<(Kind, bool)> {
         "rumprun" => Some((Kind::Rumprun, true)),
         "hermit" => Some((Kind::Hermit, false)),
         "linux" => Some((Kind::Linux, false)),
-        "mewz" => Some((Kind::Rust, false)),
+        // The latter is no name of urunc's: a kernel of one's own, as with `--unikernel rust`.
+        "mewz" | "rust" => Some((Kind::Rust, false)),
         _ => None,
     }
 }
@@ -138,7 +140,7 @@ fn kind(source: &Source) -> Result<(Kind, bool), Error> {
     let name = source.get(TYPE)?.unwrap_or_default();
     named(&name).ok_or_else(|| {
         let reason = format!(
-            "there is no kind of unikernel {name:?}: unikraft, mirage, rumprun, hermit, linux and mewz are known"
+            "there is no kind of unikernel {name:?}: unikraft, mirage, rumprun, hermit, linux, mewz and rust are known"
         );
         Error::Value { key: TYPE.into(), place: source.place, reason }
     })

@@ -6,6 +6,9 @@ const MAX_VALUE: usize = 4096;
 /// Longest path in bytes, as Linux has it (`PATH_MAX` without the zero byte).
 const MAX_PATH: usize = 4095;
 
+/// Stands before base64 wherever a value may be plain.
+const MARK: &str = "b64:";
+
 /// How the values of one place are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Encoding {
@@ -23,7 +26,10 @@ impl Encoding {
         if value.len() > MAX_VALUE {
             return Err(format!("{} bytes are too long, the limit is {MAX_VALUE}", value.len()));
         }
+        // A value may say of itself that it is base64.
+        let marked = value.strip_prefix(MARK);
         let text = match self {
+            _ if marked.is_some() => marked.and_then(decode).ok_or("it is not base64 of a text")?,
             Self::Plain => value.to_owned(),
             Self::Base64 => decode(value).ok_or("it is not base64 of a text")?,
             Self::Either => decode(value).unwrap_or_else(|| value.to_owned()),
@@ -118,6 +124,10 @@ mod tests {
         assert!(Encoding::Base64.text("a b").is_err());
         assert_eq!(Encoding::Either.text("a b").unwrap(), "a b");
         assert_eq!(Encoding::Either.text("YSBi").unwrap(), "a b");
+        for encoding in [Encoding::Plain, Encoding::Base64, Encoding::Either] {
+            assert_eq!(encoding.text("b64:YSBi").unwrap(), "a b");
+            assert!(encoding.text("b64:a b").is_err());
+        }
     }
 
     #[test]

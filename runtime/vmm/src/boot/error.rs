@@ -111,6 +111,14 @@ pub enum Error {
         /// The kernel's protocol.
         protocol: BootProtocol,
     },
+    /// The protocol has a place for one initramfs.
+    #[error("{count} initrd files were given, and the protocol {protocol} has a place for one")]
+    OneInitramfs {
+        /// The kernel's protocol.
+        protocol: BootProtocol,
+        /// How many there are.
+        count: usize,
+    },
     /// The command line cannot be made.
     #[error(
         "the kernel command line cannot be made: {reason} (your part has {extra} bytes; there is \
@@ -132,4 +140,11 @@ pub enum Error {
         /// Guest physical address.
         at: u64,
     },
+}
+
+impl Error {
+    /// Makes [`Error::Read`] of what the host says.
+    pub(super) fn reading(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Read { what, source }
+    }
 }

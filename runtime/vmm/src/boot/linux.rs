@@ -142,7 +142,8 @@ impl BootImage for LinuxImage {
         };
         placing.write("command line", layout::CMDLINE, placing.cmdline.to_bytes_with_nul())?;
         let cmdline_len = placing.cmdline.to_bytes().len();
-        let (ramdisk, rsdp) = (placing.module, placing.rsdp);
+        let ramdisk = placing.modules.first().map(|initramfs| (initramfs.start, initramfs.len));
+        let rsdp = placing.rsdp;
         let page = ZeroPage { header, ramdisk, cmdline_len, rsdp, ram };
         ram.memory()
             .write_obj(page.build(), GuestAddress(layout::ZERO_PAGE))

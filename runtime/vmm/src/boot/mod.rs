@@ -12,9 +12,11 @@ mod cmdline;
 mod cpu;
 mod elf;
 mod error;
+mod fw_cfg;
 mod hvt;
 mod linux;
 mod memory_map;
+mod modules;
 mod mptable;
 mod multiboot;
 mod pvh;
@@ -24,8 +26,8 @@ mod section;
 
 use std::ffi::CStr;
 use std::fmt;
-use std::io;
 
+use mvm_devices::fw_cfg::FwCfg;
 use mvm_memory::{GuestRam, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -33,10 +35,12 @@ pub use cmdline::Parts as CmdlineParts;
 pub use cpu::Entry;
 pub use error::Error;
 pub use hvt::{Attached, Kind as ManifestKind, Manifest};
+pub use modules::Module;
 pub use section::Section;
 
 use crate::config::{BootProtocol, CmdlineStyle};
 use crate::layout;
+use modules::Loaded;
 
 /// A kernel file in the terms of one protocol, checked as far as that goes without guest memory.
 trait BootImage: fmt::Debug + Send {
@@ -51,13 +55,18 @@ trait BootImage: fmt::Debug + Send {
     /// First address that is free when the kernel has been loaded and has unpacked itself.
     fn end(&self) -> u64;
 
-    /// Bytes that it cannot start without, beyond its image and a module of `module` bytes.
-    fn working_memory(&self, _module: u64) -> u64 {
+    /// Bytes that it cannot start without, beyond its image and `modules` bytes of modules.
+    fn working_memory(&self, _modules: u64) -> u64 {
         0
     }
 
-    /// Where the protocol wants the initramfs.
+    /// Where the protocol wants the initramfs, or the modules.
     fn module_place(&self) -> ModulePlace;
+
+    /// Whether there may be several of them.
+    fn takes_several_modules(&self) -> bool {
+        false
+    }
 
     /// The devices that it demands, if it has hypercalls in place of a PC's devices.
     fn manifest(&self) -> Option<&Manifest> {
@@ -71,7 +80,7 @@ trait BootImage: fmt::Debug + Send {
     fn place(&self, file: &mut Section, placing: &Placing<'_>) -> Result<Entry, Error>;
 }
 
-/// Where an initramfs goes.
+/// Where an initramfs goes, or the first module, which the others follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ModulePlace {
     /// As high as possible below the device hole, out of the kernel's way.
@@ -94,14 +103,16 @@ pub struct Facts<'a> {
     pub tsc_khz: u64,
     /// What was attached to the entries of its manifest.
     pub attached: &'a [Attached],
+    /// The device by which kernels made for PC emulators ask for some of it, if there is one.
+    pub fw_cfg: Option<&'a FwCfg>,
 }
 
 /// What a [`BootImage`] is placed with.
 struct Placing<'a> {
     ram: &'a GuestRam,
     cmdline: &'a CStr,
-    /// Address and length of the initramfs.
-    module: Option<(u64, u64)>,
+    /// The modules, or the initramfs alone.
+    modules: &'a [Loaded<'a>],
     /// Address of ACPI's root pointer, if there are such tables.
     rsdp: Option<u64>,
     /// Frequency of the time-stamp counter in kHz.
@@ -155,47 +166,58 @@ impl Kernel {
         self.image.manifest()
     }
 
-    /// Fills guest memory: kernel, initramfs, command line and everything the kernel is told.
+    /// Fills guest memory: kernel, initramfs or modules, command line and everything the kernel is
+    /// told.
     ///
     /// # Errors
     /// [`Error`]: it does not fit, or a file cannot be read.
     pub fn place(
         mut self,
         facts: &Facts<'_>,
-        initramfs: Option<Section>,
+        modules: impl IntoIterator<Item = Module>,
         cmdline: &CmdlineParts<'_>,
     ) -> Result<Entry, Error> {
-        let Facts { ram, vcpus, tsc_khz, attached } = *facts;
-        let initramfs = initramfs.filter(|i| i.size() > 0);
-        let len = initramfs.as_ref().map_or(0, Section::size);
-        let at = self.plan(ram, len)?;
+        let Facts { ram, vcpus, tsc_khz, attached, fw_cfg } = *facts;
+        // An empty file is as good as none.
+        let modules: Vec<Module> = modules.into_iter().filter(|m| m.content.size() > 0).collect();
+        let at = self.plan(ram, &modules)?;
         let rsdp = match self.manifest() {
             // Nor is there room for a PC's tables in what it can see.
             Some(_) => None,
             None => write_tables(ram, vcpus, cmdline)?,
         };
         let cmdline = cmdline::build(cmdline)?;
-        let module = initramfs.is_some().then_some((at, len));
-        let placing = Placing { ram, cmdline: &cmdline, module, rsdp, tsc_khz, attached };
+        let loaded = modules::layout(&modules, at);
+        let placing = Placing { ram, cmdline: &cmdline, modules: &loaded, rsdp, tsc_khz, attached };
         let entry = self.image.place(&mut self.file, &placing)?;
-        if let Some(mut file) = initramfs {
-            ram.memory()
-                .read_exact_volatile_from(GuestAddress(at), &mut file, len as usize)
-                .map_err(|e| Error::Read { what: "the initramfs", source: io::Error::other(e) })?;
+        if let Some(device) = fw_cfg {
+            let initrd = match (loaded.first(), modules.first()) {
+                (Some(place), Some(module)) => {
+                    let content = module.content.try_clone();
+                    Some((*place, content.map_err(Error::reading("the initramfs"))?))
+                }
+                _ => None,
+            };
+            fw_cfg::tell(device, facts, rsdp.is_some(), &cmdline, initrd);
         }
+        modules::load(modules, at, ram)?;
         Ok(entry)
     }
 
-    /// Checks that everything fits and says where an initramfs of `len` bytes goes.
-    fn plan(&self, ram: &GuestRam, len: u64) -> Result<u64, Error> {
+    /// Checks that everything fits and says where the initramfs or the first module goes.
+    fn plan(&self, ram: &GuestRam, modules: &[Module]) -> Result<u64, Error> {
         const PAGE: u64 = PAGE_SIZE as u64;
-        let module_place = self.image.module_place();
-        if len > 0 && module_place == ModulePlace::Nowhere {
-            return Err(Error::NoInitramfs { protocol: self.protocol() });
+        let (module_place, protocol) = (self.image.module_place(), self.protocol());
+        if !modules.is_empty() && module_place == ModulePlace::Nowhere {
+            return Err(Error::NoInitramfs { protocol });
         }
+        if modules.len() > 1 && !self.image.takes_several_modules() {
+            return Err(Error::OneInitramfs { protocol, count: modules.len() });
+        }
+        let len = modules::total(modules).unwrap_or(u64::MAX);
         let after = self.image.end().checked_next_multiple_of(PAGE);
         let need = after
-            .and_then(|end| end.checked_add(len.checked_next_multiple_of(PAGE)?))
+            .and_then(|end| end.checked_add(len))
             .and_then(|end| end.checked_add(self.image.working_memory(len)))
             .and_then(|end| end.checked_next_multiple_of(1 << 20))
             .unwrap_or(u64::MAX);
@@ -207,7 +229,8 @@ impl Kernel {
             return Err(Error::NotEnoughMemory { have, need });
         }
         Ok(match module_place {
-            ModulePlace::High => (memory_map::low_end(ram) - len) & !(PAGE - 1),
+            // Whole pages, all of them below the end that was checked.
+            ModulePlace::High => (memory_map::low_end(ram) & !(PAGE - 1)) - len,
             ModulePlace::AfterKernel | ModulePlace::Nowhere => after.unwrap_or(need),
         })
     }

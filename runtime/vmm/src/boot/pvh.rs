@@ -72,6 +72,11 @@ impl BootImage for PvhImage {
         ModulePlace::High
     }
 
+    fn takes_several_modules(&self) -> bool {
+        // Linux looks at the first alone.
+        !self.is_linux
+    }
+
     fn place(&self, file: &mut Section, placing: &Placing<'_>) -> Result<Entry, Error> {
         self.elf.load(file, placing.ram)?;
         placing.write("command line", layout::CMDLINE, placing.cmdline.to_bytes_with_nul())?;
@@ -85,11 +90,16 @@ impl BootImage for PvhImage {
 /// `struct hvm_start_info`, and the tables that it points to.
 fn write_start_info(placing: &Placing<'_>) -> Result<(), Error> {
     let mut area = Area::new(layout::BOOT_INFO, layout::BOOT_INFO_MAX, START_INFO_SIZE);
-    let modules = match placing.module {
-        // Address, size, no command line, reserved.
-        Some((start, size)) => area.put(&words(&[start, size, 0, 0])),
-        None => 0,
-    };
+    let mut list = Vec::new();
+    for module in placing.modules {
+        let text = match module.text {
+            "" => 0,
+            text => area.put(&[text.as_bytes(), b"\0"].concat()),
+        };
+        // The last word is reserved.
+        list.extend(words(&[module.start, module.len, text, 0]));
+    }
+    let modules = if list.is_empty() { 0 } else { area.put(&list) };
     let map = memory_map::build(placing.ram, placing.rsdp.is_some());
     let count = map.len() as u64;
     let map: Vec<u64> =
@@ -99,7 +109,7 @@ fn write_start_info(placing: &Placing<'_>) -> Result<(), Error> {
     let flags = 0;
     let head = words(&[
         pair(MAGIC, VERSION),
-        pair(flags, placing.module.is_some().into()),
+        pair(flags, placing.modules.len() as u32),
         modules,
         layout::CMDLINE,
         placing.rsdp.unwrap_or(0),

@@ -25,7 +25,7 @@ fn place(kernel: &[u8], memory: u64, initramfs: Option<&[u8]>) -> Result<(GuestR
 }
 
 fn facts(ram: &GuestRam, vcpus: u32) -> Facts<'_> {
-    Facts { ram, vcpus, tsc_khz: 1_000_000, attached: &[] }
+    Facts { ram, vcpus, tsc_khz: 1_000_000, attached: &[], fw_cfg: None }
 }
 
 fn announce(
@@ -36,7 +36,8 @@ fn announce(
     cmdline: &CmdlineParts<'_>,
 ) -> Result<(GuestRam, Entry), Error> {
     let ram = GuestRam::new(&layout::ram_ranges(memory)).unwrap();
-    let entry = open(kernel)?.place(&facts(&ram, vcpus), initramfs.map(section), cmdline)?;
+    let initramfs = initramfs.map(|bytes| Module::from(section(bytes)));
+    let entry = open(kernel)?.place(&facts(&ram, vcpus), initramfs, cmdline)?;
     Ok((ram, entry))
 }
 

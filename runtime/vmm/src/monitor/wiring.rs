@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use super::fds::FdTable;
 use super::process::Error;
 use crate::config::{ImageSource, MachineConfig};
-use crate::machine::{Disk, Parts, Section, Sockets, VirtioConsole};
+use crate::machine::{Disk, Module, Parts, Section, Sockets, VirtioConsole};
 
 /// Takes the descriptors that `config` names and makes the machine's parts from them.
 pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, Error> {
@@ -21,6 +21,10 @@ pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, 
         Some(source) => Some(section(source, "the initramfs", fds)?),
         None => None,
     };
+    for module in &config.modules {
+        let content = section(&module.content, "a module", fds)?;
+        parts.modules.push(Module { content, text: module.text.clone() });
+    }
     parts.cmdline.clone_from(&config.cmdline);
     parts.verbose = config.verbose;
     for disk in &config.disks {

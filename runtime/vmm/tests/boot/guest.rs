@@ -177,7 +177,7 @@ impl Write for Captured {
 }
 
 /// The engines of this host. Where there is no `/dev/kvm` for us a line says so.
-fn all_engines() -> Vec<Box<dyn Engine>> {
+pub fn all_engines() -> Vec<Box<dyn Engine>> {
     let mut engines: Vec<Box<dyn Engine>> = vec![Box::new(EmuEngine::new().unwrap())];
     match KvmEngine::new() {
         Ok(kvm) => engines.push(Box::new(kvm)),
@@ -193,6 +193,7 @@ fn twin(parts: &Parts) -> Parts {
         cpu: parts.cpu,
         boot: parts.boot,
         initramfs: parts.initramfs.as_ref().map(|i| i.try_clone().unwrap()),
+        modules: parts.modules.iter().map(|m| m.try_clone().unwrap()).collect(),
         cmdline: parts.cmdline.clone(),
         cmdline_style: parts.cmdline_style,
         verbose: parts.verbose,

@@ -1,11 +1,10 @@
 //! Kernels for Solo5's hvt.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use mvm_vmm::config::BootProtocol;
-use mvm_vmm::monitor::Phase;
 use mvm_vmm::testing::{ElfBuilder, file, section};
 use mvm_vmm::{Disk, EndReason, Error, Machine, MachineEvent, Parts, engines};
 
@@ -195,8 +194,14 @@ fn guests_that_do_what_they_must_not_are_ended() {
     assert_eq!(reason, EndReason::GuestHalt { status: 1, cookie: 0 });
 }
 
+/// How many calls of this name the guest has begun.
+fn calls(machine: &Machine, name: &str) -> u64 {
+    let name = format!("mvm-hvt.{name}");
+    machine.device_counters().into_iter().find(|(n, _)| *n == name).expect("a counter").1
+}
+
 #[test]
-fn a_guest_that_waits_for_ever_can_be_paused_and_ended() {
+fn a_guest_that_waits_for_ever_can_be_paused_and_goes_on() {
     let code = assemble(64, AT, |a| {
         let mut again = a.create_label();
         a.set_label(&mut again)?;
@@ -205,25 +210,47 @@ fn a_guest_that_waits_for_ever_can_be_paused_and_ended() {
         puts(a, DATA, 1)?;
         a.jmp(again)
     });
-    let captured = Captured::default();
-    let parts = Parts { console: Box::new(captured.clone()), ..parts(&kernel(&[], &code)) };
-    let engine = engines::emulation().unwrap();
-    let (machine, events) = Machine::new(&*engine, parts).unwrap();
-    assert_eq!(machine.boot_protocol(), BootProtocol::Hvt);
-    machine.start();
-    let is_up = |e| matches!(e, MachineEvent::Phase(mark) if mark.phase == Phase::KernelUp);
-    while !is_up(events.wait(Some(PATIENCE)).expect("the first hypercall")) {}
-    for rounds in 1..4 {
-        machine.pause().unwrap();
-        // It goes on by itself as far as printing that its wait is over, and waits again.
-        machine.resume();
-        while captured.0.lock().unwrap().len() < rounds {
-            std::thread::sleep(Duration::from_millis(1));
+    let kernel = kernel(&[], &code);
+    for engine in all_engines() {
+        // Each of the ends: while it waits, and while it stands still.
+        for still in [false, true] {
+            let captured = Captured::default();
+            let parts = Parts { console: Box::new(captured.clone()), ..parts(&kernel) };
+            let (machine, events) = Machine::new(&*engine, parts).unwrap();
+            assert_eq!(machine.boot_protocol(), BootProtocol::Hvt);
+            machine.start();
+            let state = || {
+                (captured.0.lock().unwrap().len(), calls(&machine, "poll"), calls(&machine, "puts"))
+            };
+            let deadline = Instant::now() + PATIENCE;
+            while calls(&machine, "poll") == 0 {
+                assert!(Instant::now() < deadline, "it does not begin to wait");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            // Its wait ends when it is paused, maybe more than once until it stands still. When it is
+            // let go on it says so, at the latest then, and waits again.
+            while state().0 < 3 {
+                assert!(Instant::now() < deadline, "{}: {:?}", engine.name(), state());
+                machine.pause().unwrap();
+                assert!(!machine.is_running());
+                let paused = state();
+                std::thread::sleep(Duration::from_millis(2));
+                assert_eq!(state(), paused, "{}: it runs while it is paused", engine.name());
+                machine.resume();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if still {
+                machine.pause().unwrap();
+            }
+            machine.end(EndReason::Stopped);
+            let is_end = |e| matches!(e, MachineEvent::Ended(EndReason::Stopped));
+            while !is_end(events.wait(Some(PATIENCE)).expect("its end")) {}
+            // The end is final.
+            machine.resume();
+            assert!(machine.has_ended() && !machine.is_running());
+            machine.finish(EndReason::Stopped).unwrap();
         }
     }
-    machine.end(EndReason::Stopped);
-    assert_eq!(events.wait(Some(PATIENCE)), Some(MachineEvent::Ended(EndReason::Stopped)));
-    machine.finish(EndReason::Stopped).unwrap();
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use iced_x86::code_asm::*;
 use mvm_vmm::config::BootProtocol;
 use mvm_vmm::testing::{ElfBuilder, section};
-use mvm_vmm::{EndReason, Parts};
+use mvm_vmm::{EndReason, Module, Parts};
 
 use crate::guest::*;
 
@@ -121,6 +121,31 @@ fn the_initramfs_is_the_first_module() {
     assert_eq!(start, kernel_end.next_multiple_of(0x1000), "on the page after the kernel");
     assert_eq!(end - start, module.len() as u32);
     assert_eq!(dump.text(dump.dword(entry + 8)), "initrd");
+}
+
+#[test]
+fn further_modules_follow_the_first_with_their_texts() {
+    let module = |content: &[u8], text: &str| {
+        let content = section(content).unwrap();
+        Module { content, text: text.into() }
+    };
+    let initramfs = Some(section(&[7; 0x1001]).unwrap());
+    let modules = vec![module(&[8; 5], "/boot/b x=1 y"), module(&[9; 4096], "c")];
+    let dump = run_dump(Parts { initramfs, modules, ..parts(&elf32(&dumper())) });
+    let info = check(&dump);
+    assert_eq!(dump.dword(info + 20), 3);
+    let list = dump.dword(info + 24);
+    let told: Vec<_> = (0..3)
+        .map(|index| list + index * 16)
+        .map(|at| {
+            let (start, end) = (dump.dword(at), dump.dword(at + 4));
+            (start, end - start, dump.text(dump.dword(at + 8)))
+        })
+        .collect();
+    let first = told[0].0;
+    assert_eq!(first % 0x1000, 0);
+    let want = [(0, 0x1001, "initrd"), (0x2000, 5, "/boot/b x=1 y"), (0x3000, 4096, "c")];
+    assert_eq!(told, want.map(|(at, len, text)| (first + at, len, text.to_owned())));
 }
 
 /// Ends by writing `value` of `bytes` bytes to `port`.

@@ -2,7 +2,7 @@
 
 use mvm_vmm::config::BootProtocol;
 use mvm_vmm::testing::{ElfBuilder, section};
-use mvm_vmm::{EndReason, Parts};
+use mvm_vmm::{EndReason, Module, Parts};
 
 use crate::guest::*;
 
@@ -58,6 +58,23 @@ fn a_kernel_of_either_class_finds_its_start_information() {
         assert_eq!(range(2).2, 2);
         assert_eq!(range(3), (0x10_0000, MEMORY - 0x10_0000, 1, 0));
     }
+}
+
+#[test]
+fn several_modules_are_told_in_their_order() {
+    let code = dumper();
+    let kernel =
+        ElfBuilder::elf32(AT).note("Xen", PHYS32_ENTRY, &entry(AT)).load(AT, &code).build();
+    let initramfs = Some(section(&[7; 5000]).unwrap());
+    let content = section(&[8; 100]).unwrap();
+    let modules = vec![Module { content, text: "second x".into() }];
+    let dump = run_dump(Parts { initramfs, modules, ..parts(&kernel) });
+    let info = check(&dump);
+    assert_eq!(dump.dword(info + 12), 2);
+    let list = dump.qword(info + 16) as u32;
+    assert_eq!((dump.qword(list), dump.qword(list + 8)), (MEMORY - 0x3000, 5000));
+    assert_eq!((dump.qword(list + 32), dump.qword(list + 40)), (MEMORY - 0x1000, 100));
+    assert_eq!(dump.text(dump.qword(list + 48) as u32), "second x");
 }
 
 #[test]

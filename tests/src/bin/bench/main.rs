@@ -6,6 +6,7 @@
 mod boot;
 mod ebench;
 mod qemu;
+mod start;
 mod stats;
 
 use std::env;
@@ -14,6 +15,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use mvm_tests::World;
+
+/// Names the starts of the unikernel among the tests.
+const UNIKERNEL: &str = "unikernel";
+
+/// Starts of the unikernel: each is short.
+const STARTS: usize = 21;
 
 /// What the command line chooses.
 #[derive(Debug, Default)]
@@ -38,7 +45,7 @@ fn options() -> Result<Options, String> {
             name if !name.starts_with('-') => options.only.push(name.into()),
             other => {
                 return Err(format!(
-                    "{other} is not known; there are --json FILE, --runs N, --seconds S, TEST..."
+                    "{other} is not known; there are --json FILE, --runs N, --seconds S, {UNIKERNEL}, TEST..."
                 ));
             }
         }
@@ -61,13 +68,19 @@ fn main() -> ExitCode {
         println!("qemu-system-x86_64 is not installed: no comparison with it.\n");
     }
     let mut figures = serde_json::Map::new();
-    if options.only.is_empty() {
+    let (starts, tests): (Vec<_>, Vec<_>) =
+        options.only.iter().cloned().partition(|name| name == UNIKERNEL);
+    let all = options.only.is_empty();
+    if all || !starts.is_empty() {
+        figures.insert(UNIKERNEL.into(), start::measure(&world, STARTS.max(options.runs)));
+    }
+    if all {
         figures.insert("boot".into(), boot::measure(&world, qemu.as_ref(), options.runs));
     }
-    figures.insert(
-        "ebench".into(),
-        ebench::measure(&world, qemu.as_ref(), options.seconds, &options.only),
-    );
+    if all || !tests.is_empty() {
+        let ebench = ebench::measure(&world, qemu.as_ref(), options.seconds, &tests);
+        figures.insert("ebench".into(), ebench);
+    }
     if let Some(path) = options.json {
         let text = serde_json::Value::Object(figures).to_string();
         if let Err(e) = fs::write(&path, text) {

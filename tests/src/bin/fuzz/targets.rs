@@ -9,7 +9,7 @@ use mvm_devices::testing::Rng;
 use mvm_image::erofs::reader::{FileType, Inode, Reader};
 use mvm_image::{Digest, Reference, Silent, Store};
 use mvm_vmm::config::BootProtocol;
-use mvm_vmm::{Disk, Machine, Parts, Section, engines, layout};
+use mvm_vmm::{Disk, Machine, Module, Parts, Section, engines, layout};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::annotations;
@@ -51,6 +51,7 @@ pub const TARGETS: &[Target] = &[
     queue("rng", mvm_devices::fuzz::fuzz_rng),
     queue("balloon", mvm_devices::fuzz::fuzz_balloon),
     queue("hvt", mvm_devices::fuzz::fuzz_hvt),
+    queue("fw-cfg", mvm_devices::fuzz::fuzz_fw_cfg),
     Target { name: "layer", seeds: layers, longest: 4096, run: layer },
     Target { name: "archive", seeds: archives, longest: 4096, run: archive },
     Target { name: "erofs", seeds: erofs_images, longest: 4096, run: erofs },
@@ -260,6 +261,8 @@ fn kernel(bytes: &[u8]) {
         0 => None,
         _ => Section::new(memory(&[7; 5000]), 0, None).ok(),
     };
-    let parts = Parts { boot, disks, initramfs, ..Parts::new(size, section) };
+    let modules = (0..rng.below(3)).filter_map(|_| Section::new(memory(&[8; 5000]), 0, None).ok());
+    let modules = modules.map(Module::from).collect();
+    let parts = Parts { boot, disks, initramfs, modules, ..Parts::new(size, section) };
     let _ = Machine::new(&*engine, parts);
 }

@@ -16,8 +16,8 @@ mod has {
     pub const LOADER_NAME: u32 = 1 << 9;
 }
 
-/// What a module is called.
-const MODULE_NAME: &[u8] = b"initrd\0";
+/// What a module is called of which nothing is said.
+const MODULE_NAME: &str = "initrd";
 
 const LOADER_NAME: &[u8] = b"mvm\0";
 
@@ -39,12 +39,17 @@ pub fn write(placing: &Placing<'_>) -> Result<(), Error> {
     set(4, (layout::LOW_RAM_END >> 10) as u32);
     set(8, (upper >> 10) as u32);
     set(16, layout::CMDLINE as u32);
-    if let Some((start, len)) = placing.module {
+    if !placing.modules.is_empty() {
         flags |= has::MODULES;
-        let name = area.put(MODULE_NAME);
-        let entry = [start, start + len, name, 0].map(|word| (word as u32).to_le_bytes());
-        set(20, 1);
-        set(24, area.put(&entry.concat()) as u32);
+        let mut list = Vec::new();
+        for module in placing.modules {
+            let text = if module.text.is_empty() { MODULE_NAME } else { module.text };
+            let text = area.put(&[text.as_bytes(), b"\0"].concat());
+            let entry = [module.start, module.end(), text, 0];
+            list.extend(entry.iter().flat_map(|word| (*word as u32).to_le_bytes()));
+        }
+        set(20, placing.modules.len() as u32);
+        set(24, area.put(&list) as u32);
     }
     let mut map = Vec::new();
     for range in memory_map::build(placing.ram, placing.rsdp.is_some()) {

@@ -131,6 +131,10 @@ impl BootImage for MultibootImage {
         ModulePlace::AfterKernel
     }
 
+    fn takes_several_modules(&self) -> bool {
+        true
+    }
+
     fn place(&self, file: &mut Section, placing: &Placing<'_>) -> Result<Entry, Error> {
         match &self.form {
             Form::Elf(elf) => elf.load(file, placing.ram)?,
