@@ -1,8 +1,10 @@
 //! `mvm run --unikernel`: a kernel file as a machine of its own. No image, no agent; what the guest
-//! writes to its serial port is the output, and how the machine ends is the exit code.
+//! writes to its serial port is the output, what is typed at that port is the input, and how the
+//! machine ends is the exit code.
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
@@ -33,6 +35,7 @@ use crate::cli::RunArgs;
 use crate::output::{complain, size};
 use crate::settings::{Config, Origin, Settings};
 use crate::signals::{ENDING, Signals};
+use crate::terminal::{self, Raw};
 use crate::{detach, embedded, env_file};
 
 /// Memory if nobody says otherwise: far more than most unikernels touch.
@@ -45,7 +48,7 @@ const GRACE: Duration = Duration::from_secs(30);
 pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     let mut timings = Timings::start();
     let Some(kind) = args.unikernel.map(Kind::from) else { bail!("--unikernel names no kind") };
-    refuse_what_does_not_hold(args, Provenance::File)?;
+    refuse_what_does_not_hold(args, kind, Provenance::File)?;
     let settings = Settings::of_run(args, &Config::load(&context.settings)?)?;
     let cmdline = command_line(args, kind)?;
     // The files in mvm.toml are those of containers.
@@ -143,16 +146,22 @@ pub(super) fn launch(
         style: load.kind.style(),
         boot: load.boot,
         disks: load.disks,
+        input: None,
     };
     lead(args, sandbox, plan, load.command, &signals, timings)
 }
 
 /// Flags that ask for something which no agent is there to do.
-pub(super) fn refuse_what_does_not_hold(args: &RunArgs, from: Provenance) -> anyhow::Result<()> {
+pub(super) fn refuse_what_does_not_hold(
+    args: &RunArgs,
+    kind: Kind,
+    from: Provenance,
+) -> anyhow::Result<()> {
     let file = from == Provenance::File;
+    let deaf = args.interactive && !kind.takes_input();
     let asked = [
-        (args.interactive, "--interactive", "its machine has no input"),
-        (args.tty, "--tty", "its machine has no terminal"),
+        (deaf, "--interactive", "Solo5 has no call that reads a console"),
+        (args.tty && !args.interactive, "--tty", "without --interactive nobody types at it"),
         (args.init, "--init", "it has no processes"),
         (args.read_only, "--read-only", "it has no root file system of mvm's; see --disk FILE:ro"),
         (args.privileged, "--privileged", "it has no capabilities to be given"),
@@ -171,6 +180,7 @@ pub(super) fn refuse_what_does_not_hold(args: &RunArgs, from: Provenance) -> any
     ];
     match asked.iter().find(|(asked, ..)| *asked) {
         Some((_, flag, why)) => bail!("{flag} cannot hold for a unikernel: {why}"),
+        None if args.tty && !args.detach => terminal::require(),
         None => Ok(()),
     }
 }
@@ -234,12 +244,17 @@ fn open_disk(text: &str) -> anyhow::Result<Disk> {
 fn lead(
     args: &RunArgs,
     mut sandbox: Sandbox,
-    plan: BarePlan,
+    mut plan: BarePlan,
     command: Vec<String>,
     signals: &Signals,
     timings: &mut Timings,
 ) -> anyhow::Result<i32> {
     let notice = plan.engine.notice.clone();
+    let mut keyboard = None;
+    if args.interactive && !args.detach {
+        let (ours, theirs) = UnixStream::pair().context("cannot make a socket")?;
+        (keyboard, plan.input) = (Some(ours), Some(theirs));
+    }
     let started = sandbox.start_bare(&MonitorLauncher, plan, command, timings, signals.as_fd());
     let console = match started {
         Ok(console) => console,
@@ -257,8 +272,19 @@ fn lead(
             return Err(e);
         }
     }
+    // Raw, a terminal leaves everything to the guest's own: echo, line editing and Ctrl-C.
+    let raw = if args.tty && keyboard.is_some() { Some(Raw::enter()?) } else { None };
+    let input_over = Flag::new().context("cannot make an event descriptor")?;
+    if let Some(keyboard) = keyboard {
+        let stdin =
+            io::stdin().as_fd().try_clone_to_owned().context("cannot use standard input")?;
+        pump::input(stdin, keyboard, input_over.clone()).context("cannot start a thread")?;
+    }
     let output = Output::start(console, log, !args.detach)?;
-    let ending = stand_by(&mut sandbox, output, signals, timings)?;
+    let ended = stand_by(&mut sandbox, output, signals, timings);
+    input_over.raise();
+    drop(raw);
+    let ending = ended?;
     timings.mark("process ended");
     let cost = args.timings.and_then(|_| sandbox.cost());
     let code = ending.exit_code;
@@ -378,7 +404,6 @@ mod tests {
     fn what_cannot_hold_is_refused_by_name() {
         for flag in [
             "-t",
-            "-i",
             "--init",
             "--read-only",
             "--privileged",
@@ -387,14 +412,17 @@ mod tests {
             "--cap-add=ALL",
         ] {
             let args = args(&["rust", flag]);
-            let e = refuse_what_does_not_hold(&args, Provenance::File).unwrap_err().to_string();
+            let e = refused(&args, Kind::Rust).unwrap_err().to_string();
             assert!(e.contains("cannot hold for a unikernel"), "{flag}: {e}");
         }
-        refuse_what_does_not_hold(
-            &args(&["rust", "--rm", "--cpus", "2", "word"]),
-            Provenance::File,
-        )
-        .unwrap();
+        refused(&args(&["rust", "--rm", "--cpus", "2", "word"]), Kind::Rust).unwrap();
+        refused(&args(&["linux", "-i"]), Kind::Linux).unwrap();
+        let deaf = refused(&args(&["hvt", "-i"]), Kind::Hvt).unwrap_err().to_string();
+        assert!(deaf.contains("--interactive cannot hold"), "{deaf}");
+    }
+
+    fn refused(args: &RunArgs, kind: Kind) -> anyhow::Result<()> {
+        refuse_what_does_not_hold(args, kind, Provenance::File)
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub struct BarePlan {
     pub boot: BootProtocol,
     /// Its disks, in the order of their names in the guest.
     pub disks: Vec<Disk>,
+    /// What is typed at its serial port.
+    pub input: Option<UnixStream>,
 }
 
 /// Why [`Sandbox::wait_machine`] returned.
@@ -141,6 +143,9 @@ impl BarePlan {
             draft.disk(disk.file, disk.read_only, format!("disk{index}"));
         }
         draft.console(console);
+        if let Some(input) = self.input {
+            draft.console_input(input);
+        }
         Ok(draft)
     }
 }

@@ -54,6 +54,11 @@ impl Kind {
         self == Self::Unikraft
     }
 
+    /// Whether it can be typed at: Solo5's hypercalls have none that reads.
+    pub fn takes_input(self) -> bool {
+        !matches!(self, Self::Hvt | Self::Rumprun)
+    }
+
     /// What it is told besides its words: where its devices are, if that is where it looks for them.
     pub fn style(self) -> CmdlineStyle {
         match self {
