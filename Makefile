@@ -81,6 +81,7 @@ images: unikernel
 	images/busybox/build.sh $(BUILD)/busybox.tar
 	images/musl/build.sh $(BUILD)/musl.tar
 	images/debian/build.sh $(BUILD)/debian.tar
+	images/debian-vm/build.sh $(BUILD)/debian-vm
 
 e2e:
 	$(PLAIN) MVM=$(MVM) MVM_TEST_IMAGES=$(BUILD) cargo test --release -p mvm-tests -- --test-threads 1

@@ -47,6 +47,8 @@ printf '#include <stdio.h>\n' | cc -E - >/dev/null 2>&1 || missing+=(libc6-dev)
 if [ "$goal" = test ]; then
     want fsck.erofs erofs-utils
     want mmdebstrap mmdebstrap
+    want mke2fs e2fsprogs
+    [ "$(id -u)" = 0 ] || want fakeroot fakeroot
     want musl-gcc musl-tools
     want sqlite3 sqlite3
 fi

@@ -6,10 +6,11 @@ out=$(realpath -ms "$1")
 flavour=${2:-base}
 cd "$(dirname "$0")"
 . ../oci.sh
+. ../debian.sh
 . ../../scripts/lib.sh
 packages=python3,perl,sqlite3,openssl,git,gcc,libc6-dev,gawk,xz-utils,zstd,procps,libpython3.11-testsuite
 [ "$flavour" = base ] || packages=$packages,nodejs,postgresql,redis-server,redis-tools,golang-go,default-jdk-headless,stress-ng
-key=$(cat build.sh ../oci.sh | sha256sum | cut -c1-16)-$flavour
+key=$(cat build.sh ../oci.sh ../debian.sh | sha256sum | cut -c1-16)-$flavour
 cached=$(cache_dir)/image-debian-$key.tar
 if [ ! -f "$cached" ]; then
     mkdir -p "$(cache_dir)"
@@ -17,11 +18,7 @@ if [ ! -f "$cached" ]; then
     work=$(mktemp -d -p "$(cache_dir)")
     trap 'rm -rf --one-file-system "$work"' EXIT
     rm -f "$(cache_dir)"/image-debian-*-"$flavour".tar
-    mmdebstrap --quiet --variant=minbase --include="$packages" \
-        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-        --essential-hook='mkdir -p "$1"/usr/share/man/man1 "$1"/usr/share/man/man7' \
-        --customize-hook='rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/*' \
-        bookworm "$work/root" >&2
+    debian_tree "$packages" "$work/root" >&2
     rm -rf "${work:?}/root/dev" && mkdir "$work/root/dev"
     oci_pack "$work/root" "$cached" "debian:$([ "$flavour" = base ] && echo latest || echo full)" \
         '{"Cmd":["bash"],"Env":["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin","LANG=C.UTF-8"]}'

@@ -1,7 +1,7 @@
 //! A program that is spoken to while it runs.
 
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -20,9 +20,12 @@ const DEADLINE: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub struct Running {
     child: Child,
+    stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
     stderr: thread::JoinHandle<Vec<u8>>,
     heard: Vec<u8>,
+    /// What was asked for with [`Running::hear`] ends here.
+    seen: usize,
     /// Dropped at its end.
     ended: Option<mpsc::Sender<()>>,
 }
@@ -33,8 +36,23 @@ impl Running {
     /// # Panics
     /// If that fails.
     pub fn start(mut command: Command) -> Self {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(Stdio::null());
+        Self::begin(command, DEADLINE)
+    }
+
+    /// Starts `command`, which can be told something by [`Running::say`]. It is killed after `deadline`.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn conversation(mut command: Command, deadline: Duration) -> Self {
+        command.stdin(Stdio::piped());
+        Self::begin(command, deadline)
+    }
+
+    fn begin(mut command: Command, deadline: Duration) -> Self {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("a program");
+        let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().expect("its output"));
         let mut from = child.stderr.take().expect("its errors");
         let stderr = thread::spawn(move || {
@@ -45,11 +63,11 @@ impl Running {
         let (ended, end) = mpsc::channel::<()>();
         let pid = Pid::from_raw(child.id().cast_signed());
         thread::spawn(move || {
-            if end.recv_timeout(DEADLINE) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if end.recv_timeout(deadline) == Err(mpsc::RecvTimeoutError::Timeout) {
                 let _ = kill(pid, Signal::SIGKILL);
             }
         });
-        Self { child, stdout, stderr, heard: Vec::new(), ended: Some(ended) }
+        Self { child, stdin, stdout, stderr, heard: Vec::new(), seen: 0, ended: Some(ended) }
     }
 
     /// Its process id.
@@ -70,6 +88,37 @@ impl Running {
             if self.heard[begin..].starts_with(text.as_bytes()) {
                 return;
             }
+        }
+    }
+
+    /// Writes to its standard input.
+    ///
+    /// # Panics
+    /// If it has none or takes no more.
+    #[track_caller]
+    pub fn say(&mut self, text: &str) {
+        let stdin = self.stdin.as_mut().expect("a conversation");
+        stdin.write_all(text.as_bytes()).expect("a program that listens");
+    }
+
+    /// Waits for `text` on its standard output, in a line that need not be complete, after what was
+    /// waited for before. Returns what came up to it.
+    ///
+    /// # Panics
+    /// If it ends before.
+    #[track_caller]
+    pub fn hear(&mut self, text: &str) -> String {
+        loop {
+            let fresh = &self.heard[self.seen..];
+            if let Some(at) = fresh.windows(text.len()).position(|w| w == text.as_bytes()) {
+                self.seen += at + text.len();
+                return String::from_utf8_lossy(&fresh[..at]).into_owned();
+            }
+            let more = self.stdout.fill_buf().expect("its output");
+            let n = more.len();
+            self.heard.extend_from_slice(more);
+            self.stdout.consume(n);
+            assert!(n > 0, "it ended without {text:?}: {}", String::from_utf8_lossy(&self.heard));
         }
     }
 

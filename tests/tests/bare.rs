@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use mvm_tests::{Finished, Running, World, eventually};
+use mvm_tests::{Finished, Running, Terminal, World, eventually};
 use nix::sys::signal::Signal;
 
 fn kernel() -> PathBuf {
@@ -29,6 +29,36 @@ fn output_is_what_it_prints_and_nothing_else() {
     assert!(hello.out().starts_with("Hello from a unikernel!\n"), "{}", hello.out());
     assert!(hello.out().contains("hello --word=x"), "{}", hello.out());
     assert_eq!(hello.err(), "");
+}
+
+#[test]
+fn what_is_typed_reaches_its_serial_port() {
+    let typed = b"one\ntwo\n\x04";
+    let command = command(&["--rm", "-i"], &["echo"]);
+    let echo = mvm_tests::run_with(command, typed, Duration::from_secs(120)).expect_code(0);
+    assert!(echo.out().ends_with("until Ctrl-D\none\ntwo\n"), "{}", echo.out());
+    // What nobody waits for does no harm, nor does the end of the input.
+    let command = self::command(&["--rm", "-i"], &["hello"]);
+    mvm_tests::run_with(command, &[b'x'; 1 << 20], Duration::from_secs(120)).expect_code(0);
+}
+
+#[test]
+fn on_a_terminal_all_keys_are_the_guests() {
+    let mut terminal = Terminal::start(&command(&["--rm", "-it"], &["echo"]), 80, 24);
+    terminal.wait_for("until Ctrl-D");
+    // Its own terminal would make a signal of the first, and keep the rest to itself until a line ends.
+    terminal.press("\x03ab");
+    terminal.wait_for("\x03ab");
+    assert!(terminal.is_raw());
+    terminal.press("\x04");
+    assert_eq!(terminal.wait(), 0);
+    assert!(terminal.is_as_before());
+
+    let mut terminal = Terminal::start(&command(&["--rm", "-it"], &["echo"]), 80, 24);
+    terminal.wait_for("until Ctrl-D");
+    terminal.signal(Signal::SIGTERM);
+    assert_eq!(terminal.wait(), 143);
+    assert!(terminal.is_as_before());
 }
 
 #[test]
@@ -106,6 +136,8 @@ fn what_cannot_be_is_one_line_and_leaves_nothing() {
     let kernel = kernel.to_str().expect("a UTF-8 path");
     for (args, want) in [
         (&["-t", "--unikernel", "rust", "--kernel", kernel][..], "--tty cannot hold"),
+        (&["-it", "--unikernel", "rust", "--kernel", kernel], "not a TTY"),
+        (&["-i", "--unikernel", "hvt", "--kernel", kernel], "--interactive cannot hold"),
         (&["--unikernel", "rust", "--kernel", "/etc/passwd"], "not a kernel"),
         (&["--unikernel", "rust", "--kernel", "/no/such"], "/no/such"),
         (&["--unikernel", "hvt", "--kernel", kernel], "hvt"),

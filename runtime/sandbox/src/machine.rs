@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use mvm_agent_protocol::{hello, port};
 use mvm_vmm::config::{
-    CmdlineStyle, ConsoleConfig, CpuModel, DiskConfig, EngineConfig, GuestPort, ImageSource,
-    MachineConfig, ModuleConfig, VsockConfig,
+    CmdlineStyle, CpuModel, DiskConfig, EngineConfig, GuestPort, ImageSource, MachineConfig,
+    ModuleConfig, VsockConfig,
 };
 use mvm_vmm::monitor::spawn::Error as SpawnError;
 use mvm_vmm::monitor::{ControlClient, Event, FdTable, Launch, Monitor, Request, Response, spawn};
@@ -192,8 +192,12 @@ impl Draft {
 
     /// Where the console goes.
     pub fn console(&mut self, to: impl Into<OwnedFd>) {
-        let log = Some(self.fds.add(to));
-        self.config.console = ConsoleConfig { log, ..ConsoleConfig::default() };
+        self.config.console.log = Some(self.fds.add(to));
+    }
+
+    /// What is typed at the console.
+    pub fn console_input(&mut self, from: impl Into<OwnedFd>) {
+        self.config.console.input = Some(self.fds.add(from));
     }
 
     /// One more disk.

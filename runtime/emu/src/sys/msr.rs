@@ -44,6 +44,7 @@ pub mod index {
     pub const TSC_AUX: u32 = 0xc000_0103;
     pub const AMD_SYSCFG: u32 = 0xc001_0010;
     pub const AMD_HWCR: u32 = 0xc001_0015;
+    pub const AMD_NB_CFG: u32 = 0xc001_001f;
     pub const AMD_PATCH_LEVEL: u32 = 0x8b;
     pub const AMD_INT_PENDING: u32 = 0xc001_0055;
     pub const AMD_DE_CFG: u32 = 0xc001_1029;
@@ -51,6 +52,10 @@ pub mod index {
 
 /// LFENCE waits for what is before it: the bit of AMD's DE_CFG that says so.
 const DE_CFG_LFENCE_SERIALIZES: u64 = 1 << 1;
+
+/// The TSC counts at the frequency of P0: TscFreqSel in AMD's HWCR (PPR for family 19h). Linux takes
+/// its absence for a mistake of the firmware's.
+const HWCR_TSC_AT_P0: u64 = 1 << 24;
 
 /// RDMSR.
 pub(crate) fn rdmsr(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
@@ -110,7 +115,10 @@ impl Cpu {
             index::TSC_ADJUST => msrs.tsc_adjust,
             index::BIOS_SIGN_ID => msrs.bios_sign,
             index::PLATFORM_ID | index::MTRR_CAP | index::MCG_CAP | index::MCG_STATUS => 0,
-            index::DEBUG_CTL | index::AMD_SYSCFG | index::AMD_HWCR | index::AMD_INT_PENDING => 0,
+            index::DEBUG_CTL | index::AMD_SYSCFG | index::AMD_INT_PENDING => 0,
+            // There is no northbridge. Kernels with support for one switch a bit of its on each processor.
+            index::AMD_NB_CFG => 0,
+            index::AMD_HWCR => HWCR_TSC_AT_P0,
             index::AMD_DE_CFG => DE_CFG_LFENCE_SERIALIZES,
             index::SYSENTER_CS => msrs.sysenter_cs,
             index::SYSENTER_ESP => msrs.sysenter_esp,
@@ -153,7 +161,7 @@ impl Cpu {
             // Last-branch records and branch traps do not exist; asking for none is fine.
             index::DEBUG_CTL if value == 0 => {}
             index::MCG_STATUS | index::AMD_HWCR | index::AMD_SYSCFG => {}
-            index::AMD_INT_PENDING | index::AMD_DE_CFG => {}
+            index::AMD_INT_PENDING | index::AMD_DE_CFG | index::AMD_NB_CFG => {}
             index::PAT => {
                 sys.msrs.pat = valid_pat(value).then_some(value).ok_or(Fault::GP0)?;
             }

@@ -1,5 +1,6 @@
 //! `mvm run --unikernel`: a kernel file as a machine of its own. No image, no agent; what the guest
-//! writes to its serial port is the output, and how the machine ends is the exit code.
+//! writes to its serial port is the output, what is typed at that port is the input, and how the
+//! machine ends is the exit code.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -35,6 +36,7 @@ use crate::cli::RunArgs;
 use crate::output::{complain, size};
 use crate::settings::{Config, Origin, Settings};
 use crate::signals::{ENDING, Signals};
+use crate::terminal::{self, Raw};
 use crate::{detach, embedded, env_file};
 
 /// Memory if nobody says otherwise: far more than most unikernels touch.
@@ -47,9 +49,8 @@ const GRACE: Duration = Duration::from_secs(30);
 pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     let mut timings = Timings::start();
     let Some(kind) = args.unikernel.map(Kind::from) else { bail!("--unikernel names no kind") };
-    refuse_what_does_not_hold(args, Provenance::File)?;
+    refuse_what_does_not_hold(args, kind, Provenance::File)?;
     let settings = Settings::of_run(args, &Config::load(&context.settings)?)?;
-    refuse_input(args, kind)?;
     let cmdline = command_line(args, kind)?;
     // The files in mvm.toml are those of containers.
     let kernel_path = args.kernel.as_deref().context("--unikernel needs --kernel FILE")?;
@@ -160,10 +161,16 @@ pub(super) fn launch(
 }
 
 /// Flags that ask for something which no agent is there to do.
-pub(super) fn refuse_what_does_not_hold(args: &RunArgs, from: Provenance) -> anyhow::Result<()> {
+pub(super) fn refuse_what_does_not_hold(
+    args: &RunArgs,
+    kind: Kind,
+    from: Provenance,
+) -> anyhow::Result<()> {
     let file = from == Provenance::File;
+    let deaf = args.interactive && !kind.takes_input();
     let asked = [
-        (args.tty, "--tty", "its machine has no terminal"),
+        (deaf, "--interactive", "Solo5 has no call that reads a console"),
+        (args.tty && !args.interactive, "--tty", "without --interactive nobody types at it"),
         (args.init, "--init", "it has no processes"),
         (args.read_only, "--read-only", "it has no root file system of mvm's; see --disk FILE:ro"),
         (args.privileged, "--privileged", "it has no capabilities to be given"),
@@ -182,16 +189,9 @@ pub(super) fn refuse_what_does_not_hold(args: &RunArgs, from: Provenance) -> any
     ];
     match asked.iter().find(|(asked, ..)| *asked) {
         Some((_, flag, why)) => bail!("{flag} cannot hold for a unikernel: {why}"),
+        None if args.tty && !args.detach => terminal::require(),
         None => Ok(()),
     }
-}
-
-/// A guest without a serial port has nothing at which one could type.
-pub(super) fn refuse_input(args: &RunArgs, kind: Kind) -> anyhow::Result<()> {
-    if args.interactive && !kind.takes_input() {
-        bail!("--interactive cannot hold for a unikernel of kind {kind}: it has no input");
-    }
-    Ok(())
 }
 
 fn memory(settings: &Settings, kind: Kind) -> anyhow::Result<u64> {
@@ -276,15 +276,19 @@ fn lead(
             return Err(e);
         }
     }
-    let output = Output::start(port.output, log, !args.detach)?;
-    let stop_input = Flag::new().context("cannot make an event descriptor")?;
-    if let Some(input) = port.input {
+    // Raw, a terminal leaves everything to the guest's own: echo, line editing and Ctrl-C.
+    let raw = if args.tty && port.input.is_some() { Some(Raw::enter()?) } else { None };
+    let input_over = Flag::new().context("cannot make an event descriptor")?;
+    if let Some(keyboard) = port.input {
         let stdin =
             io::stdin().as_fd().try_clone_to_owned().context("cannot use standard input")?;
-        pump::input(stdin, input, stop_input.clone()).context("cannot start a thread")?;
+        pump::input(stdin, keyboard, input_over.clone()).context("cannot start a thread")?;
     }
-    let ending = stand_by(&mut sandbox, output, signals, timings)?;
-    stop_input.raise();
+    let output = Output::start(port.output, log, !args.detach)?;
+    let ended = stand_by(&mut sandbox, output, signals, timings);
+    input_over.raise();
+    drop(raw);
+    let ending = ended?;
     timings.mark("process ended");
     let cost = args.timings.and_then(|_| sandbox.cost());
     let code = ending.exit_code;
@@ -413,24 +417,19 @@ mod tests {
             "--cap-add=ALL",
         ] {
             let args = args(&["rust", flag]);
-            let e = refuse_what_does_not_hold(&args, Provenance::File).unwrap_err().to_string();
+            let e = refused(&args, Kind::Rust).unwrap_err().to_string();
             assert!(e.contains("cannot hold for a unikernel"), "{flag}: {e}");
         }
-        refuse_what_does_not_hold(
-            &args(&["rust", "--rm", "--cpus", "2", "word"]),
-            Provenance::File,
-        )
-        .unwrap();
+        refused(&args(&["rust", "--rm", "--cpus", "2", "word"]), Kind::Rust).unwrap();
+        for (name, kind) in [("linux", Kind::Linux), ("multiboot", Kind::Multiboot)] {
+            refused(&args(&[name, "-i"]), kind).unwrap();
+        }
+        let deaf = refused(&args(&["hvt", "-i"]), Kind::Hvt).unwrap_err().to_string();
+        assert!(deaf.contains("--interactive cannot hold"), "{deaf}");
     }
 
-    #[test]
-    fn what_has_a_serial_port_can_be_spoken_to() {
-        for (kind, takes) in [("rust", true), ("linux", true), ("multiboot", true), ("hvt", false)]
-        {
-            let args = args(&[kind, "-i"]);
-            let done = refuse_input(&args, args.unikernel.unwrap().into());
-            assert_eq!(done.is_ok(), takes, "{kind}");
-        }
+    fn refused(args: &RunArgs, kind: Kind) -> anyhow::Result<()> {
+        refuse_what_does_not_hold(args, kind, Provenance::File)
     }
 
     #[test]

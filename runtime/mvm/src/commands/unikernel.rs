@@ -61,8 +61,7 @@ pub fn run(
     plan: UnikernelPlan,
     timings: &mut Timings,
 ) -> anyhow::Result<i32> {
-    bare::refuse_what_does_not_hold(args, Provenance::Image)?;
-    bare::refuse_input(args, plan.kind)?;
+    bare::refuse_what_does_not_hold(args, plan.kind, Provenance::Image)?;
     let given = !args.env.is_empty() || !args.env_file.is_empty();
     if given && !plan.environment {
         bail!("--env cannot hold for this kind of unikernel: it has no environment");

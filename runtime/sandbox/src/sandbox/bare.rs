@@ -166,7 +166,9 @@ impl BarePlan {
         }
         let (console, typed) = port;
         draft.console(console);
-        draft.config.console.input = typed.map(|fd| draft.fds.add(fd));
+        if let Some(typed) = typed {
+            draft.console_input(typed);
+        }
         Ok(draft)
     }
 }

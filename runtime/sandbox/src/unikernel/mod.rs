@@ -56,7 +56,7 @@ impl Kind {
         self == Self::Unikraft
     }
 
-    /// Whether its machine has a serial port, by which it could be spoken to.
+    /// Whether it can be typed at: Solo5's hypercalls have none that reads.
     pub fn takes_input(self) -> bool {
         !matches!(self, Self::Hvt | Self::Rumprun)
     }

@@ -205,6 +205,14 @@ fn msrs_read_back() {
         assert_eq!(guest.run_kernel(&code), End::Halt, "{msr:#x}");
         assert_eq!(guest.cpu().gpr[2] << 32 | guest.cpu().gpr[0], value, "{msr:#x}");
     }
+    // What kernels for AMD's processors ask for on each of them, and a bit that they set.
+    for (msr, value) in [(0xc001_0015u32, 1u64 << 24), (0xc001_001f, 0), (0xc001_1029, 2)] {
+        let code = asm!(64 at CODE;
+            mov(ecx, msr); mov(eax, -1); mov(edx, 1 << 14); wrmsr(); rdmsr(); hlt();
+        );
+        assert_eq!(guest.run_kernel(&code), End::Halt, "{msr:#x}");
+        assert_eq!(guest.cpu().gpr[2] << 32 | guest.cpu().gpr[0], value, "{msr:#x}");
+    }
     // What there is not, and what is not a value of it.
     for msr in [0x1234_5678u32, 0xc001_1fff, 0x4b56_4d7f, 0x7ff] {
         let code = asm!(64 at CODE; mov(ecx, msr); rdmsr(););
