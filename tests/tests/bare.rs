@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use mvm_tests::{Finished, Running, World, eventually};
+use mvm_tests::{Finished, Running, World, engine, eventually};
 use nix::sys::signal::Signal;
 
 fn kernel() -> PathBuf {
@@ -15,7 +15,7 @@ fn kernel() -> PathBuf {
 fn command(flags: &[&str], words: &[&str]) -> Command {
     let kernel = kernel();
     let kernel = kernel.to_str().expect("a UTF-8 path");
-    let fixed = ["run", "--engine", "emu", "--unikernel", "rust", "--kernel", kernel];
+    let fixed = ["run", "--engine", engine(), "--unikernel", "rust", "--kernel", kernel];
     World::small().command(&[&fixed[..], flags, words].concat())
 }
 
@@ -113,7 +113,7 @@ fn what_cannot_be_is_one_line_and_leaves_nothing() {
         (&["--unikernel", "rust"], "--kernel"),
         (&["--unikernel", "dos", "--kernel", kernel], "dos"),
     ] {
-        let run = world.mvm(&[&["run", "--engine", "emu"], args].concat()).expect_code(125);
+        let run = world.mvm(&[&["run", "--engine", engine()], args].concat()).expect_code(125);
         assert!(run.err().contains(want), "{args:?}: {}", run.err());
         assert_eq!(run.out(), "");
     }

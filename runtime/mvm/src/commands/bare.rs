@@ -135,6 +135,7 @@ pub(super) fn launch(
     let plan = BarePlan {
         vcpus,
         memory,
+        hugepages: settings.hugepages.value,
         engine,
         cpu: settings.cpu.value,
         kernel: load.kernel,
