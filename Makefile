@@ -10,11 +10,12 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SECONDS_OF_FUZZ := $(or $(SECONDS),60)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full bench fuzz preflight preflight-test kernel guest unikernel mvm lint unit e2e images install dist clean
+.PHONY: help demo test test-kvm test-full bench fuzz preflight preflight-test kernel guest unikernel mvm lint unit e2e kvm-host images install dist clean
 
 help:
 	@echo "make demo       build everything and run a container in a microVM"
 	@echo "make test       every test (test-full: also the long ones)"
+	@echo "make test-kvm   the end-to-end tests, Linux included, on the kvm engine: on a host with VT-x or AMD-V"
 	@echo "make mvm        build target/release/mvm, one static file with kernel and agent inside"
 	@echo "make bench      the figures of the README, against QEMU where it is installed"
 	@echo "make fuzz SECONDS=N   the emulator against the host's processor, hostile input for queues and parsers"
@@ -34,6 +35,20 @@ test: preflight-test
 	$(STEP) "unit and differential tests" $(MAKE) --no-print-directory unit
 	$(STEP) "test images" $(MAKE) --no-print-directory images
 	$(STEP) "end-to-end tests" $(MAKE) --no-print-directory e2e
+
+# The end-to-end tests again with all guests on hardware virtualization, which must be there. The tests of the engines
+# by themselves, which `make test` has too, come first: they say more when something is wrong.
+test-kvm: preflight-test
+	$(STEP) "mvm with its guest" $(MAKE) --no-print-directory mvm
+	$(STEP) "hardware virtualization" $(MAKE) --no-print-directory kvm-host
+	$(STEP) "test images" $(MAKE) --no-print-directory images
+	$(STEP) "tests of the engines" $(PLAIN) MVM_TEST_UNIKERNEL=$(UNIKERNEL).elf cargo test --release -p mvm-engine -p mvm-vmm
+	$(STEP) "end-to-end tests on kvm" $(MAKE) --no-print-directory e2e MVM_TEST_ENGINE=kvm
+
+# Fails with the doctor's reason where it is missing.
+kvm-host:
+	@$(MVM) doctor --json >$(BUILD)/doctor.json || true
+	@cargo run --quiet --release -p mvm-tests --bin kvm-host -- $(BUILD)/doctor.json
 
 preflight:
 	$(STEP) "what the build needs" scripts/preflight.sh demo
@@ -84,7 +99,7 @@ images: unikernel
 	images/debian-vm/build.sh $(BUILD)/debian-vm
 
 e2e:
-	$(PLAIN) MVM=$(MVM) MVM_TEST_IMAGES=$(BUILD) cargo test --release -p mvm-tests -- --test-threads 1
+	$(PLAIN) MVM=$(MVM) MVM_TEST_IMAGES=$(BUILD) MVM_TEST_ENGINE=$(MVM_TEST_ENGINE) cargo test --release -p mvm-tests -- --test-threads 1
 
 test-full: test
 	images/debian/build.sh $(BUILD)/debian-full.tar full

@@ -2,15 +2,18 @@
 //! same images as plain directories for comparison with the host.
 //!
 //! The tests want two variables, which `make` sets: `MVM`, the binary under test, and
-//! `MVM_TEST_IMAGES`, the directory of the image recipes' output.
+//! `MVM_TEST_IMAGES`, the directory of the image recipes' output. `MVM_TEST_ENGINE` names the engine that guests run
+//! on where a test is not about that ([`engine`]); `make test-kvm` sets it.
 
 mod chroot;
+mod engine;
 mod pty;
 mod run;
 mod running;
 mod world;
 
 pub use chroot::Chroot;
+pub use engine::{TEST_ENGINE, engine};
 pub use pty::Terminal;
 pub use run::{Finished, eventually, is_running, run_with};
 pub use running::Running;

@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::engine::under_test;
 use crate::{Finished, run_with};
 
 /// Long enough for anything that is not stuck, on a slow and busy machine.
@@ -26,6 +27,16 @@ pub struct World {
     /// Removes the root with the world; the shared worlds of a test program are never dropped, and
     /// have fixed places which the next run clears.
     _guard: Option<TempDir>,
+}
+
+/// Test programs whose subject is who chooses the engine: they get no engine under test.
+const CHOOSERS: &[&str] = &["engine_choice"];
+
+/// The name of this test program, without cargo's hash.
+fn program() -> String {
+    let program = env::current_exe().expect("this program");
+    let program = program.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    program.rsplit_once('-').map_or(program.clone(), |(name, _)| name.to_owned())
 }
 
 impl World {
@@ -45,10 +56,7 @@ impl World {
 
     /// A world at a place that is this test program's own, whatever a former run left there.
     fn lasting(name: &str, images: &[&str]) -> Self {
-        let program = env::current_exe().expect("this program");
-        let program = program.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        // Without cargo's hash.
-        let program = program.rsplit_once('-').map_or(&*program, |(name, _)| name);
+        let program = program();
         let root = variable("MVM_TEST_IMAGES").join("worlds").join(format!("{program}-{name}"));
         let world = Self::at(root, None);
         world.end_all();
@@ -164,6 +172,11 @@ impl World {
         command.env_remove("MVM_ROOT").env_remove("MVM_ENGINE");
         // Neither the host's settings nor those of whoever runs the tests.
         command.env("MVM_CONFIG", "/dev/null");
+        if let Some(engine) = under_test()
+            && !CHOOSERS.contains(&&*program())
+        {
+            command.env("MVM_ENGINE", engine);
+        }
         command
     }
 

@@ -288,3 +288,23 @@ fn a_root_directory_that_cannot_be_written() {
     assert!(run.err().contains("--root DIR"), "{}", run.err());
     assert_eq!(run.err().lines().count(), 1, "{}", run.err());
 }
+
+#[test]
+fn huge_pages_are_had_or_missed_by_number_and_remedy() {
+    let world = World::small();
+    for (kind, remedy) in [("2m", "nr_hugepages="), ("thp", "shmem_enabled")] {
+        let args = ["run", "--rm", "--engine", "emu", "-m", "128m", "--hugepages", kind];
+        let run = world.mvm(&[&args[..], &["busybox", "echo", "hi"]].concat());
+        match run.code {
+            0 => assert_eq!(run.out(), "hi\n"),
+            125 => {
+                assert!(run.err().contains("huge pages") && run.err().contains(remedy), "{run:?}");
+                assert!(kind != "2m" || run.err().contains("64 huge pages"), "{run:?}");
+            }
+            _ => panic!("{run:?}"),
+        }
+    }
+    fails(world, &["run", "--hugepages", "1g", "busybox"], 125, &["hugepages"]);
+    let odd = ["run", "--rm", "--engine", "emu", "--hugepages", "2m", "-m", "127m", "busybox"];
+    fails(world, &odd, 125, &["multiple of 2 MiB"]);
+}

@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use mvm_tests::{Finished, World, run_with};
@@ -287,6 +288,32 @@ fn doctor_answers_by_stable_keys() {
     assert!(doctor["usable"].as_bool().unwrap() && doctor["checks"].is_array());
     let text = world().mvm(&["doctor"]).expect_code(0).out();
     assert!(text.contains("not yet verified on hardware"), "{text}");
+}
+
+#[test]
+fn the_tests_on_kvm_begin_where_doctor_finds_hardware_only() {
+    let world = world();
+    let doctor = doctor(world);
+    let begin = |report: &Value| {
+        let file = written(world, "doctor.json", &report.to_string());
+        let mut check = Command::new(env!("CARGO_BIN_EXE_kvm-host"));
+        check.arg(file);
+        run_with(check, b"", SOON)
+    };
+    let usable = doctor["kvm"]["verdict"] == "usable";
+    let text = doctor["kvm"]["finding"]["text"].as_str().unwrap();
+    let here = begin(&doctor).expect_code(if usable { 0 } else { 1 });
+    assert!(if usable { here.out() } else { here.err() }.contains(text), "{here:?}");
+    let finding = serde_json::json!({
+        "kind": "no-device", "text": "no device", "detail": "no such file", "remedy": "make one"
+    });
+    let report = |verdict| serde_json::json!({"kvm": {"verdict": verdict, "finding": finding}});
+    let refused = begin(&report("unusable")).expect_code(1).err();
+    for word in ["no-device", "no device", "no such file", "make one"] {
+        assert!(refused.contains(word), "no {word:?} in {refused}");
+    }
+    begin(&report("usable")).expect_code(0);
+    begin(&"nonsense".into()).expect_code(1);
 }
 
 #[test]

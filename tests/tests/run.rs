@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use mvm_tests::{Finished, Running, World, run_with};
+use mvm_tests::{Finished, Running, World, engine, run_with};
 use nix::sys::signal::Signal;
 
 fn world() -> &'static World {
@@ -307,7 +307,7 @@ fn variables_come_from_flags_files_and_mvms_own_environment() {
         "-e",
         "EMPTY=",
         "--engine",
-        "emu",
+        engine(),
         "busybox",
         "sh",
         "-c",
@@ -384,7 +384,8 @@ fn timings_name_every_phase() {
         "process ended",
         "teardown",
     ];
-    let run = world().mvm(&["run", "--rm", "--engine", "emu", "--timings=json", "busybox", "true"]);
+    let run =
+        world().mvm(&["run", "--rm", "--engine", engine(), "--timings=json", "busybox", "true"]);
     let run = run.expect_code(0);
     let json: serde_json::Value = serde_json::from_str(&run.err()).unwrap();
     let phases: Vec<&str> =

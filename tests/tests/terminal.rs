@@ -3,14 +3,14 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mvm_tests::{Terminal, World};
+use mvm_tests::{Terminal, World, engine};
 use nix::sys::signal::Signal;
 
 const PROMPT: &str = "/ # ";
 
 /// `mvm run -it` of a shell that has shown its prompt, on a terminal of 100 columns and 30 rows.
 fn shell(world: &World, flags: &[&str]) -> Terminal {
-    let mut args = vec!["run", "-it", "--rm", "--engine", "emu"];
+    let mut args = vec!["run", "-it", "--rm", "--engine", engine()];
     args.extend(flags);
     args.extend(["busybox", "sh"]);
     let mut terminal = Terminal::start(&world.command(&args), 100, 30);
@@ -45,7 +45,7 @@ const TELLER: &str = "for s in INT QUIT TSTP TERM HUP USR1 WINCH; do trap \"echo
                       echo ready; while :; do x=; read -t 1 x; [ \"$x\" = q ] && exit 5; done";
 
 fn teller(world: &World, flags: &[&str]) -> Terminal {
-    let mut args = vec!["run", "-it", "--rm", "--engine", "emu"];
+    let mut args = vec!["run", "-it", "--rm", "--engine", engine()];
     args.extend(flags);
     args.extend(["busybox", "sh", "-c", TELLER]);
     let mut terminal = Terminal::start(&world.command(&args), 80, 24);
@@ -143,7 +143,7 @@ fn a_window_that_changes_while_the_machine_starts() {
         "-it",
         "--rm",
         "--engine",
-        "emu",
+        engine(),
         "busybox",
         "sh",
         "-c",

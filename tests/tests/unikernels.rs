@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use mvm_image::Digest;
-use mvm_tests::{Finished, World, run_with};
+use mvm_tests::{Finished, World, engine, run_with};
 use mvm_vmm::testing::ElfBuilder;
 use serde_json::{Value, json};
 
@@ -46,7 +46,8 @@ fn kernel(world: &World, name: &str, code: &[u8]) -> String {
 }
 
 fn bare(world: &World, kind: &str, kernel: &str, more: &[&str]) -> Finished {
-    let mut line = vec!["run", "--engine", "emu", "--rm", "--unikernel", kind, "--kernel", kernel];
+    let mut line =
+        vec!["run", "--engine", engine(), "--rm", "--unikernel", kind, "--kernel", kernel];
     line.extend(more);
     world.mvm(&line)
 }
@@ -126,7 +127,7 @@ fn image(world: &World, name: &str, recipe: &Recipe<'_>) -> String {
 /// Runs an image's unikernel, which prints its command line.
 #[track_caller]
 fn prints(world: &World, image: &str, args: &[&str]) -> String {
-    let mut line = vec!["run", "--engine", "emu", "--rm", image];
+    let mut line = vec!["run", "--engine", engine(), "--rm", image];
     line.extend(args);
     without_devices(&world.mvm(&line).expect_code(PRINTED).out())
 }
@@ -141,7 +142,7 @@ fn without_devices(line: &str) -> String {
 /// One line on standard error with every word of `words`, exit code 125, nothing left.
 #[track_caller]
 fn fails(world: &World, args: &[&str], words: &[&str]) {
-    let run = world.mvm(&[&["run", "--engine", "emu"], args].concat()).expect_code(125);
+    let run = world.mvm(&[&["run", "--engine", engine()], args].concat()).expect_code(125);
     assert_eq!(run.err().lines().count(), 1, "not one line: {}", run.err());
     for word in words {
         assert!(run.err().contains(word), "no {word:?} in: {}", run.err());
@@ -169,8 +170,17 @@ fn a_bare_file_takes_arguments_and_gives_its_exit_code() {
 fn output_is_byte_exact_and_kept_for_logs() {
     let world = World::new();
     let kernel = kernel(&world, "kernel", ALL_BYTES);
-    let line =
-        ["run", "--engine", "emu", "--name", "bytes", "--unikernel", "rust", "--kernel", &kernel];
+    let line = [
+        "run",
+        "--engine",
+        engine(),
+        "--name",
+        "bytes",
+        "--unikernel",
+        "rust",
+        "--kernel",
+        &kernel,
+    ];
     let all: Vec<u8> = (0..=255).collect();
     assert_eq!(world.mvm(&line).expect_code(1).stdout, all);
     assert_eq!(world.mvm(&["logs", "bytes"]).expect_code(0).stdout, all);
@@ -299,7 +309,7 @@ fn what_only_linux_could_do_is_refused_for_images_too() {
     }
     fails(&world, &["--memory", "2m", &image], &["--memory 2m"]);
     fails(&world, &["--kernel", "/etc/passwd", &image], &["--kernel"]);
-    let line = ["run", "--engine", "emu", "-m", "4m", "--name", "tiny", &image, "x"];
+    let line = ["run", "--engine", engine(), "-m", "4m", "--name", "tiny", &image, "x"];
     world.mvm(&line).expect_code(PRINTED);
     let about = world.inspect("tiny");
     assert_eq!(about["memory"], 4 << 20);

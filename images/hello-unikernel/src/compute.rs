@@ -41,23 +41,31 @@ impl Checksum {
 
     /// Goes on for `rounds` and returns the checksum of the state.
     pub fn run(&mut self, rounds: u32) -> u64 {
+        self.run_with(rounds, || {})
+    }
+
+    /// The same, with a `mark` after each round, while the registers are full.
+    pub fn run_with(&mut self, rounds: u32, mark: impl Fn()) -> u64 {
         let Self { mut integers, mut fractions, mut mixed } = *self;
         // SAFETY: every x86-64 processor has SSE2.
         unsafe {
             let (one, rate) = (_mm_set1_pd(1.0), _mm_set1_pd(3.99));
-            for _ in 0..u64::from(rounds) * u64::from(STEPS) {
-                for at in 0..8 {
-                    let mut x = integers[at];
-                    x = _mm_xor_si128(x, _mm_slli_epi64::<13>(x));
-                    x = _mm_xor_si128(x, _mm_srli_epi64::<7>(x));
-                    integers[at] = _mm_add_epi64(x, integers[(at + 1) % 8]);
+            for _ in 0..rounds {
+                for _ in 0..STEPS {
+                    for at in 0..8 {
+                        let mut x = integers[at];
+                        x = _mm_xor_si128(x, _mm_slli_epi64::<13>(x));
+                        x = _mm_xor_si128(x, _mm_srli_epi64::<7>(x));
+                        integers[at] = _mm_add_epi64(x, integers[(at + 1) % 8]);
+                    }
+                    // The logistic map, chaotic: the smallest error would grow.
+                    for x in &mut fractions {
+                        *x = _mm_mul_pd(_mm_mul_pd(rate, *x), _mm_sub_pd(one, *x));
+                    }
+                    let low = _mm_cvtsi128_si64(integers[0]) as u64;
+                    mixed = (mixed ^ low).rotate_left(5).wrapping_mul(0x9e37_79b9_7f4a_7c15);
                 }
-                // The logistic map, chaotic: the smallest error would grow.
-                for x in &mut fractions {
-                    *x = _mm_mul_pd(_mm_mul_pd(rate, *x), _mm_sub_pd(one, *x));
-                }
-                let low = _mm_cvtsi128_si64(integers[0]) as u64;
-                mixed = (mixed ^ low).rotate_left(5).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                mark();
             }
         }
         *self = Self { integers, fractions, mixed };

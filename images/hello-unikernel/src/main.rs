@@ -1,7 +1,8 @@
 //! A unikernel: no operating system, one program, one machine.
 //!
 //! The words of its command line say what it does, one after the other: `hello`, `compute=ROUNDS`,
-//! `timer=TICKS`, `smp`, `disk`, `doorbell=TIMES`, `echo`, `spin`, `halt`, `fault`, `trap`, and at the end `exit=VALUE`.
+//! `timer=TICKS`, `clock=periodic|once|deadline` (how the timer ticks from then on), `marks=ROUNDS`, `smp`,
+//! `team=ROUNDS`, `disk`, `doorbell=TIMES`, `echo`, `spin`, `halt`, `fault`, `trap`, and at the end `exit=VALUE`.
 
 #![no_std]
 #![no_main]
@@ -9,9 +10,10 @@
 mod compute;
 mod rt;
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use compute::Checksum;
+use ring0::TimerMode;
 use rt::{BootInfo, Console, cpus, interrupts, ring0, virtio};
 
 /// The program: what it returns goes to the debug exit port, and 0 switches the machine off.
@@ -24,7 +26,10 @@ fn main(boot: &BootInfo) -> u32 {
             "hello" => hello(boot),
             "compute" => compute(number),
             "timer" => timer(number),
+            "clock" => clock(value),
+            "marks" => marks(number),
             "smp" => smp(),
+            "team" => team(number),
             "disk" => disk(boot),
             "doorbell" => doorbell(boot, number),
             "echo" => echo(),
@@ -74,6 +79,57 @@ fn timer(ticks: u32) {
     println!("timer: {ticks} ticks");
 }
 
+/// Chooses how the timer ticks.
+fn clock(mode: &str) {
+    ring0::set_timer_mode(match mode {
+        "periodic" => TimerMode::Periodic,
+        "once" => TimerMode::Once,
+        "deadline" => TimerMode::Deadline,
+        _ => panic!("no such clock: {mode}"),
+    });
+}
+
+/// Computes while the timer of this processor ticks, and prints `mark` after each round, with all in registers.
+fn compute_with_marks(cpu: u32, rounds: u32, mark: u8) -> u64 {
+    ring0::set_timer(true);
+    let checksum = Checksum::new(rounds.into()).run_with(rounds, || Console::write(mark));
+    // It must still be ticking.
+    let ticks = ring0::ticks_of(cpu);
+    while ring0::ticks_of(cpu) == ticks {
+        core::hint::spin_loop();
+    }
+    ring0::set_timer(false);
+    checksum
+}
+
+/// A computation with places where a test can stop it.
+fn marks(rounds: u32) {
+    let checksum = compute_with_marks(0, rounds, b'.');
+    println!();
+    println!("marks: {checksum:016x}");
+}
+
+/// The same on all processors at a time.
+fn team(rounds: u32) {
+    static ROUNDS: AtomicU32 = AtomicU32::new(0);
+    static CHECKSUMS: AtomicU64 = AtomicU64::new(0);
+
+    fn work(cpu: u32) {
+        let rounds = ROUNDS.load(Ordering::Relaxed) + cpu;
+        let checksum = compute_with_marks(cpu, rounds, b'a' + cpu as u8);
+        CHECKSUMS.fetch_add(checksum, Ordering::Relaxed);
+    }
+
+    ROUNDS.store(rounds, Ordering::Relaxed);
+    let started = cpus::start_others(work);
+    assert!(started, "a processor did not start");
+    work(0);
+    let on_time = cpus::wait_for_others();
+    println!();
+    println!("team: {} processors, {:016x}", cpus::count(), CHECKSUMS.load(Ordering::Relaxed));
+    assert!(on_time, "a processor did not end");
+}
+
 /// Lets every processor add, and compute.
 fn smp() {
     const TIMES: u64 = 10_000;
@@ -87,8 +143,9 @@ fn smp() {
         CHECKSUMS.fetch_add(Checksum::new(cpu.into()).run(1), Ordering::Relaxed);
     }
 
-    let on_time = cpus::run_on_others(work);
+    let started = cpus::start_others(work);
     work(0);
+    let on_time = started && cpus::wait_for_others();
     let (sum, checksums) = (SUM.load(Ordering::Relaxed), CHECKSUMS.load(Ordering::Relaxed));
     println!("smp: {} processors, sum {sum}, checksums {checksums:016x}", cpus::count());
     assert!(on_time, "a processor did not start or did not end");

@@ -13,6 +13,12 @@ use crate::sys::attention::reason;
 use crate::sys::{Platform, Service};
 use crate::vm::VcpuCounters;
 
+/// Offset of XSTATE_BV's low byte, and of the upper halves of YMM registers, in an XSAVE area (SDM vol. 1, 13.4).
+const XSTATE_BV: usize = 512;
+const AVX_OFFSET: usize = 576;
+/// Component of the upper halves of YMM registers.
+const AVX: u64 = 1 << 2;
+
 /// A vCPU of the emulation engine.
 #[derive(Debug)]
 pub struct EmuVcpu {
@@ -143,7 +149,12 @@ impl Vcpu for EmuVcpu {
     }
 
     fn state(&mut self) -> Result<VcpuState> {
-        let xsave = self.cpu.vec.to_xsave().to_vec();
+        let mut xsave = self.cpu.vec.to_xsave().to_vec();
+        if self.cpu.sys.xcr0 & AVX == 0 {
+            // A processor without AVX, or where it was never switched on: others would not take its component.
+            xsave[XSTATE_BV] &= !(AVX as u8);
+            xsave[AVX_OFFSET..].fill(0);
+        }
         Ok(self.cpu.export_state(xsave))
     }
 

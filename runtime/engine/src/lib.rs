@@ -16,6 +16,7 @@ mod exit;
 mod io;
 pub mod kvm;
 pub mod mock;
+pub mod msr;
 pub mod probe;
 mod state;
 mod traits;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::cpuid::CpuModel;
+use crate::tsc;
 
 /// Bytes of the XSAVE area kept in a state: legacy region, header and AVX (SDM vol. 1, 13.4).
 pub const XSAVE_AREA_SIZE: usize = 832;
@@ -133,6 +134,8 @@ pub struct PendingEvents {
     pub nmi_masked: bool,
     /// A start-up IPI's vector, pending.
     pub sipi: Option<u8>,
+    /// A paravirtual kick that the next HLT consumes. KVM tells of one only by not halting.
+    pub unhalted: bool,
 }
 
 /// What a vCPU is doing.
@@ -147,15 +150,49 @@ pub enum MpState {
     WaitForSipi,
 }
 
-/// Clock of a vCPU.
+/// Clocks of a vCPU at one moment.
+///
+/// Whoever takes the state over lets them go on as if they had not stopped since that moment, so that vCPUs whose
+/// states were taken one after the other agree to the tick. [`ClockState::restarted`] leaves the time between out.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClockState {
-    /// The time-stamp counter when the state was taken.
+    /// The guest's time-stamp counter.
     pub tsc: u64,
     /// Its frequency in kHz.
     pub tsc_khz: u64,
-    /// kvmclock's system time when the state was taken, in ns.
+    /// kvmclock's system time in ns.
     pub kvmclock_ns: u64,
+    /// The host's time-stamp counter at that moment, which says nothing on another host or after its boot. 0: the
+    /// moment is when the state is taken over.
+    pub host_tsc: u64,
+}
+
+impl ClockState {
+    /// The clocks as they show at `host_tsc`, later or earlier.
+    #[must_use]
+    pub fn at(self, host_tsc: u64) -> Self {
+        // Counters may wrap, and a state may say anything: the distance counts, and its sign.
+        let ticks = host_tsc.wrapping_sub(self.host_tsc);
+        let nanos = |ticks| tsc::ticks_to_nanos(ticks, self.tsc_khz);
+        let kvmclock_ns = match ticks.cast_signed() < 0 {
+            true => self.kvmclock_ns.saturating_sub(nanos(ticks.wrapping_neg())),
+            false => self.kvmclock_ns.saturating_add(nanos(ticks)),
+        };
+        Self { tsc: self.tsc.wrapping_add(ticks), kvmclock_ns, host_tsc, ..self }
+    }
+
+    /// The same clocks, going on at `host_tsc` after they have stood still.
+    #[must_use]
+    pub fn restarted(self, host_tsc: u64) -> Self {
+        Self { host_tsc, ..self }
+    }
+
+    /// The clocks as they are to show now, when they are taken over.
+    #[must_use]
+    pub fn now(self) -> Self {
+        let now = tsc::host_tsc();
+        if self.host_tsc == 0 { self.restarted(now) } else { self.at(now) }
+    }
 }
 
 /// One CPUID leaf.
@@ -173,4 +210,26 @@ pub struct CpuidEntry {
     pub ecx: u32,
     /// Answer.
     pub edx: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_go_on_or_stand_still() {
+        let clock =
+            ClockState { tsc: 500, tsc_khz: 2_000_000, kvmclock_ns: 1000, host_tsc: 10_000 };
+        let later = clock.at(10_600);
+        assert_eq!((later.tsc, later.kvmclock_ns, later.host_tsc), (1100, 1300, 10_600));
+        assert_eq!(later.at(10_000), clock);
+        assert_eq!(clock.at(9_000).tsc, 0u64.wrapping_sub(500), "counters wrap");
+        assert_eq!(clock.at(10_000 - 4000).kvmclock_ns, 0, "time does not");
+        let stood = clock.restarted(50_000);
+        assert_eq!((stood.tsc, stood.kvmclock_ns, stood.host_tsc), (500, 1000, 50_000));
+        let unknown = ClockState { host_tsc: 0, ..clock }.now();
+        assert_eq!((unknown.tsc, unknown.kvmclock_ns), (500, 1000));
+        let absurd = ClockState { kvmclock_ns: u64::MAX, tsc_khz: 0, ..clock };
+        assert_eq!(absurd.at(1 << 62).kvmclock_ns, u64::MAX);
+    }
 }

@@ -12,6 +12,16 @@ pub fn host_tsc() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
+/// `a * b / c` without overflow in between; saturates.
+pub fn mul_div(a: u64, b: u64, c: u64) -> u64 {
+    u64::try_from(u128::from(a) * u128::from(b) / u128::from(c.max(1))).unwrap_or(u64::MAX)
+}
+
+/// How long `ticks` of a counter of `khz` take, in ns.
+pub fn ticks_to_nanos(ticks: u64, khz: u64) -> u64 {
+    mul_div(ticks, 1_000_000, khz)
+}
+
 /// Frequency of the host's time-stamp counter in kHz: from CPUID, else measured once.
 pub fn host_tsc_khz() -> u64 {
     static KHZ: OnceLock<u64> = OnceLock::new();

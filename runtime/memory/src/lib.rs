@@ -7,10 +7,12 @@
 //!
 //! Not in scope: who is *allowed* to write, and what a page is used for.
 
+mod huge;
 mod ram;
 mod tracker;
 
-pub use ram::{Error, GuestRam, RamRegion};
+pub use huge::{HUGE_PAGE, Pool as HugePagePool};
+pub use ram::{Backing, Error, GuestRam, RamRegion};
 pub use tracker::{CodePage, LINE_SIZE, PageTracker};
 
 /// Bytes in a guest page, the granule of tracking and mapping.

@@ -1,6 +1,7 @@
 //! The RAM of one machine: sealed memory files, mapped once.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -8,6 +9,7 @@ use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap};
 
+use crate::huge::{self, HUGE_PAGE};
 use crate::{GuestMemory, PAGE_SIZE, PageTracker};
 
 /// Why guest RAM could not be made.
@@ -27,7 +29,7 @@ pub enum Error {
         /// Bytes.
         size: u64,
         /// What the host said.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The memory file could not be mapped.
     #[error("cannot map {size} bytes of guest memory: {source}")]
@@ -36,6 +38,39 @@ pub enum Error {
         size: u64,
         /// What the host said.
         source: vm_memory::mmap::MmapRegionError,
+    },
+    /// Huge pages only come whole.
+    #[error(
+        "RAM range {start:#x}+{size:#x} is not a whole number of huge pages of 2 MiB: give the guest a multiple of \
+         2 MiB of memory"
+    )]
+    HugeRange {
+        /// First guest physical address.
+        start: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// The host's pool of huge pages is too small.
+    #[error("{}", huge::shortage(*needed, *pool))]
+    NoHugePages {
+        /// Huge pages that one range of the guest's memory takes.
+        needed: u64,
+        /// What the host has.
+        pool: Option<huge::Pool>,
+    },
+    /// The host has no huge pages of this kind at all.
+    #[error(
+        "this host's kernel has no huge pages of 2 MiB: leave them out, or take transparent ones: {source}"
+    )]
+    HugeUnknown {
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The host does not make shared memory of transparent huge pages.
+    #[error("{}", huge::no_transparent(found))]
+    NoTransparent {
+        /// What `shmem_enabled` says, or what the host said.
+        found: String,
     },
     /// Two ranges overlap, or there is none.
     #[error("the RAM ranges do not make a memory map: {0}")]
@@ -63,6 +98,19 @@ unsafe impl Send for RamRegion {}
 // SAFETY: as above.
 unsafe impl Sync for RamRegion {}
 
+/// The pages of the host that guest RAM is made of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// Small pages, each when it is touched.
+    #[default]
+    Small,
+    /// Small pages, which the host's kernel is asked to make huge ones where it can.
+    Transparent,
+    /// Huge pages of 2 MiB from the host's pool, reserved when the machine is made, so that the guest never finds
+    /// the pool empty.
+    Huge,
+}
+
 /// The RAM of one machine. Cheap to clone; the mapping goes with the last clone.
 ///
 /// Pages are touched lazily: a fresh machine costs the host nothing but address space.
@@ -79,10 +127,21 @@ impl GuestRam {
     /// # Errors
     /// [`Error`]: bad or overlapping ranges, or the host refuses the memory.
     pub fn new(ranges: &[(u64, u64)]) -> Result<Self, Error> {
+        Self::backed(ranges, Backing::Small)
+    }
+
+    /// The same, of pages of this kind.
+    ///
+    /// # Errors
+    /// Also if the host has no such pages, or not enough of them.
+    pub fn backed(ranges: &[(u64, u64)], backing: Backing) -> Result<Self, Error> {
+        if backing == Backing::Transparent {
+            huge::check_transparent().map_err(|found| Error::NoTransparent { found })?;
+        }
         let mut regions = Vec::with_capacity(ranges.len());
         let mut mapped = Vec::with_capacity(ranges.len());
         for &(start, size) in ranges {
-            let region = map(start, size)?;
+            let region = map(start, size, backing)?;
             regions.push(RamRegion { start, size, host: region.host, tracker: region.tracker });
             mapped.push(region.region);
         }
@@ -106,7 +165,8 @@ impl GuestRam {
     }
 
     /// Gives pages `[gpa, gpa + len)` back to the host; the guest reads zeros there afterwards.
-    /// Parts outside RAM or not covering a whole page are left alone. Returns the bytes released.
+    /// Parts outside RAM or not covering a whole page are left alone, and so are huge pages. Returns the bytes
+    /// released.
     pub fn discard(&self, gpa: u64, len: u64) -> u64 {
         let page = PAGE_SIZE as u64;
         let mut released = 0;
@@ -136,28 +196,52 @@ struct Mapped {
     tracker: PageTracker,
 }
 
-fn map(start: u64, size: u64) -> Result<Mapped, Error> {
+fn map(start: u64, size: u64, backing: Backing) -> Result<Mapped, Error> {
     let range = Error::Range { start, size };
     let whole = |n: u64| n.is_multiple_of(PAGE_SIZE as u64);
     let Ok(len) = usize::try_from(size) else { return Err(range) };
     if size == 0 || !whole(start) || !whole(size) || start.checked_add(size).is_none() {
         return Err(range);
     }
-    let reserve = |source| Error::Reserve { size, source };
-    let fd: OwnedFd =
-        memfd_create("mvm-ram", MFdFlags::MFD_CLOEXEC).map_err(|e| reserve(e.into()))?;
-    let file = File::from(fd);
-    file.set_len(size).map_err(reserve)?;
+    let file = reserve(start, size, backing)?;
     let tracker = PageTracker::with_len(len);
+    // What comes from the pool is reserved with the mapping: a guest that met an empty one would end its monitor.
+    let reserved = if backing == Backing::Huge { 0 } else { libc::MAP_NORESERVE };
     let mapping = MmapRegionBuilder::new_with_bitmap(len, tracker.clone())
         .with_file_offset(FileOffset::new(file, 0))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_mmap_flags(libc::MAP_SHARED | reserved)
         .build()
-        .map_err(|source| Error::Map { size, source })?;
+        .map_err(|source| match backing {
+            Backing::Huge => {
+                Error::NoHugePages { needed: size / HUGE_PAGE, pool: huge::Pool::read() }
+            }
+            _ => Error::Map { size, source },
+        })?;
     let host = mapping.as_ptr();
+    if backing == Backing::Transparent {
+        huge::advise(&mapping).map_err(|e| Error::NoTransparent { found: e.to_string() })?;
+    }
     let region = GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(range)?;
     Ok(Mapped { region, host, tracker })
+}
+
+/// The memory file of a range.
+fn reserve(start: u64, size: u64, backing: Backing) -> Result<File, Error> {
+    let mut flags = MFdFlags::MFD_CLOEXEC;
+    if backing == Backing::Huge {
+        if !start.is_multiple_of(HUGE_PAGE) || !size.is_multiple_of(HUGE_PAGE) {
+            return Err(Error::HugeRange { start, size });
+        }
+        flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    }
+    let fd: OwnedFd = memfd_create("mvm-ram", flags).map_err(|e| match backing {
+        Backing::Huge => Error::HugeUnknown { source: e.into() },
+        _ => Error::Reserve { size, source: e.into() },
+    })?;
+    let file = File::from(fd);
+    file.set_len(size).map_err(|source| Error::Reserve { size, source })?;
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -193,5 +277,52 @@ mod tests {
     fn odd_ranges_are_refused() {
         assert!(matches!(GuestRam::new(&[(0, 100)]), Err(Error::Range { size: 100, .. })));
         assert!(matches!(GuestRam::new(&[(0, 0x2000), (0x1000, 0x1000)]), Err(Error::Layout(_))));
+    }
+
+    #[test]
+    fn huge_pages_are_there_whole_or_missed_by_number() {
+        let two = [(0, 2 * HUGE_PAGE)];
+        match GuestRam::backed(&two, Backing::Huge) {
+            Ok(ram) => {
+                ram.memory().write_obj(7u8, GuestAddress(HUGE_PAGE + 5)).unwrap();
+                assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(HUGE_PAGE + 5)).unwrap(), 7);
+                assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(HUGE_PAGE + 6)).unwrap(), 0);
+                assert!(ram.regions()[0].tracker.dirty_at(HUGE_PAGE as usize + 5));
+                // A small part of one cannot be given back, and stays.
+                assert_eq!(ram.discard(HUGE_PAGE, PAGE_SIZE as u64), 0);
+                assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(HUGE_PAGE + 5)).unwrap(), 7);
+            }
+            Err(Error::NoHugePages { needed: 2, .. } | Error::HugeUnknown { .. }) => {}
+            Err(e) => panic!("{e}"),
+        }
+        // More than hosts have as a rule.
+        match GuestRam::backed(&[(0, 8 << 30)], Backing::Huge) {
+            Err(e @ Error::NoHugePages { .. }) => {
+                let text = e.to_string();
+                assert!(
+                    text.contains("4096 huge pages") && text.contains("nr_hugepages"),
+                    "{text}"
+                );
+            }
+            Ok(_) | Err(Error::HugeUnknown { .. }) => {}
+            Err(e) => panic!("{e}"),
+        }
+        let odd = GuestRam::backed(&[(0, HUGE_PAGE + PAGE_SIZE as u64)], Backing::Huge);
+        assert!(odd.unwrap_err().to_string().contains("multiple of 2 MiB"));
+    }
+
+    #[test]
+    fn transparent_pages_are_asked_for_where_the_host_has_them() {
+        match GuestRam::backed(&[(0, 2 * HUGE_PAGE)], Backing::Transparent) {
+            Ok(ram) => {
+                ram.memory().write_obj(7u8, GuestAddress(5)).unwrap();
+                // Asked for or not, a page can be given back.
+                assert_eq!(ram.discard(0, PAGE_SIZE as u64), PAGE_SIZE as u64);
+            }
+            Err(e @ Error::NoTransparent { .. }) => {
+                assert!(e.to_string().contains("shmem_enabled"), "{e}");
+            }
+            Err(e) => panic!("{e}"),
+        }
     }
 }

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use mvm_agent_protocol::{hello, port};
 use mvm_vmm::config::{
-    CmdlineStyle, CpuModel, DiskConfig, EngineConfig, GuestPort, ImageSource, MachineConfig,
-    ModuleConfig, VsockConfig,
+    CmdlineStyle, CpuModel, DiskConfig, EngineConfig, GuestPort, HugePages, ImageSource,
+    MachineConfig, ModuleConfig, VsockConfig,
 };
 use mvm_vmm::monitor::spawn::Error as SpawnError;
 use mvm_vmm::monitor::{ControlClient, Event, FdTable, Launch, Monitor, Request, Response, spawn};
@@ -73,6 +73,8 @@ pub struct MachinePlan {
     pub vcpus: u32,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// The host's pages that it is made of.
+    pub hugepages: HugePages,
     /// What runs it.
     pub engine: Selection,
     /// The processor that the guest sees, if it matters.
@@ -153,6 +155,7 @@ pub struct Starting {
 pub(crate) struct Hardware {
     pub vcpus: u32,
     pub memory: u64,
+    pub hugepages: HugePages,
     pub engine: Selection,
     pub cpu: Option<CpuModel>,
     pub kernel: Payload,
@@ -179,6 +182,7 @@ impl Draft {
         let mut config = MachineConfig::new(place.id.clone(), hardware.memory, kernel);
         config.initramfs = hardware.initramfs.map(&mut image);
         config.vcpus = hardware.vcpus;
+        config.hugepages = hardware.hugepages;
         config.fallback = hardware.engine.fallback.then_some(hardware.engine.reason);
         config.engine = match hardware.engine.engine {
             Selected::Emu => EngineConfig::Emu,
@@ -226,8 +230,9 @@ pub fn launch(
     place: &Place,
     plan: MachinePlan,
 ) -> Result<Starting, Error> {
-    let MachinePlan { vcpus, memory, engine, cpu, kernel, initramfs, .. } = plan;
-    let mut draft = Draft::new(place, Hardware { vcpus, memory, engine, cpu, kernel, initramfs })?;
+    let MachinePlan { vcpus, memory, hugepages, engine, cpu, kernel, initramfs, .. } = plan;
+    let hardware = Hardware { vcpus, memory, hugepages, engine, cpu, kernel, initramfs };
+    let mut draft = Draft::new(place, hardware)?;
     draft.config.cmdline = plan.cmdline;
     // The guest is Linux whatever its kernel's file looks like: a stripped one has no notes that say so.
     draft.config.cmdline_style = CmdlineStyle::Linux;

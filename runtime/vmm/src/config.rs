@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::layout;
 
 pub use boot::{BootProtocol, CmdlineStyle};
+pub use hugepages::{HugePages, UnknownHugePages};
 
 mod boot;
+mod hugepages;
 
 /// Place of a descriptor in the list that travels with the config.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -29,6 +31,9 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Guest RAM in bytes, rounded up to whole pages.
     pub memory: u64,
+    /// The host's pages that it is made of.
+    #[serde(default)]
+    pub hugepages: HugePages,
     /// What runs it.
     pub engine: EngineConfig,
     /// Why it is not hardware virtualization although nothing else was asked for; at most
@@ -78,6 +83,7 @@ impl MachineConfig {
             id: id.into(),
             vcpus: 1,
             memory,
+            hugepages: HugePages::default(),
             engine: EngineConfig::Emu,
             fallback: None,
             cpu: None,

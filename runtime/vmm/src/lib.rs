@@ -25,6 +25,8 @@ mod wires;
 pub use boot::Error as BootError;
 pub use devices::Error as DevicesError;
 pub use events::{Events, MachineEvent};
-pub use machine::{Disk, Error, Machine, Module, Parts, Section, Sockets, VirtioConsole};
+pub use machine::{
+    Disk, Error, Machine, MachineState, Module, Parts, Pauser, Section, Sockets, VirtioConsole,
+};
 pub use outcome::{EndReason, Outcome};
 pub use wires::Error as WiresError;

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use mvm_devices::{DeviceStats, Gate};
 use mvm_engine::cpuid::{self, CpuModel};
-use mvm_engine::{Engine, EngineMetrics, Vm, VmConfig};
+use mvm_engine::{Engine, EngineMetrics, Vcpu, Vm, VmConfig};
 use mvm_memory::GuestRam;
 use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
 
 use crate::boot::{self, CmdlineParts, Facts, Kernel};
 use crate::bus::MachineBus;
-use crate::config::{BootProtocol, CmdlineStyle};
+use crate::config::{BootProtocol, CmdlineStyle, HugePages};
 use crate::devices::{self, Devices, HvtGuest, Platform};
 use crate::events::{self, Events, Notifier};
 use crate::layout;
@@ -23,8 +23,11 @@ use crate::outcome::{EndReason, Outcome};
 use crate::vcpu_thread::{Control, VcpuThreads};
 use crate::wires;
 
+mod state;
+
 pub use crate::boot::{Module, Section};
 pub use crate::devices::{Disk, Sockets, VirtioConsole};
+pub use state::{MachineState, Pauser};
 
 /// How long the vCPUs have for coming to a stop: far more than one instruction or one host write
 /// takes, even on a crowded host.
@@ -69,6 +72,12 @@ pub enum Error {
         /// Features that are not there, by Linux' names.
         lacking: Vec<&'static str>,
     },
+    /// A state cannot be taken from a machine that runs or has ended.
+    #[error("the machine does not stand still: pause it first")]
+    NotPaused,
+    /// A state does not belong to a machine of these parts.
+    #[error("cannot go on from this state: {0}")]
+    State(String),
     /// The vCPUs did not come to a stop.
     #[error("the vCPUs did not stop within {} seconds", STOP_DEADLINE.as_secs())]
     DoesNotStop,
@@ -82,6 +91,8 @@ pub struct Parts {
     pub cpu: Option<CpuModel>,
     /// Guest RAM in bytes.
     pub memory: u64,
+    /// The host's pages that it is made of.
+    pub hugepages: HugePages,
     /// The kernel's file.
     pub kernel: Section,
     /// How it is entered.
@@ -117,6 +128,7 @@ impl Parts {
             vcpus: 1,
             cpu: None,
             memory,
+            hugepages: HugePages::default(),
             kernel,
             boot: BootProtocol::Auto,
             initramfs: None,
@@ -152,91 +164,20 @@ impl Machine {
     /// # Errors
     /// [`Error`]; nothing is left behind.
     pub fn new(engine: &dyn Engine, parts: Parts) -> Result<(Self, Events), Error> {
-        let host = |what| move |source| Error::Host { what, source };
-        let (notifier, events) = events::channel().map_err(host("eventfd"))?;
-        let notifier = Arc::new(notifier);
-        let kernel = Kernel::open(parts.kernel, parts.boot)?;
-        let boot = kernel.protocol();
-        let ram = GuestRam::new(&layout::ram_ranges(parts.memory))?;
-
-        // Devices come before the vCPUs that they end. They do not keep them: the vCPUs' kickers may
-        // keep the bus and so the devices.
-        let ending = Arc::new(OnceLock::<Weak<Control>>::new());
-        let on_event = {
-            let ending = ending.clone();
-            Arc::new(move |event| {
-                if let Some(control) = ending.get().and_then(Weak::upgrade) {
-                    control.end(devices::end_reason(event));
-                }
-            })
-        };
-        let device_parts = devices::Parts {
-            console: parts.console,
-            console_ring: parts.console_ring,
-            console_input: parts.console_input,
-            virtio_console: parts.virtio_console,
-            disks: parts.disks,
-            vsock: parts.vsock,
-            on_hello: Arc::new({
-                let notifier = notifier.clone();
-                move || notifier.phase(Phase::GuestHello)
-            }),
-            on_event,
-        };
-        let gate = Arc::new(Gate::new());
-        let platform = match (kernel.manifest(), boot) {
-            (Some(manifest), _) => Platform::Hypercalls(HvtGuest { manifest, gate: &gate }),
-            (None, BootProtocol::Multiboot | BootProtocol::Pvh) => Platform::EmulatedPc,
-            (None, _) => Platform::Pc,
-        };
-        let (devices, bus) = Devices::build(device_parts, &platform, &ram)?;
-        let bus = Arc::new(MachineBus::new(bus, devices.ioapic.clone(), notifier.clone()));
-
-        let cmdline = CmdlineParts {
-            style: kernel.cmdline_style(parts.cmdline_style),
-            verbose: parts.verbose,
-            high_memory: ram.regions().len() > 1,
-            virtio_devices: devices.virtio.len() as u32,
-            extra: &parts.cmdline,
-        };
-        let config = VmConfig {
-            vcpus: parts.vcpus,
-            cpu: parts.cpu.unwrap_or_default(),
-            ram: ram.clone(),
-            io: bus.clone(),
-        };
-        let vm = engine.create_vm(config)?;
-        if let Some(model) = parts.cpu {
-            check_model(engine, model, &*vm)?;
+        let cpu = parts.cpu;
+        let (frame, cargo) = Frame::build(engine, parts, cpu.unwrap_or_default(), None)?;
+        if let Some(model) = cpu {
+            check_model(engine, model, &*frame.vm)?;
         }
-        devices.sink.connect(&vm);
-        devices.virtio.attach(&*vm)?;
-        let attached = devices.attached();
-        let facts = Facts {
-            ram: &ram,
-            vcpus: parts.vcpus,
-            tsc_khz: vm.tsc_khz(),
-            attached: &attached,
-            fw_cfg: devices.fw_cfg.as_deref(),
-        };
-        let modules = parts.initramfs.map(Module::from).into_iter().chain(parts.modules);
-        let entry = kernel.place(&facts, modules, &cmdline)?;
-        let mut vcpus = Vec::new();
-        for index in 0..parts.vcpus {
-            let mut vcpu = vm.create_vcpu(index)?;
-            if index == 0 {
-                let mut state = vcpu.state()?;
-                entry.apply(&mut state);
-                vcpu.set_state(&state)?;
-            }
-            vcpus.push(vcpu);
+        let boot = cargo.kernel.protocol();
+        let entry = frame.place(cargo)?;
+        let mut vcpus = frame.create_vcpus()?;
+        if let Some(first) = vcpus.first_mut() {
+            let mut state = first.state()?;
+            entry.apply(&mut state);
+            first.set_state(&state)?;
         }
-        let kicks = vcpus.iter().map(|v| v.kicker()).collect();
-        let control = Control::new(kicks, gate, notifier.clone());
-        ending.get_or_init(|| Arc::downgrade(&control));
-        let threads =
-            VcpuThreads::start(control.clone(), vcpus).map_err(host("start a vCPU thread"))?;
-        Ok((Self { vm, ram, devices, bus, control, threads, notifier, boot }, events))
+        frame.finish(vcpus, boot)
     }
 
     /// Lets the vCPUs run, for the first time or after [`Machine::pause`].
@@ -328,6 +269,133 @@ impl Machine {
             return Err(Error::DoesNotStop);
         }
         Ok(Outcome { reason, console_tail: self.console_tail() })
+    }
+}
+
+/// What of a machine's parts goes into guest memory.
+struct Cargo {
+    kernel: Kernel,
+    modules: Vec<Module>,
+    cmdline: String,
+    cmdline_style: CmdlineStyle,
+    verbose: bool,
+}
+
+/// A machine without vCPUs.
+struct Frame {
+    vm: Arc<dyn Vm>,
+    ram: GuestRam,
+    vcpus: u32,
+    devices: Devices,
+    bus: Arc<MachineBus>,
+    gate: Arc<Gate>,
+    notifier: Arc<Notifier>,
+    events: Events,
+    /// What devices end, when there is something.
+    ending: Arc<OnceLock<Weak<Control>>>,
+}
+
+impl Frame {
+    /// Makes devices and the engine's machine, over `ram` if it is given.
+    fn build(
+        engine: &dyn Engine,
+        parts: Parts,
+        cpu: CpuModel,
+        ram: Option<GuestRam>,
+    ) -> Result<(Self, Cargo), Error> {
+        let (notifier, events) =
+            events::channel().map_err(|source| Error::Host { what: "eventfd", source })?;
+        let notifier = Arc::new(notifier);
+        let kernel = Kernel::open(parts.kernel, parts.boot)?;
+        let ram = match ram {
+            Some(ram) => ram,
+            None => GuestRam::backed(&layout::ram_ranges(parts.memory), parts.hugepages.into())?,
+        };
+
+        // Devices come before the vCPUs that they end. They do not keep them: the vCPUs' kickers may
+        // keep the bus and so the devices.
+        let ending = Arc::new(OnceLock::<Weak<Control>>::new());
+        let on_event = {
+            let ending = ending.clone();
+            Arc::new(move |event| {
+                if let Some(control) = ending.get().and_then(Weak::upgrade) {
+                    control.end(devices::end_reason(event));
+                }
+            })
+        };
+        let device_parts = devices::Parts {
+            console: parts.console,
+            console_ring: parts.console_ring,
+            console_input: parts.console_input,
+            virtio_console: parts.virtio_console,
+            disks: parts.disks,
+            vsock: parts.vsock,
+            on_hello: Arc::new({
+                let notifier = notifier.clone();
+                move || notifier.phase(Phase::GuestHello)
+            }),
+            on_event,
+        };
+        let gate = Arc::new(Gate::new());
+        let platform = match (kernel.manifest(), kernel.protocol()) {
+            (Some(manifest), _) => Platform::Hypercalls(HvtGuest { manifest, gate: &gate }),
+            (None, BootProtocol::Multiboot | BootProtocol::Pvh) => Platform::EmulatedPc,
+            (None, _) => Platform::Pc,
+        };
+        let (devices, bus) = Devices::build(device_parts, &platform, &ram)?;
+        let bus = Arc::new(MachineBus::new(bus, devices.ioapic.clone(), notifier.clone()));
+        let vcpus = parts.vcpus;
+        let config = VmConfig { vcpus, cpu, ram: ram.clone(), io: bus.clone() };
+        let vm = engine.create_vm(config)?;
+        devices.sink.connect(&vm);
+        devices.virtio.attach(&*vm)?;
+        let cargo = Cargo {
+            kernel,
+            modules: parts.initramfs.map(Module::from).into_iter().chain(parts.modules).collect(),
+            cmdline: parts.cmdline,
+            cmdline_style: parts.cmdline_style,
+            verbose: parts.verbose,
+        };
+        Ok((Self { vm, ram, vcpus, devices, bus, gate, notifier, events, ending }, cargo))
+    }
+
+    /// Fills guest memory.
+    fn place(&self, cargo: Cargo) -> Result<boot::Entry, Error> {
+        let cmdline = CmdlineParts {
+            style: cargo.kernel.cmdline_style(cargo.cmdline_style),
+            verbose: cargo.verbose,
+            high_memory: self.ram.regions().len() > 1,
+            virtio_devices: self.devices.virtio.len() as u32,
+            extra: &cargo.cmdline,
+        };
+        let attached = self.devices.attached();
+        let facts = Facts {
+            ram: &self.ram,
+            vcpus: self.vcpus,
+            tsc_khz: self.vm.tsc_khz(),
+            attached: &attached,
+            fw_cfg: self.devices.fw_cfg.as_deref(),
+        };
+        Ok(cargo.kernel.place(&facts, cargo.modules, &cmdline)?)
+    }
+
+    fn create_vcpus(&self) -> Result<Vec<Box<dyn Vcpu>>, Error> {
+        (0..self.vcpus).map(|index| Ok(self.vm.create_vcpu(index)?)).collect()
+    }
+
+    /// Gives the vCPUs their threads; they stand still.
+    fn finish(
+        self,
+        vcpus: Vec<Box<dyn Vcpu>>,
+        boot: BootProtocol,
+    ) -> Result<(Machine, Events), Error> {
+        let Self { vm, ram, devices, bus, gate, notifier, events, ending, .. } = self;
+        let kicks = vcpus.iter().map(|v| v.kicker()).collect();
+        let control = Control::new(kicks, gate, notifier.clone());
+        ending.get_or_init(|| Arc::downgrade(&control));
+        let threads = VcpuThreads::start(control.clone(), vcpus)
+            .map_err(|source| Error::Host { what: "start a vCPU thread", source })?;
+        Ok((Machine { vm, ram, devices, bus, control, threads, notifier, boot }, events))
     }
 }
 

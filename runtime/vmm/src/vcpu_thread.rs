@@ -40,6 +40,15 @@ enum Place {
     Gone,
 }
 
+impl Place {
+    fn is_still(self) -> bool {
+        !matches!(self, Self::Running | Self::Waiting)
+    }
+}
+
+/// A vCPU, which its thread has to itself while it runs.
+type SharedVcpu = Arc<Mutex<Box<dyn Vcpu>>>;
+
 #[derive(Debug)]
 struct State {
     target: Target,
@@ -88,9 +97,20 @@ impl Control {
 
     /// Makes all vCPUs stand still and waits until they do; false if they do not in time.
     pub fn pause(&self, deadline: Instant) -> bool {
+        self.ask_pause();
+        self.wait_all(deadline, Place::is_still)
+    }
+
+    /// Asks all vCPUs to stand still. Any thread, a vCPU's too.
+    pub fn ask_pause(&self) {
         let state = self.lock();
         self.set(state, Target::Paused);
-        self.wait_all(deadline, |p| !matches!(p, Place::Running | Place::Waiting))
+    }
+
+    /// Whether all vCPUs stand still and are meant to, and may yet go on.
+    pub fn stands_still(&self) -> bool {
+        let state = self.lock();
+        state.target == Target::Paused && state.places.iter().all(|p| p.is_still())
     }
 
     /// Whether the vCPUs are meant to run.
@@ -206,21 +226,32 @@ impl Control {
 #[derive(Debug)]
 pub(crate) struct VcpuThreads {
     control: Arc<Control>,
+    vcpus: Vec<SharedVcpu>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl VcpuThreads {
     /// Starts a thread per vCPU, all parked.
     pub fn start(control: Arc<Control>, vcpus: Vec<Box<dyn Vcpu>>) -> io::Result<Self> {
-        let mut started = Self { control, threads: Vec::new() };
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let control = started.control.clone();
+        let vcpus = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
+        let mut started = Self { control, vcpus, threads: Vec::new() };
+        for (index, vcpu) in started.vcpus.iter().enumerate() {
+            let (control, vcpu) = (started.control.clone(), vcpu.clone());
             let thread = thread::Builder::new()
                 .name(format!("mvm-vcpu-{index}"))
-                .spawn(move || run(&control, index, vcpu))?;
+                .spawn(move || run(&control, index, &vcpu))?;
             started.threads.push(thread);
         }
         Ok(started)
+    }
+
+    /// What `look` says of each vCPU, by index; `None` if one of them runs.
+    pub fn with_vcpus<T>(&self, mut look: impl FnMut(&mut dyn Vcpu) -> T) -> Option<Vec<T>> {
+        let look = |vcpu: &SharedVcpu| match vcpu.try_lock() {
+            Ok(mut vcpu) => Some(look(&mut **vcpu)),
+            Err(_) => None,
+        };
+        self.vcpus.iter().map(look).collect()
     }
 
     /// Makes all threads end and waits for them; false if one is still there at `deadline` (it is
@@ -244,10 +275,15 @@ impl VcpuThreads {
     }
 }
 
+fn lock(vcpu: &SharedVcpu) -> MutexGuard<'_, Box<dyn Vcpu>> {
+    // After a panic the machine has ended, and nobody looks any more.
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Body of a vCPU's thread.
-fn run(control: &Control, index: usize, mut vcpu: Box<dyn Vcpu>) {
+fn run(control: &Control, index: usize, vcpu: &SharedVcpu) {
     control.lock().clocks[index] = ThreadClock::Running(gettid());
-    let died = catch_unwind(AssertUnwindSafe(|| run_until_stopped(control, index, &mut *vcpu)));
+    let died = catch_unwind(AssertUnwindSafe(|| run_until_stopped(control, index, vcpu)));
     if let Err(panic) = died {
         let message = panic
             .downcast_ref::<&str>()
@@ -262,10 +298,12 @@ fn run(control: &Control, index: usize, mut vcpu: Box<dyn Vcpu>) {
     control.put(&mut state, index, Place::Gone);
 }
 
-fn run_until_stopped(control: &Control, index: usize, vcpu: &mut dyn Vcpu) {
+fn run_until_stopped(control: &Control, index: usize, vcpu: &SharedVcpu) {
     while control.may_run(index) {
+        // Nobody else wants it while it is not parked.
+        let mut vcpu = lock(vcpu);
         match vcpu.run() {
-            Ok(VmExit::Kicked) => control.kicked(index, vcpu),
+            Ok(VmExit::Kicked) => control.kicked(index, &mut **vcpu),
             Ok(VmExit::HaltedForever) => control.halted(index),
             Ok(VmExit::TripleFault(fault)) => control.end(EndReason::triple_fault(&fault)),
             Ok(VmExit::InternalError(fault)) => control.end(EndReason::engine_failed(&fault)),

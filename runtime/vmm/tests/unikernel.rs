@@ -4,9 +4,7 @@
 
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mvm_engine::Engine;
@@ -17,25 +15,15 @@ use mvm_vmm::{Disk, EndReason, Machine, MachineEvent, Parts, engines};
 
 #[path = "../../../images/hello-unikernel/src/compute.rs"]
 mod compute;
+#[path = "common/elf.rs"]
+mod elf;
 use compute::Checksum;
+use elf::UNIKERNEL;
 
 const MEMORY: u64 = 16 << 20;
 
 /// Nothing that a test waits for takes longer, on however busy a host.
 const PATIENCE: Duration = Duration::from_secs(120);
-
-static UNIKERNEL: LazyLock<Vec<u8>> = LazyLock::new(|| {
-    let path = std::env::var_os("MVM_TEST_UNIKERNEL").map_or_else(build, PathBuf::from);
-    std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-});
-
-fn build() -> PathBuf {
-    let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../images");
-    let elf = Path::new(env!("CARGO_TARGET_TMPDIR")).join("hello-unikernel.elf");
-    let built = Command::new(images.join("hello-unikernel/build.sh")).arg(&elf).status();
-    assert!(built.is_ok_and(|status| status.success()), "the unikernel cannot be built");
-    elf
-}
 
 /// The engines that can run here; emu can everywhere.
 fn all_engines() -> Vec<Box<dyn Engine>> {

@@ -21,7 +21,7 @@ use mvm_agent_protocol::rpc::{CallError, Client};
 use mvm_agent_protocol::stream::{Header, Kind};
 use mvm_agent_protocol::{VOLUMES_DIR, WAIT_MAX_MS, port};
 use mvm_image::{Owners, from_directory};
-use mvm_sandbox::engine::Selection;
+use mvm_sandbox::engine::{EngineChoice, Guest, Selection, Wish, look};
 use mvm_sandbox::guest::Dialer;
 use mvm_sandbox::layout::Layout;
 use mvm_sandbox::machine::{Launcher, Machine as Monitored, MachinePlan, Payload};
@@ -30,6 +30,7 @@ use mvm_sandbox::spec::{Options, container};
 use mvm_sandbox::timings::Timings;
 use mvm_sandbox::{Description, Sandbox};
 use mvm_tests::{Chroot, World};
+use mvm_vmm::config::HugePages;
 use mvm_vmm::config::OwnerGone;
 use mvm_vmm::monitor::spawn::Error as SpawnError;
 use mvm_vmm::monitor::{Launch, spawn};
@@ -82,7 +83,8 @@ impl Machine {
         let plan = MachinePlan {
             vcpus: VCPUS,
             memory: MEMORY,
-            engine: Selection::emulation(),
+            hugepages: HugePages::default(),
+            engine: selection(&layout),
             cpu: None,
             kernel: Payload::file(open("vmlinux")),
             initramfs: Some(Payload::file(open("initramfs.cpio"))),
@@ -101,6 +103,16 @@ impl Machine {
         let client = Client::new(control).expect("a client");
         Self { _sandbox: sandbox, dialer, client, _world: world }
     }
+}
+
+/// The engine under test.
+fn selection(layout: &Layout) -> Selection {
+    let choice = match mvm_tests::engine() {
+        "kvm" => EngineChoice::Kvm,
+        _ => EngineChoice::Emu,
+    };
+    let outlook = look(layout, Wish { choice, ..Wish::default() });
+    outlook.and_then(|o| o.decide(Guest::Linux)).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// What an image can hold to lead a runtime astray.

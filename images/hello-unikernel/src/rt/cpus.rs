@@ -55,9 +55,9 @@ pub fn count() -> u32 {
     found.clamp(1, MAX)
 }
 
-/// Lets all other processors do `work`, each with its number from 1 on; false if they do not begin
-/// and end in time. To be called once.
-pub fn run_on_others(work: fn(u32)) -> bool {
+/// Has all other processors begin with `work`, each with its number from 1 on; false if they do not in
+/// time. To be called once.
+pub fn start_others(work: fn(u32)) -> bool {
     let others = count() - 1;
     if others == 0 {
         return true;
@@ -72,16 +72,22 @@ pub fn run_on_others(work: fn(u32)) -> bool {
     ring0::command_others(INIT);
     ring0::sleep(1);
     ring0::command_others(STARTUP);
-    let ready = |count: &AtomicU32, wanted| {
-        ring0::set_timer(true);
-        let start = ring0::ticks();
-        while count.load(Ordering::Acquire) < wanted && ring0::ticks() - start < PATIENCE {
-            core::hint::spin_loop();
-        }
-        ring0::set_timer(false);
-        count.load(Ordering::Acquire) >= wanted
-    };
-    ready(&ring0::CPUS_STARTED, others + 1) && ready(&DONE, others)
+    wait(&ring0::CPUS_STARTED, others + 1)
+}
+
+/// Waits until they have done it; false if they have not in time.
+pub fn wait_for_others() -> bool {
+    wait(&DONE, count() - 1)
+}
+
+fn wait(count: &AtomicU32, wanted: u32) -> bool {
+    ring0::set_timer(true);
+    let start = ring0::ticks();
+    while count.load(Ordering::Acquire) < wanted && ring0::ticks() - start < PATIENCE {
+        core::hint::spin_loop();
+    }
+    ring0::set_timer(false);
+    count.load(Ordering::Acquire) >= wanted
 }
 
 /// What a processor other than the first does.

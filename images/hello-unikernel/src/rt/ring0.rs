@@ -5,9 +5,19 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 global_asm!(include_str!("ring0.s"), options(att_syntax));
 
-/// Timer interrupts of the first processor; ring 0 counts them.
+/// Timer interrupts of each processor; ring 0 counts them.
 #[unsafe(no_mangle)]
-static TICKS: AtomicU64 = AtomicU64::new(0);
+static TICKS: [AtomicU64; MAX] = [const { AtomicU64::new(0) }; MAX];
+
+/// The periods of their timers, for ring 0.
+#[unsafe(no_mangle)]
+static TIMERS: [AtomicU32; MAX] = [const { AtomicU32::new(0) }; MAX];
+
+/// How timers are used, as in the local vector table.
+#[unsafe(no_mangle)]
+static TIMER_MODE: AtomicU32 = AtomicU32::new(TimerMode::Periodic as u32);
+
+const MAX: usize = super::cpus::MAX as usize;
 
 /// Interrupts of devices; ring 0 counts them.
 #[unsafe(no_mangle)]
@@ -34,12 +44,33 @@ fn service(which: u32, argument: u64) {
     }
 }
 
-/// Timer interrupts so far.
-pub fn ticks() -> u64 {
-    TICKS.load(Ordering::Relaxed)
+/// How a timer comes to tick again and again.
+#[derive(Clone, Copy)]
+pub enum TimerMode {
+    /// By itself.
+    Periodic = 1 << 17,
+    /// It is started again with each interrupt.
+    Once = 0,
+    /// Each interrupt sets the time-stamp counter's value for the next.
+    Deadline = 2 << 17,
 }
 
-/// Lets the timer tick, about 100 times a second, or stops it.
+/// Has timers tick in this way, from when they are started on. They must be off.
+pub fn set_timer_mode(mode: TimerMode) {
+    TIMER_MODE.store(mode as u32, Ordering::Relaxed);
+}
+
+/// Timer interrupts of the first processor so far.
+pub fn ticks() -> u64 {
+    ticks_of(0)
+}
+
+/// Timer interrupts of processor `cpu` so far.
+pub fn ticks_of(cpu: u32) -> u64 {
+    TICKS[cpu as usize].load(Ordering::Relaxed)
+}
+
+/// Lets this processor's timer tick, about 100 times a second, or stops it.
 pub fn set_timer(on: bool) {
     service(ARM_TIMER, if on { TICK } else { 0 });
 }

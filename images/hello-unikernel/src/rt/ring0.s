@@ -18,12 +18,18 @@
     .set FIRST_TSS, 0x30
 
     .set APIC, 0xfee00000       # local APIC (SDM volume 3, chapter 12)
+    .set APIC_ID, 0x20          # bits 24 to 31
     .set APIC_EOI, 0xb0
     .set APIC_SPURIOUS, 0xf0
     .set APIC_ICR, 0x300
     .set APIC_TIMER, 0x320
     .set APIC_TIMER_COUNT, 0x380
     .set APIC_TIMER_DIVIDE, 0x3e0
+
+    .set APIC_TIMER_PERIODIC, 0x20000
+    .set APIC_TIMER_DEADLINE, 0x40000
+    .set TSC_DEADLINE, 0x6e0    # MSR
+    .set DEADLINE_CYCLES, 20000000
 
     .set SERVICE_VECTOR, 3      # INT3, since hosts that let ring 3 run natively may refuse INT n and SYSCALL
     .set TIMER_VECTOR, 0x20
@@ -234,9 +240,22 @@ exception:
 
 timer_tick:
     pushq %rax
-    lock incq TICKS
-    movl $APIC, %eax
-    movl $0, APIC_EOI(%rax)
+    pushq %rcx
+    pushq %rdi
+    movl $APIC, %ecx
+    movl APIC_ID(%rcx), %eax
+    shrl $24, %eax
+    lock incq TICKS(, %rax, 8)
+    movl TIMERS(, %rax, 4), %edi
+    movl $0, APIC_EOI(%rcx)
+    testl %edi, %edi            # switched off in the meantime
+    jz ticked
+    testl $APIC_TIMER_PERIODIC, TIMER_MODE
+    jnz ticked
+    call start_timer
+ticked:
+    popq %rdi
+    popq %rcx
     popq %rax
 spurious:
     iretq
@@ -248,6 +267,29 @@ device_interrupt:
     movl $0, APIC_EOI(%rax)
     popq %rax
     iretq
+
+# Starts the timer of this processor's APIC (RCX), whose mode is set: EDI is its period, 0 for off. RAX changes.
+start_timer:
+    testl $APIC_TIMER_DEADLINE, TIMER_MODE
+    jnz set_deadline
+    movl %edi, APIC_TIMER_COUNT(%rcx)
+    ret
+set_deadline:
+    pushq %rcx
+    pushq %rdx
+    xorl %eax, %eax
+    xorl %edx, %edx
+    testl %edi, %edi
+    jz write_deadline
+    rdtsc
+    addl $DEADLINE_CYCLES, %eax
+    adcl $0, %edx
+write_deadline:
+    movl $TSC_DEADLINE, %ecx
+    wrmsr
+    popq %rdx
+    popq %rcx
+    ret
 
 # --- Services: EAX which (as in ring0.rs), RDI argument; RAX and RCX change ----------------------------------------------
 
@@ -265,11 +307,16 @@ service:
     je wait_device
     iretq
 
-# 0: RDI is the timer's period in units of 16 bus cycles, 0 for off.
+# 0: RDI is the timer's period in units of 16 bus cycles (with deadlines only whether it is 0), 0 for off.
 arm_timer:
+    movl APIC_ID(%rcx), %eax
+    shrl $24, %eax
+    movl %edi, TIMERS(, %rax, 4)
     movl $3, APIC_TIMER_DIVIDE(%rcx)
-    movl $0x20000 | TIMER_VECTOR, APIC_TIMER(%rcx)
-    movl %edi, APIC_TIMER_COUNT(%rcx)
+    movl TIMER_MODE, %eax
+    orl $TIMER_VECTOR, %eax
+    movl %eax, APIC_TIMER(%rcx)
+    call start_timer
     iretq
 
 # 1: waits for an interrupt unless TICKS is no longer RDI. No tick can be missed: interrupts are off until HLT waits.

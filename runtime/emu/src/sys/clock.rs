@@ -4,14 +4,10 @@ use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub use mvm_engine::tsc::{host_tsc, host_tsc_is_invariant, host_tsc_khz};
+use mvm_engine::tsc::{mul_div, ticks_to_nanos};
 
 /// Nanoseconds per second.
 pub const NANOS: u64 = 1_000_000_000;
-
-/// `a * b / c` without overflow in between; saturates.
-pub fn mul_div(a: u64, b: u64, c: u64) -> u64 {
-    u64::try_from(u128::from(a) * u128::from(b) / u128::from(c.max(1))).unwrap_or(u64::MAX)
-}
 
 /// The factors that turn TSC ticks into nanoseconds the way kvmclock does:
 /// `((ticks << shift) * mul) >> 32`, a negative shift being one to the right.
@@ -109,14 +105,18 @@ impl Clock {
 
     /// System time now in ns.
     pub fn nanos(&self) -> u64 {
-        let origin = self.origin();
-        origin.nanos.wrapping_add(self.scale.nanos(host_tsc().saturating_sub(origin.tsc)))
+        self.nanos_at(host_tsc())
     }
 
-    /// Makes the system time `nanos` now (a state is restored).
-    pub fn set_nanos(&self, nanos: u64) {
-        *self.origin.write().unwrap_or_else(PoisonError::into_inner) =
-            Origin { tsc: host_tsc(), nanos };
+    /// System time at host TSC `tsc`, which is not before the origin, in ns.
+    pub fn nanos_at(&self, tsc: u64) -> u64 {
+        let origin = self.origin();
+        origin.nanos.wrapping_add(self.scale.nanos(tsc.saturating_sub(origin.tsc)))
+    }
+
+    /// Makes the clock's line go through `origin` (a state is restored).
+    pub fn set_origin(&self, origin: Origin) {
+        *self.origin.write().unwrap_or_else(PoisonError::into_inner) = origin;
     }
 
     /// Wall clock at system time zero, in (seconds, ns) since 1970.
@@ -134,7 +134,7 @@ impl Clock {
 
     /// How long `ticks` of the TSC take.
     pub fn duration(&self, ticks: u64) -> Duration {
-        Duration::from_nanos(mul_div(ticks, 1_000_000, self.khz))
+        Duration::from_nanos(ticks_to_nanos(ticks, self.khz))
     }
 }
 
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn restored_time_goes_on() {
         let clock = Clock::new(2_000_000);
-        clock.set_nanos(5 * NANOS);
+        clock.set_origin(Origin { tsc: host_tsc(), nanos: 5 * NANOS });
         assert!(clock.nanos() >= 5 * NANOS && clock.nanos() < 600 * NANOS);
     }
 }

@@ -26,21 +26,7 @@ impl Cpu {
     pub fn service_events(&mut self) -> Service {
         // Before the word is taken: see `Platform::stop_one`.
         self.leave_stop();
-        let reasons = self.sys.attention().take();
-        if reasons & reason::INIT != 0 {
-            self.init();
-        }
-        if reasons & reason::SIPI != 0 && self.sys.activity == MpState::WaitForSipi {
-            let vector = self.sys.lapic.port().sipi_vector();
-            self.start_up(vector);
-        }
-        // A processor that waits for a SIPI ignores them (SDM vol. 3, 9.4.1).
-        if reasons & reason::NMI != 0 && self.sys.activity != MpState::WaitForSipi {
-            self.sys.nmi_pending = true;
-        }
-        if reasons & reason::UNHALT != 0 {
-            self.unhalt();
-        }
+        let reasons = self.take_messages();
         if reasons & reason::KICK != 0 {
             // Anything else that waits must be looked at by the next run.
             self.sys.attention().raise_self(reason::INTERRUPT);
@@ -63,6 +49,41 @@ impl Cpu {
             _ if self.only_others_wake() => self.stop(),
             _ => Service::Sleep,
         }
+    }
+
+    /// Brings what others have sent into the vCPU's state, so that the state is whole while nobody runs it. What
+    /// remains is noted again.
+    pub(crate) fn settle(&mut self) {
+        // Counted as stopped or not, as before.
+        let counted = self.sys.counted_stopped;
+        self.leave_stop();
+        let reasons = self.take_messages();
+        self.sys.attention().raise_self(reasons & (reason::KICK | reason::INTERRUPT));
+        self.sys.lapic.note_port_errors();
+        self.sys.lapic.poll_timer(host_tsc());
+        if counted && self.only_others_wake() {
+            self.count_stopped();
+        }
+    }
+
+    /// Takes all reasons for attention and does what INIT, start-up IPI, NMI and kicks ask for.
+    fn take_messages(&mut self) -> u32 {
+        let reasons = self.sys.attention().take();
+        if reasons & reason::INIT != 0 {
+            self.init();
+        }
+        if reasons & reason::SIPI != 0 && self.sys.activity == MpState::WaitForSipi {
+            let vector = self.sys.lapic.port().sipi_vector();
+            self.start_up(vector);
+        }
+        // A processor that waits for a SIPI ignores them (SDM vol. 3, 9.4.1).
+        if reasons & reason::NMI != 0 && self.sys.activity != MpState::WaitForSipi {
+            self.sys.nmi_pending = true;
+        }
+        if reasons & reason::UNHALT != 0 {
+            self.unhalt();
+        }
+        reasons
     }
 
     fn deliver_pending(&mut self) -> Result<(), super::deliver::Shutdown> {

@@ -2,6 +2,8 @@
 //!
 //! An MSR that is not here raises #GP, with a log line: systems probe for MSRs that way.
 
+use mvm_engine::msr as index;
+
 use super::bits::{canonical, cr4, efer};
 use super::clock::host_tsc;
 use super::paravirt;
@@ -9,46 +11,6 @@ use crate::block::Block;
 use crate::cpu::{Cpu, seg};
 use crate::fault::Fault;
 use crate::op::{Flow, Op};
-
-/// Indices of MSRs (SDM vol. 4; APM vol. 2, appendix A).
-#[allow(missing_docs)]
-pub mod index {
-    pub const TSC: u32 = 0x10;
-    pub const PLATFORM_ID: u32 = 0x17;
-    pub const APIC_BASE: u32 = 0x1b;
-    pub const TSC_ADJUST: u32 = 0x3b;
-    pub const SPEC_CTRL: u32 = 0x48;
-    pub const PRED_CMD: u32 = 0x49;
-    pub const BIOS_SIGN_ID: u32 = 0x8b;
-    pub const MTRR_CAP: u32 = 0xfe;
-    pub const ARCH_CAPABILITIES: u32 = 0x10a;
-    pub const SYSENTER_CS: u32 = 0x174;
-    pub const SYSENTER_ESP: u32 = 0x175;
-    pub const SYSENTER_EIP: u32 = 0x176;
-    pub const MCG_CAP: u32 = 0x179;
-    pub const MCG_STATUS: u32 = 0x17a;
-    pub const MISC_ENABLE: u32 = 0x1a0;
-    pub const DEBUG_CTL: u32 = 0x1d9;
-    pub const PAT: u32 = 0x277;
-    pub const TSC_DEADLINE: u32 = 0x6e0;
-    pub const X2APIC_FIRST: u32 = 0x800;
-    pub const X2APIC_LAST: u32 = 0x8ff;
-    pub const EFER: u32 = 0xc000_0080;
-    pub const STAR: u32 = 0xc000_0081;
-    pub const LSTAR: u32 = 0xc000_0082;
-    pub const CSTAR: u32 = 0xc000_0083;
-    pub const FMASK: u32 = 0xc000_0084;
-    pub const FS_BASE: u32 = 0xc000_0100;
-    pub const GS_BASE: u32 = 0xc000_0101;
-    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
-    pub const TSC_AUX: u32 = 0xc000_0103;
-    pub const AMD_SYSCFG: u32 = 0xc001_0010;
-    pub const AMD_HWCR: u32 = 0xc001_0015;
-    pub const AMD_NB_CFG: u32 = 0xc001_001f;
-    pub const AMD_PATCH_LEVEL: u32 = 0x8b;
-    pub const AMD_INT_PENDING: u32 = 0xc001_0055;
-    pub const AMD_DE_CFG: u32 = 0xc001_1029;
-}
 
 /// LFENCE waits for what is before it: the bit of AMD's DE_CFG that says so.
 const DE_CFG_LFENCE_SERIALIZES: u64 = 1 << 1;
@@ -72,7 +34,8 @@ pub(crate) fn rdmsr(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
         Err(fault) => {
             if cpu.sys.may_log() {
                 let rip = cpu.gpr[usize::from(crate::op::reg::BLOCK)];
-                tracing::info!(vcpu = cpu.sys.index, "guest reads MSR {msr:#x} near {rip:#x}: #GP");
+                let msr = index::describe(msr);
+                tracing::info!(vcpu = cpu.sys.index, "guest reads MSR {msr} near {rip:#x}: #GP");
             }
             cpu.raise(fault)
         }
@@ -91,9 +54,10 @@ pub(crate) fn wrmsr(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
         Err(fault) => {
             if cpu.sys.may_log() {
                 let rip = cpu.gpr[usize::from(crate::op::reg::BLOCK)];
+                let msr = index::describe(msr);
                 tracing::info!(
                     vcpu = cpu.sys.index,
-                    "guest writes {value:#x} to MSR {msr:#x} near {rip:#x}: #GP"
+                    "guest writes {value:#x} to MSR {msr} near {rip:#x}: #GP"
                 );
             }
             cpu.raise(fault)

@@ -3,6 +3,8 @@
 //!
 //! Layouts and numbers are those of Linux' `Documentation/virt/kvm/x86`.
 
+use mvm_engine::msr;
+
 use super::attention::reason;
 use super::clock::host_tsc;
 use crate::block::Block;
@@ -10,16 +12,6 @@ use crate::cpu::{Cpu, Mode};
 use crate::fault::Fault;
 use crate::int::Int;
 use crate::op::{Flow, Op};
-
-/// MSRs.
-#[allow(missing_docs)]
-pub mod msr {
-    pub const WALL_CLOCK_OLD: u32 = 0x11;
-    pub const SYSTEM_TIME_OLD: u32 = 0x12;
-    pub const WALL_CLOCK: u32 = 0x4b56_4d00;
-    pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
-    pub const STEAL_TIME: u32 = 0x4b56_4d03;
-}
 
 /// Hypercall numbers and results.
 mod call {
@@ -46,16 +38,10 @@ pub struct Paravirt {
     pub system_time: u64,
     /// MSR of the steal time.
     pub steal_time: u64,
-    /// Version of the system-time record.
-    time_version: u32,
-    /// Version of the steal-time record.
-    steal_version: u32,
     /// A kick that the next HLT consumes.
     pub unhalted: bool,
     /// Since when steal time is counted: real time and the thread's own, in ns.
     since: Option<(u64, u64)>,
-    /// Steal time told so far, in ns.
-    stolen: u64,
 }
 
 /// RDMSR of a paravirtual MSR.
@@ -92,7 +78,10 @@ pub(crate) fn write_msr(cpu: &mut Cpu, index: u32, value: u64) -> Result<(), Fau
 impl Cpu {
     /// `struct pvclock_wall_clock`: version, seconds, nanoseconds of the machine's start.
     fn write_wall_clock(&mut self, gpa: u64) {
-        let version = self.phys_get(gpa).unwrap_or(0) | 1;
+        if gpa == 0 {
+            return;
+        }
+        let version = self.next_version(gpa);
         let (seconds, nanos) = self.sys.platform.clock.boot_wall_clock();
         // Written last: an even version makes the record valid.
         let written = self.phys_put(gpa, version)
@@ -117,8 +106,7 @@ impl Cpu {
         // Before the origin nothing is defined; a guest TSC that was set back is shown as is.
         let timestamp = origin.tsc.wrapping_add(self.sys.tsc_offset);
         let stable = u8::from(clock.invariant());
-        let version = self.sys.pv.time_version | 1;
-        self.sys.pv.time_version = version.wrapping_add(1);
+        let version = self.next_version(gpa);
         let tail = u32::from_le_bytes([scale.shift.to_le_bytes()[0], stable, 0, 0]);
         let written = self.phys_put(gpa, version)
             && self.phys_put(gpa.wrapping_add(4), 0u32)
@@ -143,13 +131,16 @@ impl Cpu {
     pub(crate) fn update_steal_time(&mut self) {
         let Some(gpa) = self.steal_record() else { return };
         let (real, own) = (thread_time::real(), thread_time::own());
+        // Added to what the record says, which may come from another engine.
+        let mut bytes = [0; 8];
+        let known = self.phys_read(gpa, &mut bytes);
+        let mut stolen = if known { u64::from_le_bytes(bytes) } else { 0 };
         if let Some((real_then, own_then)) = self.sys.pv.since.replace((real, own)) {
             let wanted = real.saturating_sub(real_then);
-            self.sys.pv.stolen += wanted.saturating_sub(own.saturating_sub(own_then));
+            let more = wanted.saturating_sub(own.saturating_sub(own_then));
+            stolen = stolen.wrapping_add(more);
         }
-        let version = self.sys.pv.steal_version | 1;
-        self.sys.pv.steal_version = version.wrapping_add(1);
-        let stolen = self.sys.pv.stolen;
+        let version = self.next_version(gpa.wrapping_add(8));
         let written = self.phys_put(gpa.wrapping_add(8), version)
             && self.phys_put(gpa, stolen)
             && self.phys_put(gpa.wrapping_add(8), version.wrapping_add(1));
@@ -176,6 +167,12 @@ impl Cpu {
 }
 
 impl Cpu {
+    /// The version under which the record whose version is at `gpa` may be changed: odd, and none that a guest may
+    /// have read before, whichever engine wrote that.
+    fn next_version(&self, gpa: u64) -> u32 {
+        self.phys_get(gpa).unwrap_or(0).wrapping_add(1) | 1
+    }
+
     fn phys_get(&self, gpa: u64) -> Option<u32> {
         let mut bytes = [0; 4];
         self.phys_read(gpa, &mut bytes).then(|| u32::from_le_bytes(bytes))
@@ -245,9 +242,11 @@ pub(crate) fn hypercall(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
 /// How far the guest's clock is, for `VcpuState`.
 pub(crate) fn clock_state(cpu: &Cpu) -> mvm_engine::ClockState {
     let clock = &cpu.sys.platform.clock;
+    let now = host_tsc();
     mvm_engine::ClockState {
-        tsc: host_tsc().wrapping_add(cpu.sys.tsc_offset),
+        tsc: now.wrapping_add(cpu.sys.tsc_offset),
         tsc_khz: clock.khz(),
-        kvmclock_ns: clock.nanos(),
+        kvmclock_ns: clock.nanos_at(now),
+        host_tsc: now,
     }
 }

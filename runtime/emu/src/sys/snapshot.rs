@@ -1,35 +1,16 @@
 //! The vCPU's state in engine-neutral form, both ways.
 
 use mvm_engine::{
-    DebugRegisters, Error, GeneralRegisters, LapicState, PendingEvents, Result, Segment,
-    SystemRegisters, VcpuState,
+    ClockState, DebugRegisters, Error, GeneralRegisters, LapicState, PendingEvents, Result,
+    Segment, SystemRegisters, VcpuState, msr,
 };
 
 use super::attention::reason;
 use super::bits::{cr0, dr};
-use super::msr::index as msr;
+use super::clock::Origin;
 use super::paravirt;
 use crate::cpu::{Cpu, SegmentReg};
 use crate::flags::rflags;
-
-/// The MSRs of a state, in the order in which they are restored.
-const STATE_MSRS: &[u32] = &[
-    msr::STAR,
-    msr::LSTAR,
-    msr::CSTAR,
-    msr::FMASK,
-    msr::KERNEL_GS_BASE,
-    msr::SYSENTER_CS,
-    msr::SYSENTER_ESP,
-    msr::SYSENTER_EIP,
-    msr::PAT,
-    msr::TSC_AUX,
-    msr::TSC_ADJUST,
-    msr::MISC_ENABLE,
-    paravirt::msr::WALL_CLOCK,
-    paravirt::msr::SYSTEM_TIME,
-    paravirt::msr::STEAL_TIME,
-];
 
 impl From<SegmentReg> for Segment {
     fn from(s: SegmentReg) -> Self {
@@ -46,6 +27,7 @@ impl From<Segment> for SegmentReg {
 impl Cpu {
     /// The architectural state, between two instructions. `xsave` is the XSAVE area.
     pub fn export_state(&mut self, xsave: Vec<u8>) -> VcpuState {
+        self.settle();
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&self.gpr[..16]);
         let sys = &self.sys;
@@ -69,6 +51,7 @@ impl Cpu {
             nmi_pending: sys.nmi_pending,
             nmi_masked: sys.nmi_masked,
             sipi: None,
+            unhalted: sys.pv.unhalted,
         };
         VcpuState {
             regs: GeneralRegisters { gpr, rip: self.rip, rflags: self.rflags() },
@@ -87,7 +70,7 @@ impl Cpu {
     }
 
     fn export_msrs(&mut self) -> Vec<(u32, u64)> {
-        STATE_MSRS.iter().filter_map(|&m| Some((m, self.read_msr(m).ok()?))).collect()
+        msr::STATE.iter().filter_map(|&m| Some((m, self.read_msr(m).ok()?))).collect()
     }
 
     /// Takes over `state`, its XSAVE area excepted.
@@ -130,16 +113,19 @@ impl Cpu {
         }
         sys.nmi_pending = state.events.nmi_pending;
         sys.nmi_masked = state.events.nmi_masked;
+        sys.pv.unhalted = state.events.unhalted;
         sys.activity = state.mp_state;
-        if sys.index == 0 && state.clock.kvmclock_ns != 0 {
+        let clock = state.clock.now();
+        if sys.index == 0 && clock.kvmclock_ns != 0 {
             // One clock for all: the first vCPU brings it.
-            sys.platform.clock.set_nanos(state.clock.kvmclock_ns);
+            let origin = Origin { tsc: clock.host_tsc, nanos: clock.kvmclock_ns };
+            sys.platform.clock.set_origin(origin);
         }
         self.cpl = match sregs.cr0 & cr0::PE {
             0 => 0,
             _ => (sregs.segments[crate::cpu::seg::SS].access >> 5 & 3) as u8,
         };
-        self.import_msrs(state);
+        self.import_msrs(&state.msrs, &clock);
         self.sys.lapic.import(&state.lapic, self.sys.tsc_offset);
         self.sys.lapic.set_cr8(sregs.cr8);
         if let Some(vector) = state.events.sipi {
@@ -152,16 +138,29 @@ impl Cpu {
         Ok(())
     }
 
-    fn import_msrs(&mut self, state: &VcpuState) {
-        // TSC_ADJUST first moves the counter, which the state's own value then settles.
-        for &(index, value) in &state.msrs {
-            if self.write_msr(index, value).is_err() {
-                self.log_odd("an MSR of the restored state is not one of this model");
-            }
+    fn import_msrs(&mut self, msrs: &[(u32, u64)], clock: &ClockState) {
+        if clock.tsc != 0 {
+            // Before the records that tell of it.
+            self.sys.move_tsc(clock.tsc.wrapping_sub(clock.host_tsc));
         }
-        if state.clock.tsc != 0 {
-            self.sys.set_tsc(state.clock.tsc);
-            self.write_system_time();
+        for &(index, value) in msrs {
+            let taken = match index {
+                // Writing it would move the counter.
+                msr::TSC_ADJUST => {
+                    self.sys.msrs.tsc_adjust = value;
+                    Ok(())
+                }
+                // The record is in RAM already, and what it tells has not changed.
+                msr::WALL_CLOCK => {
+                    self.sys.pv.wall_clock = value;
+                    Ok(())
+                }
+                _ => self.write_msr(index, value),
+            };
+            if taken.is_err() && self.sys.may_log() {
+                let msr = msr::describe(index);
+                tracing::warn!(vcpu = self.sys.index, "MSR {msr} cannot become {value:#x} here");
+            }
         }
     }
 

@@ -34,7 +34,6 @@ pub struct Msrs {
     pub tsc_adjust: u64,
     pub pat: u64,
     pub misc_enable: u64,
-    pub spec_ctrl: u64,
     /// IA32_BIOS_SIGN_ID: what the guest wrote.
     pub bios_sign: u64,
 }

@@ -1,7 +1,10 @@
 //! Questions to a table of CPUID leaves.
 
 use super::CpuModel;
+use super::features::Reg::{self, Eax, Ebx, Ecx, Edx};
 use super::features::{FEATURES, Feature, Level};
+use super::paravirt;
+use super::paravirt::LEAF as PARAVIRT;
 use super::table::Vendor;
 use crate::CpuidEntry;
 
@@ -62,9 +65,54 @@ pub(super) fn has(entries: &[CpuidEntry], name: &str) -> bool {
     FEATURES.iter().any(|f| f.name == name && shows(entries, f))
 }
 
-/// Names of the features that `theirs` shows and `ours` does not.
-pub fn missing(ours: &[CpuidEntry], theirs: &[CpuidEntry]) -> Vec<&'static str> {
-    FEATURES.iter().filter(|f| shows(theirs, f) && !shows(ours, f)).map(|f| f.name).collect()
+/// Registers in which each bit is something that the processor can do. A state of [`CpuModel::Host`] may have bits there
+/// that nobody here has heard of.
+const FLAGS: &[(u32, u32, &[Reg])] = &[
+    (1, 0, &[Ecx, Edx]),
+    (6, 0, &[Eax]),
+    (7, 0, &[Ebx, Ecx, Edx]),
+    (7, 1, &[Eax, Ebx, Ecx, Edx]),
+    (7, 2, &[Edx]),
+    // Components of XCR0, and how they can be saved.
+    (0xd, 0, &[Eax, Edx]),
+    (0xd, 1, &[Eax]),
+    (PARAVIRT, 0, &[Eax]),
+    (0x8000_0001, 0, &[Ecx, Edx]),
+    (0x8000_0007, 0, &[Edx]),
+    (0x8000_0008, 0, &[Ebx]),
+    (0x8000_0021, 0, &[Eax]),
+];
+
+/// Leaf 1, ECX: what the operating system has done, not what the processor can do.
+const OSXSAVE: u32 = 1 << 27;
+
+/// Names of what `theirs` shows and `ours` does not; a bit without a name is called by its place.
+pub fn missing(ours: &[CpuidEntry], theirs: &[CpuidEntry]) -> Vec<String> {
+    let mut names = Vec::new();
+    for &(leaf, subleaf, regs) in FLAGS {
+        let Some(theirs) = lookup(theirs, leaf, subleaf) else { continue };
+        let ours = lookup(ours, leaf, subleaf).unwrap_or_default();
+        for &reg in regs {
+            let mut lost = theirs[reg as usize] & !ours[reg as usize];
+            if (leaf, reg) == (1, Ecx) {
+                lost &= !OSXSAVE;
+            }
+            names.extend((0..32).filter(|bit| lost >> bit & 1 != 0).map(|bit| {
+                let known = FEATURES
+                    .iter()
+                    .find(|f| (f.leaf, f.subleaf, f.reg, f.bit) == (leaf, subleaf, reg, bit));
+                match (known, leaf) {
+                    (Some(feature), _) => feature.name.to_owned(),
+                    (None, PARAVIRT) => paravirt::name(bit),
+                    (None, _) => {
+                        let reg = format!("{reg:?}").to_uppercase();
+                        format!("CPUID.{leaf:X}h.{subleaf}:{reg}[{bit}]")
+                    }
+                }
+            }));
+        }
+    }
+    names
 }
 
 /// Why a processor that shows `ours` cannot take over from one that shows `theirs`; `None` if it can, or if

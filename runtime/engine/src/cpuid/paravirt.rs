@@ -1,7 +1,25 @@
 //! What a guest may ask of its hypervisor (Linux, `Documentation/virt/kvm/x86/cpuid.rst`): the part of
 //! KVM's interface that every engine has.
 
-/// Bits of leaf 0x4000_0001 EAX.
+/// Where the features are: its EAX.
+pub(super) const LEAF: u32 = 0x4000_0001;
+
+/// What feature `bit` is called.
+pub(super) fn name(bit: u8) -> String {
+    let name = match 1u32 << bit {
+        feature::CLOCKSOURCE => "clocksource",
+        feature::NOP_IO_DELAY => "nop_io_delay",
+        feature::CLOCKSOURCE2 => "clocksource2",
+        feature::STEAL_TIME => "steal_time",
+        feature::PV_UNHALT => "pv_unhalt",
+        feature::PV_TLB_FLUSH => "pv_tlb_flush",
+        feature::CLOCKSOURCE_STABLE => "clocksource_stable",
+        _ => return format!("kvm_feature_{bit}"),
+    };
+    format!("kvm_{name}")
+}
+
+/// Bits of it.
 mod feature {
     pub const CLOCKSOURCE: u32 = 1 << 0;
     pub const NOP_IO_DELAY: u32 = 1 << 1;

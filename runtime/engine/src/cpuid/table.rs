@@ -356,6 +356,7 @@ mod tests {
     use super::super::lookup::answer;
     use super::super::{Level, lacking, missing};
     use super::*;
+    use crate::cpuid::incompatible;
 
     const CR4_OSXSAVE: u64 = 1 << 18;
 
@@ -449,7 +450,8 @@ mod tests {
         assert!(lookup(table.entries(0), 0xd, 0).is_none());
         if of_host(1, 2_000_000).has("avx2") {
             assert!(lacking(CpuModel::V3, table.entries(0)).contains(&"avx2"));
-            assert!(missing(table.entries(0), of_host(1, 2_000_000).entries(0)).contains(&"avx2"));
+            let missing = missing(table.entries(0), of_host(1, 2_000_000).entries(0));
+            assert!(missing.iter().any(|name| name == "avx2"), "{missing:?}");
         }
         assert!(lacking(CpuModel::Host, table.entries(0)).is_empty());
     }
@@ -486,6 +488,51 @@ mod tests {
         assert_eq!(lookup(table.entries(0), 0x20, 0), Some([1, 2, 0, 3]));
         assert_eq!(lookup(table.entries(0), 0x1f, 0), None);
         assert_eq!(lookup(table.entries(0), 0x4000_0010, 0).unwrap()[0], 2_000_000);
+    }
+
+    #[test]
+    fn what_a_state_has_and_a_processor_lacks_is_named_bit_by_bit() {
+        let ours = of_host(1, 2_000_000).entries(0).to_vec();
+        assert_eq!(incompatible(&ours, &ours), None);
+        let with = |leaf, subleaf: Option<u32>, bits: [u32; 4]| {
+            let mut theirs = ours.clone();
+            if !theirs.iter().any(|e| e.leaf == leaf && e.subleaf == subleaf) {
+                theirs.push(CpuidEntry { leaf, subleaf, ..Default::default() });
+            }
+            for entry in theirs.iter_mut().filter(|e| e.leaf == leaf && e.subleaf == subleaf) {
+                entry.eax |= bits[0];
+                entry.ebx |= bits[1];
+                entry.ecx |= bits[2];
+                entry.edx |= bits[3];
+            }
+            theirs
+        };
+        let subleaf = ours.iter().find(|e| e.leaf == 7).unwrap().subleaf;
+        // AVX-512F, which has no name here; what an operating system switches on; a hypercall; sizes and addresses.
+        let theirs = with(7, subleaf, [0, 1 << 16, 0, 0]);
+        assert_eq!(missing(&ours, &theirs), ["CPUID.7h.0:EBX[16]"]);
+        let reason = incompatible(&ours, &theirs).unwrap();
+        assert!(reason.contains("lacks") && reason.ends_with("CPUID.7h.0:EBX[16]"), "{reason}");
+        assert_eq!(missing(&ours, &with(7, Some(1), [1 << 4, 0, 0, 0])), ["CPUID.7h.1:EAX[4]"]);
+        let one = ours.iter().find(|e| e.leaf == 1).unwrap().subleaf;
+        assert!(missing(&ours, &with(1, one, [u32::MAX, u32::MAX, 1 << 27, 0])).is_empty());
+        let pv = ours.iter().find(|e| e.leaf == 0x4000_0001).unwrap().subleaf;
+        assert_eq!(
+            missing(&ours, &with(0x4000_0001, pv, [1 << 4 | 1 << 11, 0, 0, 0])),
+            ["kvm_feature_4", "kvm_feature_11"]
+        );
+        // The other way round nothing is lost: what is more is not shown.
+        assert!(missing(&theirs, &ours).is_empty());
+        // A processor of the first level, and of another vendor.
+        let v2 = CpuidTable::new(CpuModel::V2, 1, 2_000_000, None).entries(0).to_vec();
+        if of_host(1, 2_000_000).has("avx2") {
+            let reason = incompatible(&v2, &ours).unwrap();
+            assert!(reason.contains("avx2") && reason.contains("bmi2"), "{reason}");
+        }
+        let mut other = ours.clone();
+        other.iter_mut().filter(|e| e.leaf == 0).for_each(|e| e.ebx ^= 1);
+        assert!(incompatible(&ours, &other).unwrap().contains("vendor"));
+        assert_eq!(incompatible(&ours, &[]), None, "nothing is known of it");
     }
 
     #[test]

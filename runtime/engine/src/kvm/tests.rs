@@ -65,6 +65,11 @@ struct Guest {
 impl Guest {
     /// A machine, or `None` with a line of explanation if the host has no `/dev/kvm` for us.
     fn new(vcpus: u32) -> Option<Self> {
+        Self::of(vcpus, CpuModel::default())
+    }
+
+    /// The same with processors of this model.
+    fn of(vcpus: u32, cpu: CpuModel) -> Option<Self> {
         let engine = match KvmEngine::new() {
             Ok(engine) => engine,
             Err(e) => {
@@ -74,8 +79,7 @@ impl Guest {
         };
         let ram = GuestRam::new(&[(0, 1 << 20)]).unwrap();
         let bus = Arc::new(TestBus::default());
-        let config =
-            VmConfig { vcpus, cpu: CpuModel::default(), ram: ram.clone(), io: bus.clone() };
+        let config = VmConfig { vcpus, cpu, ram: ram.clone(), io: bus.clone() };
         let vm = engine.create_vm(config).unwrap();
         let vcpus = (0..vcpus).map(|i| vm.create_vcpu(i).unwrap()).collect();
         Some(Self { vm, vcpus, ram, bus })
@@ -402,4 +406,27 @@ fn states_that_cannot_be_leave_the_vcpu_as_it_was() {
         let after = guest.vcpus[0].state().unwrap();
         assert_eq!((after.regs, after.sregs), (good.regs, good.sregs), "number {number}");
     }
+}
+
+#[test]
+fn a_state_of_the_hosts_processor_names_what_is_missing_here() {
+    let Some(mut guest) = Guest::of(1, CpuModel::Host) else { return };
+    let good = guest.vcpus[0].state().unwrap();
+    assert!(!good.model.is_portable());
+    guest.vcpus[0].set_state(&good).unwrap();
+    // A feature that this host's KVM does not show: the first free bit.
+    let mut bad = good.clone();
+    let leaf = bad.cpuid.iter_mut().find(|e| e.leaf == 7 && e.subleaf.unwrap_or(0) == 0);
+    let leaf = leaf.expect("leaf 7");
+    let bit = leaf.ebx.trailing_ones();
+    leaf.ebx |= 1 << bit;
+    bad.regs.gpr[0] = 99;
+    let error = guest.vcpus[0].set_state(&bad).unwrap_err().to_string();
+    let missing = crate::cpuid::missing(&good.cpuid, &bad.cpuid);
+    assert!(missing.len() == 1 && error.ends_with(&missing[0]), "{error}: {missing:?}");
+    assert_eq!(guest.vcpus[0].state().unwrap().regs, good.regs);
+    // A machine with a portable processor does not take it at all.
+    let Some(mut other) = Guest::new(1) else { return };
+    let error = other.vcpus[0].set_state(&good).unwrap_err().to_string();
+    assert!(error.contains("--cpu host"), "{error}");
 }

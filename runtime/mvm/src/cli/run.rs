@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use mvm_sandbox::unikernel::Kind;
-use mvm_vmm::config::{CpuModel, EngineChoice};
+use mvm_vmm::config::{CpuModel, EngineChoice, HugePages};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -19,8 +19,8 @@ An image may also be the path of an OCI layout directory or of an archive (`dock
 Exit codes: that of the container's process; 128+n if signal n ended it; 125 if mvm failed; \
 126 if the command cannot be executed; 127 if it does not exist.
 
-Defaults of --engine, --require-hardware, --cpu, --cpus, --memory, --kernel, --initrd, --cmdline, \
---boot-timeout and --stop-timeout may stand in /etc/mvm/mvm.toml and ~/.config/mvm/mvm.toml, \
+Defaults of --engine, --require-hardware, --cpu, --cpus, --memory, --hugepages, --kernel, \
+--initrd, --cmdline, --boot-timeout and --stop-timeout may stand in /etc/mvm/mvm.toml and ~/.config/mvm/mvm.toml, \
 by the same names; `mvm doctor` shows what holds.";
 
 #[derive(Debug, Args)]
@@ -159,6 +159,10 @@ pub struct RunArgs {
     /// The processor that the guest sees [default: v3, or as much of it as the host has]
     #[arg(long, value_name = "MODEL", value_enum, help_heading = "Machine")]
     pub cpu: Option<Cpu>,
+
+    /// Make the machine's memory of huge pages of the host [default: none]
+    #[arg(long, value_name = "KIND", value_enum, help_heading = "Machine")]
+    pub hugepages: Option<Pages>,
 
     /// Use this guest kernel (vmlinux or bzImage) instead of the built-in one
     #[arg(long, value_name = "FILE", help_heading = "Machine")]
@@ -302,6 +306,28 @@ impl From<Cpu> for CpuModel {
             Cpu::V2 => CpuModel::V2,
             Cpu::V3 => CpuModel::V3,
             Cpu::Host => CpuModel::Host,
+        }
+    }
+}
+
+/// The host's pages that guest memory is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Pages {
+    /// no huge ones
+    None,
+    /// transparent ones, where the host's kernel finds some
+    Thp,
+    /// pages of 2 MiB from the host's pool, all reserved at the start
+    #[value(name = "2m", alias = "2M")]
+    Pool,
+}
+
+impl From<Pages> for HugePages {
+    fn from(pages: Pages) -> Self {
+        match pages {
+            Pages::None => HugePages::None,
+            Pages::Thp => HugePages::Transparent,
+            Pages::Pool => HugePages::Pool,
         }
     }
 }

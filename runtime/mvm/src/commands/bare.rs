@@ -146,6 +146,7 @@ pub(super) fn launch(
     let plan = BarePlan {
         vcpus,
         memory,
+        hugepages: settings.hugepages.value,
         engine,
         cpu: settings.cpu.value,
         kernel: load.kernel,

@@ -104,6 +104,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     let plan = MachinePlan {
         vcpus: resources.cpus.vcpus(),
         memory: resources.memory,
+        hugepages: settings.hugepages.value,
         engine,
         cpu: settings.cpu.value,
         kernel,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use mvm_sandbox::engine::EngineChoice;
 use mvm_sandbox::spec::{CpuShare, parse_size};
-use mvm_vmm::config::CpuModel;
+use mvm_vmm::config::{CpuModel, HugePages};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
@@ -26,6 +26,7 @@ pub const KEYS: &[&str] = &[
     "cpu",
     "cpus",
     "memory",
+    "hugepages",
     "kernel",
     "initrd",
     "cmdline",
@@ -97,6 +98,7 @@ struct Written {
     cpu: Option<Spanned<String>>,
     cpus: Option<Spanned<Scalar>>,
     memory: Option<Spanned<Scalar>>,
+    hugepages: Option<Spanned<String>>,
     kernel: Option<Spanned<PathBuf>>,
     initrd: Option<Spanned<PathBuf>>,
     cmdline: Option<Spanned<String>>,
@@ -181,6 +183,7 @@ fn parse(path: &Path, text: &str) -> Result<Values, Error> {
         cpu: place.with("cpu", written.cpu, |v| v.parse::<CpuModel>())?,
         cpus: place.checked("cpus", written.cpus, |v| v.parse::<CpuShare>().map(drop))?,
         memory: place.checked("memory", written.memory, |v| parse_size(v).map(drop))?,
+        hugepages: place.with("hugepages", written.hugepages, |v| v.parse::<HugePages>())?,
         kernel: paths(place.take(written.kernel)),
         initrd: paths(place.take(written.initrd)),
         cmdline: place.take(written.cmdline),

@@ -19,6 +19,7 @@ fn every_key_is_taken() {
         cpu = 'v2'\n\
         cpus = 1.5\n\
         memory = \"1g\"\n\
+        hugepages = \"thp\"\n\
         kernel = \"vmlinux\"\n\
         initrd = \"/boot/initrd\"\n\
         cmdline = \"quiet\"\n\
@@ -31,11 +32,15 @@ fn every_key_is_taken() {
     assert_eq!(values.cpu, Some(Setting { value: CpuModel::V2, origin: origin(4) }));
     assert_eq!(values.cpus, Some(Setting { value: "1.5".into(), origin: origin(5) }));
     assert_eq!(values.memory.unwrap().value, "1g");
+    assert_eq!(
+        values.hugepages,
+        Some(Setting { value: HugePages::Transparent, origin: origin(7) })
+    );
     assert_eq!(values.kernel.unwrap().value, Path::new("/etc/mvm/vmlinux"), "beside the file");
     assert_eq!(values.initrd.unwrap().value, Path::new("/boot/initrd"));
     assert_eq!(values.cmdline.unwrap().value, "quiet");
     assert_eq!(values.boot_timeout.unwrap().value, 5);
-    assert_eq!(values.stop_timeout, Some(Setting { value: 6, origin: origin(11) }));
+    assert_eq!(values.stop_timeout, Some(Setting { value: 6, origin: origin(12) }));
     for key in KEYS {
         assert!(text.contains(&format!("{key} = ")), "{key}");
     }
@@ -67,6 +72,7 @@ fn bad_values_are_named_with_line_and_rule() {
         ("cpus = 0", "/etc/mvm/mvm.toml:1: cpus: ", "0.01 to 64"),
         ("cpus = nan", "/etc/mvm/mvm.toml:1: cpus: ", "CPUs"),
         ("memory = \"lots\"", "/etc/mvm/mvm.toml:1: memory: ", "lots"),
+        ("\nhugepages = \"1g\"", "/etc/mvm/mvm.toml:2: hugepages: ", "none, thp or 2m"),
         ("memory = -5", "/etc/mvm/mvm.toml:1: memory: ", "-5"),
         ("\n\nrequire-hardware = \"yes\"", "/etc/mvm/mvm.toml:3: ", "boolean"),
         ("stop-timeout = -1", "/etc/mvm/mvm.toml:1: ", "-1"),

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use anyhow::anyhow;
 use mvm_sandbox::engine::{EngineChoice, Wish};
 use mvm_sandbox::unikernel::Size;
-use mvm_vmm::config::CpuModel;
+use mvm_vmm::config::{CpuModel, HugePages};
 use serde_json::json;
 
 use crate::cli::RunArgs;
@@ -84,6 +84,7 @@ pub struct Values {
     cpu: Option<Setting<CpuModel>>,
     cpus: Option<Setting<String>>,
     memory: Option<Setting<String>>,
+    hugepages: Option<Setting<HugePages>>,
     kernel: Option<Setting<PathBuf>>,
     initrd: Option<Setting<PathBuf>>,
     cmdline: Option<Setting<String>>,
@@ -103,6 +104,7 @@ impl Values {
             cpu: flag(&args.cpu),
             cpus: flag(&args.cpus),
             memory: flag(&args.memory),
+            hugepages: flag(&args.hugepages),
             kernel: flag(&args.kernel),
             initrd: flag(&args.initrd.first().cloned()),
             cmdline: flag(&args.cmdline),
@@ -133,6 +135,7 @@ impl Values {
             cpu: self.cpu.or(under.cpu),
             cpus: self.cpus.or(under.cpus),
             memory: self.memory.or(under.memory),
+            hugepages: self.hugepages.or(under.hugepages),
             kernel: self.kernel.or(under.kernel),
             initrd: self.initrd.or(under.initrd),
             cmdline: self.cmdline.or(under.cmdline),
@@ -155,6 +158,8 @@ pub struct Settings {
     pub cpus: Setting<String>,
     /// Memory of the machine, as written.
     pub memory: Setting<String>,
+    /// The host's pages that it is made of.
+    pub hugepages: Setting<HugePages>,
     /// A kernel in place of the built-in one.
     pub kernel: Setting<Option<PathBuf>>,
     /// An initramfs in place of the built-in one.
@@ -201,6 +206,7 @@ impl Settings {
             cpu: option(values.cpu),
             cpus: or(values.cpus, "1".into()),
             memory: or(values.memory, MEMORY.into()),
+            hugepages: or(values.hugepages, HugePages::None),
             kernel: option(values.kernel),
             initrd: option(values.initrd),
             cmdline: option(values.cmdline),
@@ -237,6 +243,7 @@ impl Settings {
             ("cpu", json!(self.cpu.value), &self.cpu.origin),
             ("cpus", json!(self.cpus.value), &self.cpus.origin),
             ("memory", json!(self.memory.value), &self.memory.origin),
+            ("hugepages", json!(self.hugepages.value), &self.hugepages.origin),
             ("kernel", json!(self.kernel.value), &self.kernel.origin),
             ("initrd", json!(self.initrd.value), &self.initrd.origin),
             ("cmdline", json!(self.cmdline.value), &self.cmdline.origin),

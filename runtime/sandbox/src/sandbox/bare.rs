@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use mvm_vmm::Outcome;
-use mvm_vmm::config::{BootProtocol, CmdlineStyle, CpuModel};
+use mvm_vmm::config::{BootProtocol, CmdlineStyle, CpuModel, HugePages};
 use mvm_vmm::monitor::Event;
 use mvm_vmm::monitor::protocol::Phase;
 use nix::unistd::Pid;
@@ -43,6 +43,8 @@ pub struct BarePlan {
     pub vcpus: u32,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// The host's pages that it is made of.
+    pub hugepages: HugePages,
     /// What runs it.
     pub engine: Selection,
     /// The processor that the guest sees, if it matters.
@@ -152,8 +154,9 @@ impl BarePlan {
         place: &crate::registry::Place,
         port: (OwnedFd, Option<OwnedFd>),
     ) -> Result<Draft, Error> {
-        let Self { vcpus, memory, engine, cpu, kernel, initrd, .. } = self;
-        let hardware = Hardware { vcpus, memory, engine, cpu, kernel, initramfs: initrd };
+        let Self { vcpus, memory, hugepages, engine, cpu, kernel, initrd, .. } = self;
+        let hardware =
+            Hardware { vcpus, memory, hugepages, engine, cpu, kernel, initramfs: initrd };
         let mut draft = Draft::new(place, hardware)?;
         draft.config.cmdline = self.cmdline;
         draft.config.cmdline_style = self.style;

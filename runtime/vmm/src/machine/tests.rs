@@ -142,3 +142,80 @@ fn what_is_typed_at_the_console_reaches_the_guest() {
     assert_eq!(ended, Some(MachineEvent::Ended(EndReason::DebugExit { status: 7 })));
     assert_eq!(machine.console_tail(), "k");
 }
+
+/// A machine that stands still, its state and its RAM.
+fn paused(vcpus: u32) -> (MachineState, GuestRam) {
+    let (machine, _events) = machine(vcpus, Vec::new());
+    machine.pause().unwrap();
+    (machine.save().unwrap(), machine.ram().clone())
+}
+
+fn restored(
+    engine: &dyn Engine,
+    vcpus: u32,
+    ram: GuestRam,
+    state: &MachineState,
+) -> Result<(Machine, Events), String> {
+    let parts = Parts { vcpus, ..Parts::new(32 << 20, kernel()) };
+    Machine::restore(engine, parts, ram, state).map_err(|e| e.to_string())
+}
+
+#[test]
+fn a_state_is_taken_while_the_machine_stands_still_and_not_after_its_end() {
+    let (machine, _events) = machine(2, Vec::new());
+    let fresh = machine.save().unwrap();
+    machine.start();
+    assert!(matches!(machine.save(), Err(Error::NotPaused)));
+    machine.pause().unwrap();
+    assert_eq!(machine.save().unwrap(), fresh, "the mock's vCPUs do nothing");
+    machine.pauser().ask();
+    machine.end(EndReason::Stopped);
+    assert!(matches!(machine.save(), Err(Error::NotPaused)));
+    let pauser = machine.pauser();
+    drop(machine);
+    pauser.ask();
+}
+
+#[test]
+fn a_state_goes_on_only_in_a_machine_of_its_kind() {
+    let mock = || MockEngine::new(Vec::new());
+    let (state, ram) = paused(2);
+    assert!(state.is_portable());
+    let (machine, _events) = restored(&mock(), 2, ram.clone(), &state).unwrap();
+    assert_eq!(machine.save().unwrap().ioapic, state.ioapic);
+    drop(machine);
+    let error = |engine: &dyn Engine, vcpus, ram: &GuestRam, state: &MachineState| {
+        restored(engine, vcpus, ram.clone(), state).map(drop).unwrap_err()
+    };
+    assert!(error(&mock(), 1, &ram, &state).contains("2 vCPUs, these parts 1"));
+    let small = GuestRam::new(&[(0, 16 << 20)]).unwrap();
+    assert!(error(&mock(), 2, &small, &state).contains("16777216 bytes"));
+    let mut other = state.clone();
+    other.virtio.pop();
+    assert!(error(&mock(), 2, &ram, &other).contains("virtio devices"));
+    let mut other = state.clone();
+    other.virtio.swap(0, 1);
+    assert!(error(&mock(), 2, &ram, &other).contains("virtio device 0 (mvm-rng)"));
+    other.vcpus.clear();
+    assert!(error(&mock(), 0, &ram, &other).contains("no vCPUs"));
+}
+
+#[test]
+fn a_state_of_the_hosts_own_processor_is_refused_by_name() {
+    let (mut state, ram) = paused(1);
+    for vcpu in &mut state.vcpus {
+        vcpu.model = CpuModel::Host;
+    }
+    assert!(!state.is_portable());
+    let error = restored(&mvm_emu::EmuEngine, 1, ram.clone(), &state).map(drop).unwrap_err();
+    assert!(error.contains("--cpu host") && error.contains("not with emu"), "{error}");
+    // A processor with more than this one, as a synthetic table has it.
+    let emu = mvm_emu::EmuEngine;
+    let (machine, _events) = Machine::new(&emu, Parts::new(32 << 20, kernel())).unwrap();
+    let (mut state, ram) = (machine.save().unwrap(), machine.ram().clone());
+    drop(machine);
+    let leaf = |e: &&mut mvm_engine::CpuidEntry| e.leaf == 7 && e.subleaf.unwrap_or(0) == 0;
+    state.vcpus[0].cpuid.iter_mut().find(leaf).unwrap().ebx |= 1 << 16 | 1 << 4;
+    let error = restored(&emu, 1, ram, &state).map(drop).unwrap_err();
+    assert!(error.contains("CPUID.7h.0:EBX[4] CPUID.7h.0:EBX[16]"), "{error}");
+}

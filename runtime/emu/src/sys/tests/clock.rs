@@ -3,7 +3,9 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use iced_x86::code_asm::*;
+use mvm_engine::Vcpu;
 
+use super::state::copy_ram;
 use crate::fault::vector;
 use crate::testing::asm::asm;
 use crate::testing::guest::{CODE, DATA, End, Guest, USER};
@@ -124,4 +126,32 @@ fn hypercalls() {
         (vector::UD, None, USER + 3)
     );
     assert_eq!(guest.reg(0) as i64, -1, "EPERM");
+}
+
+#[test]
+fn records_go_on_in_another_machine() {
+    const STEAL: u64 = DATA + 0x40;
+    let mut guest = Guest::new();
+    assert_eq!(write_msr(&mut guest, SYSTEM_TIME, DATA | 1), End::Halt);
+    assert_eq!(write_msr(&mut guest, STEAL_TIME, STEAL | 1), End::Halt);
+    // Told by another engine, with more versions than this one has seen.
+    guest.put(DATA, &44u32.to_le_bytes());
+    guest.put(STEAL, &1_000_000u64.to_le_bytes());
+    guest.put(STEAL + 8, &88u32.to_le_bytes());
+    guest.put(0, &[0xee; 16]);
+    let state = guest.vcpu.state().expect("a state");
+    let mut other = Guest::new();
+    copy_ram(&guest, &other);
+    other.vcpu.set_state(&state).expect("it is taken");
+    // Whoever read the old versions must not take the new records for the old ones.
+    let versions = (other.get32(DATA), other.get32(STEAL + 8));
+    assert!(
+        versions.0 > 44 && versions.1 > 88 && (versions.0 | versions.1) & 1 == 0,
+        "{versions:?}"
+    );
+    assert!(u64::from_le_bytes(other.get::<8>(STEAL)) >= 1_000_000, "stolen time only grows");
+    // There was no wall clock, so nothing is written at its address, 0.
+    assert_eq!(other.get::<16>(0), [0xee; 16]);
+    let before = other.platform.clock.nanos();
+    assert!(read_clock(&mut other) + 2 >= before);
 }

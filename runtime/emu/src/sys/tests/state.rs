@@ -5,11 +5,12 @@ use mvm_engine::{MpState, Vcpu, VmExit};
 
 use super::has;
 use crate::fault::vector;
+use crate::sys::attention::reason;
 use crate::testing::asm::asm;
 use crate::testing::guest::{CODE, DATA, End, Guest, KICK_PORT, USER, USER_GPA, lock, sel};
 
 /// Copies RAM of `from` to `to`.
-fn copy_ram(from: &Guest, to: &Guest) {
+pub(super) fn copy_ram(from: &Guest, to: &Guest) {
     for page in (0..16u64 << 20).step_by(4096) {
         let bytes = from.get::<4096>(page);
         if bytes != [0; 4096] {
@@ -226,4 +227,36 @@ fn states_of_nonsense_do_not_end_the_engine() {
             guest.platform.resume_one();
         }
     }
+}
+
+#[test]
+fn what_others_have_sent_is_part_of_the_state() {
+    let mut guest = Guest::new();
+    let attention = &guest.platform.apics.port(0).attention;
+    attention.raise(reason::NMI | reason::UNHALT | reason::KICK);
+    let state = guest.vcpu.state().expect("a state");
+    assert!(state.events.nmi_pending && state.events.unhalted);
+    let mut other = Guest::new();
+    other.vcpu.set_state(&state).expect("it is taken");
+    assert!(other.cpu().sys.nmi_pending && other.cpu().sys.pv.unhalted);
+    // Whoever wanted the run to end still does.
+    assert_eq!(guest.vcpu.run().expect("the host does not fail"), VmExit::Kicked);
+    // INIT takes effect, as it would before the next instruction.
+    guest.platform.apics.port(0).attention.raise(reason::INIT);
+    let state = guest.vcpu.state().expect("a state");
+    assert_eq!((state.regs.rip, state.sregs.cr0 & 1), (0xfff0, 0));
+}
+
+#[test]
+fn an_expired_timer_is_a_request() {
+    let mut guest = Guest::new();
+    guest.cpu().sys.lapic.set_base(0xfee0_0d00).expect("x2APIC");
+    for (msr, value) in [(0x80f, 0x1ff), (0x832, 0xec), (0x83e, 0xb), (0x838, 1)] {
+        guest.cpu().sys.lapic.write_msr(msr, value).expect("a register");
+    }
+    while guest.cpu().sys.lapic.read_msr(0x839).expect("a register") != 0 {
+        std::hint::spin_loop();
+    }
+    let state = guest.vcpu.state().expect("a state");
+    assert_ne!(state.lapic.regs[0x20 + 0xec / 32] & 1 << (0xec % 32), 0);
 }

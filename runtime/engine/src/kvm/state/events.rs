@@ -23,6 +23,7 @@ pub(super) fn events_from(e: &kvm_vcpu_events, mp_state: u32) -> (PendingEvents,
         // One that is about to be delivered masks others only then.
         nmi_masked: e.nmi.masked != 0 && e.nmi.injected == 0,
         sipi: (mp_state == KVM_MP_STATE_SIPI_RECEIVED).then_some(e.sipi_vector as u8),
+        unhalted: false,
     };
     // INT n is not accepted from anywhere: RIP is still at it.
     let accepted = (e.interrupt.injected != 0 && e.interrupt.soft == 0).then_some(e.interrupt.nr);
@@ -90,6 +91,7 @@ mod tests {
             nmi_pending: true,
             nmi_masked: true,
             sipi: Some(0x9a),
+            unhalted: false,
         };
         for rflags in [2, 0x202] {
             let mp = mp_state_to(MpState::WaitForSipi, events.sipi);

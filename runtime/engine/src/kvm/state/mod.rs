@@ -3,6 +3,7 @@
 //! KVM's structures depend on one another: what is set must be set in the order of [`Access::set`]. Only
 //! when KVM_RUN has returned for the last time is a state whole, with nothing left half done.
 
+mod clock;
 mod cpuid;
 mod events;
 mod lapic;
@@ -12,23 +13,21 @@ mod xsave;
 
 use std::io;
 
-use kvm_bindings::{kvm_clock_data, kvm_lapic_state, kvm_mp_state, kvm_xcrs};
+use kvm_bindings::{kvm_lapic_state, kvm_mp_state, kvm_xcrs};
 use kvm_ioctls::{VcpuFd, VmFd};
 
+use clock::Clocks;
 pub(super) use cpuid::{supported, to_kvm};
 pub(super) use msrs::KnownMsrs;
 
 use super::kick::Reach;
 use super::sys::{self, XsaveSize};
 use crate::cpuid::CpuModel;
-use crate::{ClockState, CpuidEntry, Error, LapicState, Result, VcpuState};
+use crate::{CpuidEntry, Error, LapicState, Result, VcpuState};
 
 /// By how much the frequencies of two time-stamp counters may differ and be taken for the same: 250 parts in a
 /// million, which is what KVM itself tolerates.
 const TSC_TOLERANCE_PPM: u64 = 250;
-
-/// How far a time-stamp counter may be off after it was set, in seconds, before somebody is told.
-const TSC_SLACK_SECONDS: u64 = 1;
 
 /// What reading and writing a vCPU's state needs.
 #[derive(Debug)]
@@ -81,11 +80,7 @@ impl Access<'_> {
             lapic: LapicState { base, regs: lapic, tsc_deadline: msrs::tsc_deadline(vcpu)? },
             events,
             mp_state: events::mp_state_from(mp_state),
-            clock: ClockState {
-                tsc: msrs::tsc(vcpu)?,
-                tsc_khz: self.tsc_khz,
-                kvmclock_ns: self.vm.get_clock().map_err(failed("read the clock"))?.clock,
-            },
+            clock: self.clocks().get()?,
             model: self.model,
             cpuid: self.cpuid.clone(),
         })
@@ -132,12 +127,10 @@ impl Access<'_> {
         }
         vcpu.set_debug_regs(&regs::debug_to(&state.debug))
             .map_err(|e| self.refused("debug registers", e))?;
-        self.set_clock(&state.clock)?;
+        self.clocks().set(&state.clock)?;
         for (msr, value) in msrs::write(vcpu, &state.msrs)? {
-            tracing::warn!(
-                vcpu = index,
-                "this host's KVM does not take {value:#x} for MSR {msr:#x}"
-            );
+            let msr = crate::msr::describe(msr);
+            tracing::warn!(vcpu = index, "this host's KVM does not take {value:#x} for MSR {msr}");
         }
         if !state.lapic.regs.is_empty() {
             let page = lapic::registers_to(&state.lapic.regs, index);
@@ -198,32 +191,8 @@ impl Access<'_> {
         Ok(())
     }
 
-    fn set_clock(&self, clock: &ClockState) -> Result<()> {
-        if self.index == 0 && clock.kvmclock_ns != 0 {
-            // One clock for all: the first vCPU brings it.
-            let data = kvm_clock_data { clock: clock.kvmclock_ns, ..kvm_clock_data::default() };
-            self.vm.set_clock(&data).map_err(|e| self.refused("clock", e))?;
-        }
-        if clock.tsc == 0 {
-            return Ok(());
-        }
-        // By its offset where that can be set: a value that is written is taken for an attempt to
-        // synchronize with another vCPU, and may be changed.
-        let now = msrs::tsc(self.vcpu)?;
-        let moved = sys::tsc_offset(self.vcpu).and_then(|offset| {
-            sys::set_tsc_offset(self.vcpu, offset.wrapping_add(clock.tsc.wrapping_sub(now)))
-        });
-        if moved.is_err() {
-            msrs::set_tsc(self.vcpu, clock.tsc)?;
-        }
-        let off = msrs::tsc(self.vcpu)?.abs_diff(clock.tsc);
-        if off > self.tsc_khz.saturating_mul(1000 * TSC_SLACK_SECONDS) {
-            tracing::warn!(
-                vcpu = self.index,
-                "this host's KVM cannot set a guest's time-stamp counter: it jumps by {off} ticks"
-            );
-        }
-        Ok(())
+    fn clocks(&self) -> Clocks<'_> {
+        Clocks { vm: self.vm, vcpu: self.vcpu, index: self.index, tsc_khz: self.tsc_khz }
     }
 }
 

@@ -6,67 +6,7 @@
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
-use crate::Result;
-
-/// Indices of MSRs (SDM vol. 4; APM vol. 2, appendix A; Linux, Documentation/virt/kvm/x86/msr.rst).
-mod index {
-    pub const TSC: u32 = 0x10;
-    pub const WALL_CLOCK_OLD: u32 = 0x11;
-    pub const SYSTEM_TIME_OLD: u32 = 0x12;
-    pub const APIC_BASE: u32 = 0x1b;
-    pub const TSC_ADJUST: u32 = 0x3b;
-    pub const SYSENTER_CS: u32 = 0x174;
-    pub const SYSENTER_ESP: u32 = 0x175;
-    pub const SYSENTER_EIP: u32 = 0x176;
-    pub const MISC_ENABLE: u32 = 0x1a0;
-    pub const PAT: u32 = 0x277;
-    pub const TSC_DEADLINE: u32 = 0x6e0;
-    pub const X2APIC_FIRST: u32 = 0x800;
-    pub const X2APIC_LAST: u32 = 0x8ff;
-    pub const EFER: u32 = 0xc000_0080;
-    pub const STAR: u32 = 0xc000_0081;
-    pub const LSTAR: u32 = 0xc000_0082;
-    pub const CSTAR: u32 = 0xc000_0083;
-    pub const FMASK: u32 = 0xc000_0084;
-    pub const FS_BASE: u32 = 0xc000_0100;
-    pub const GS_BASE: u32 = 0xc000_0101;
-    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
-    pub const TSC_AUX: u32 = 0xc000_0103;
-    pub const WALL_CLOCK: u32 = 0x4b56_4d00;
-    pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
-    pub const STEAL_TIME: u32 = 0x4b56_4d03;
-}
-
-/// What every engine knows.
-const SHARED: &[u32] = &[
-    index::STAR,
-    index::LSTAR,
-    index::CSTAR,
-    index::FMASK,
-    index::KERNEL_GS_BASE,
-    index::SYSENTER_CS,
-    index::SYSENTER_ESP,
-    index::SYSENTER_EIP,
-    index::PAT,
-    index::TSC_AUX,
-    index::TSC_ADJUST,
-    index::MISC_ENABLE,
-    index::WALL_CLOCK,
-    index::SYSTEM_TIME,
-    index::STEAL_TIME,
-];
-
-/// What a state has elsewhere, or under another index.
-const ELSEWHERE: &[u32] = &[
-    index::TSC,
-    index::WALL_CLOCK_OLD,
-    index::SYSTEM_TIME_OLD,
-    index::APIC_BASE,
-    index::TSC_DEADLINE,
-    index::EFER,
-    index::FS_BASE,
-    index::GS_BASE,
-];
+use crate::{Result, msr};
 
 /// The host's MSRs that a state may have, with their values after power-up.
 #[derive(Debug, Default)]
@@ -84,10 +24,10 @@ impl KnownMsrs {
             .as_slice()
             .iter()
             .copied()
-            .filter(|i| !ELSEWHERE.contains(i))
-            .filter(|i| !(index::X2APIC_FIRST..=index::X2APIC_LAST).contains(i))
-            .partition(|i| SHARED.contains(i));
-        let shared = SHARED.iter().copied().filter(|i| shared.contains(i)).collect();
+            .filter(|i| !msr::ELSEWHERE.contains(i))
+            .filter(|i| !msr::X2APIC.contains(i))
+            .partition(|i| msr::STATE.contains(i));
+        let shared = msr::STATE.iter().copied().filter(|i| shared.contains(i)).collect();
         Ok(Self { shared, rest: read(fresh, &rest)? })
     }
 
@@ -140,20 +80,20 @@ fn entries(values: impl Iterator<Item = (u32, u64)>) -> Result<Msrs> {
 
 /// The vCPU's time-stamp counter.
 pub(super) fn tsc(vcpu: &VcpuFd) -> Result<u64> {
-    Ok(read(vcpu, &[index::TSC])?.first().map_or(0, |&(_, value)| value))
+    Ok(read(vcpu, &[msr::TSC])?.first().map_or(0, |&(_, value)| value))
 }
 
 /// Sets it where its offset cannot be set.
 pub(super) fn set_tsc(vcpu: &VcpuFd, value: u64) -> Result<()> {
-    write(vcpu, &[(index::TSC, value)]).map(drop)
+    write(vcpu, &[(msr::TSC, value)]).map(drop)
 }
 
 /// The deadline of the local APIC's timer, 0 if it is not armed.
 pub(super) fn tsc_deadline(vcpu: &VcpuFd) -> Result<u64> {
-    Ok(read(vcpu, &[index::TSC_DEADLINE])?.first().map_or(0, |&(_, value)| value))
+    Ok(read(vcpu, &[msr::TSC_DEADLINE])?.first().map_or(0, |&(_, value)| value))
 }
 
 /// Arms it; the local APIC must be in its mode already.
 pub(super) fn set_tsc_deadline(vcpu: &VcpuFd, value: u64) -> Result<()> {
-    write(vcpu, &[(index::TSC_DEADLINE, value)]).map(drop)
+    write(vcpu, &[(msr::TSC_DEADLINE, value)]).map(drop)
 }
