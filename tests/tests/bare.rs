@@ -163,9 +163,9 @@ fn what_is_typed_reaches_its_serial_port() {
     assert!(echo.out() == format!("echo: until Ctrl-D\n{typed}"), "{} bytes", echo.out().len());
     assert_eq!(echo.err(), "");
     // The end of the input is none of the guest's, and the guest's end does not wait for it.
-    let command = self::command(&["--rm", "-i"], &["hello"]);
-    mvm_tests::run_with(command, &[b'x'; 1 << 20], Duration::from_secs(120)).expect_code(0);
-    let mut talk = self::command(&["--rm", "-i"], &["hello"]);
+    let hello = command(&["--rm", "-i"], &["hello"]);
+    mvm_tests::run_with(hello, &[b'x'; 1 << 20], Duration::from_secs(120)).expect_code(0);
+    let mut talk = command(&["--rm", "-i"], &["hello"]);
     let (input, _open) = std::io::pipe().expect("a pipe");
     let talk = talk.stdin(input).output().expect("mvm");
     assert!(talk.status.success(), "{talk:?}");
