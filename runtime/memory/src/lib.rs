@@ -8,9 +8,10 @@
 //! Not in scope: who is *allowed* to write, and what a page is used for.
 
 mod ram;
+mod shared;
 mod tracker;
 
-pub use ram::{Error, GuestRam, RamRegion};
+pub use ram::{Error, GuestRam, Loan, RamRegion};
 pub use tracker::{CodePage, LINE_SIZE, PageTracker};
 
 /// Bytes in a guest page, the granule of tracking and mapping.
