@@ -1,5 +1,6 @@
 //! The devices of a machine and where they are wired to.
 
+mod fs;
 mod hvt;
 
 use std::fs::File;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use mvm_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonError};
 use mvm_devices::virtio::block::{Block, BlockConfig, BlockError, Cache};
 use mvm_devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
+use mvm_devices::virtio::fs::{Fs, FsError, Gone};
 use mvm_devices::virtio::rng::{Rng, RngError};
 use mvm_devices::virtio::vsock::{Joined, Vsock, VsockConfig, VsockError};
 use mvm_devices::virtio::{MmioTransport, VirtioDevice};
@@ -20,6 +22,7 @@ use mvm_devices::{
     SystemControl, VmEvent,
 };
 
+pub use fs::SharedFiles;
 pub(crate) use hvt::Guest as HvtGuest;
 
 use crate::boot::Attached;
@@ -52,6 +55,9 @@ pub enum Error {
     /// The virtio console cannot be made.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The file system device cannot be made.
+    #[error(transparent)]
+    Fs(#[from] FsError),
     /// The devices' thread cannot be made.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
@@ -131,6 +137,10 @@ pub(crate) struct Parts {
     pub disks: Vec<Disk>,
     /// Sockets between host and guest.
     pub vsock: Option<Sockets>,
+    /// The file system that the host shares.
+    pub fs: Option<SharedFiles>,
+    /// Told when its server is gone.
+    pub on_lost: Gone,
     /// Told when the guest has dialled one of its ports.
     pub on_hello: Joined,
     /// Told about resets.
@@ -144,6 +154,8 @@ struct VirtioParts {
     virtio_console: Option<VirtioConsole>,
     disks: Vec<Disk>,
     vsock: Option<Sockets>,
+    fs: Option<SharedFiles>,
+    on_lost: Gone,
     on_hello: Joined,
 }
 
@@ -160,6 +172,7 @@ pub(crate) struct Devices {
     pub rng: Option<Arc<Rng>>,
     pub balloon: Option<Arc<Balloon>>,
     pub console: Option<Arc<Console>>,
+    pub fs: Option<Arc<Fs>>,
     /// What a Solo5 guest has in place of all but the console.
     pub hypercalls: Option<Arc<Hypercalls>>,
     /// The thread on which all but the block devices wait.
@@ -192,6 +205,7 @@ impl Devices {
             rng: None,
             balloon: None,
             console: None,
+            fs: None,
             hypercalls: None,
             events: None,
         };
@@ -216,6 +230,8 @@ impl Devices {
                 virtio_console: parts.virtio_console,
                 disks: parts.disks,
                 vsock: parts.vsock,
+                fs: parts.fs,
+                on_lost: parts.on_lost,
                 on_hello: parts.on_hello,
             };
             devices.add_virtio_devices(virtio, ram, &mut bus)?;
@@ -264,6 +280,11 @@ impl Devices {
             let console = Console::new(config, &events)?;
             self.console = Some(console.clone());
             self.add_virtio(console, ram, bus)?;
+        }
+        if let Some(files) = parts.fs {
+            let device = fs::open(files, parts.on_lost, &events)?;
+            self.fs = Some(device.clone());
+            self.add_virtio(device, ram, bus)?;
         }
         self.events = Some(events);
         Ok(())

@@ -24,7 +24,7 @@ use crate::vcpu_thread::{Control, VcpuThreads};
 use crate::wires;
 
 pub use crate::boot::Section;
-pub use crate::devices::{Disk, Sockets, VirtioConsole};
+pub use crate::devices::{Disk, SharedFiles, Sockets, VirtioConsole};
 
 /// How long the vCPUs have for coming to a stop: far more than one instruction or one host write
 /// takes, even on a crowded host.
@@ -106,6 +106,8 @@ pub struct Parts {
     pub console_input: Option<OwnedFd>,
     /// A second console, the guest's `/dev/hvc0`.
     pub virtio_console: Option<VirtioConsole>,
+    /// The file system that the host shares.
+    pub fs: Option<SharedFiles>,
 }
 
 impl Parts {
@@ -127,6 +129,7 @@ impl Parts {
             console_ring: 16 * 1024,
             console_input: None,
             virtio_console: None,
+            fs: None,
         }
     }
 }
@@ -159,6 +162,14 @@ impl Machine {
         // Devices come before the vCPUs that they end. They do not keep them: the vCPUs' kickers may
         // keep the bus and so the devices.
         let ending = Arc::new(OnceLock::<Weak<Control>>::new());
+        let on_lost = {
+            let ending = ending.clone();
+            Arc::new(move |fault: &str| {
+                if let Some(control) = ending.get().and_then(Weak::upgrade) {
+                    control.end(EndReason::DeviceLost { fault: fault.to_owned() });
+                }
+            })
+        };
         let on_event = {
             let ending = ending.clone();
             Arc::new(move |event| {
@@ -174,6 +185,8 @@ impl Machine {
             virtio_console: parts.virtio_console,
             disks: parts.disks,
             vsock: parts.vsock,
+            fs: parts.fs,
+            on_lost,
             on_hello: Arc::new({
                 let notifier = notifier.clone();
                 move || notifier.phase(Phase::GuestHello)
