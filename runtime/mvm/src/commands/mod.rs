@@ -14,6 +14,7 @@ mod run;
 mod stats;
 mod unikernel;
 mod version;
+mod volumes;
 
 use std::path::PathBuf;
 
