@@ -51,6 +51,7 @@ pub const TARGETS: &[Target] = &[
     queue("rng", mvm_devices::fuzz::fuzz_rng),
     queue("balloon", mvm_devices::fuzz::fuzz_balloon),
     queue("hvt", mvm_devices::fuzz::fuzz_hvt),
+    queue("fs", mvm_fs::fuzz::fuzz_fs),
     Target { name: "layer", seeds: layers, longest: 4096, run: layer },
     Target { name: "archive", seeds: archives, longest: 4096, run: archive },
     Target { name: "erofs", seeds: erofs_images, longest: 4096, run: erofs },
