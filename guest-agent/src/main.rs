@@ -24,6 +24,7 @@ mod reaper;
 mod rootfs;
 mod seccomp;
 mod service;
+mod shares;
 mod spec;
 mod streams;
 mod sys;

@@ -16,7 +16,7 @@ use crate::blockdev;
 use crate::error::{Context, Error, Result};
 use crate::log::warning;
 use crate::mountapi::{attach, change, clone_tree, mount_at, new_mount, open_path};
-use crate::sys;
+use crate::{shares, sys};
 
 /// `MOUNT_ATTR_RDONLY` and `MOUNT_ATTR_IDMAP`.
 const READ_ONLY: u64 = 1;
@@ -59,8 +59,16 @@ impl Mounted {
     }
 
     fn mount_root(&mut self, rootfs: &Rootfs, map: Option<BorrowedFd<'_>>) -> Result<()> {
+        if rootfs.direct {
+            return self.mount_direct(rootfs, map);
+        }
         let lower = self.dir.join("lower");
         match &rootfs.lower {
+            Some(Lower::Share(share)) => {
+                let tree = shares::tree(share)?;
+                change(&tree, true, READ_ONLY, 0, 0, &lower)?;
+                shares::attach_at(&tree, &lower)?;
+            }
             Some(Lower::Block(device)) => mount_block(&lower, device, "erofs", true)?,
             Some(Lower::VirtiofsTag(tag)) => {
                 mount_at(&lower, "virtiofs", Some(tag), &[], READ_ONLY)?;
@@ -110,6 +118,24 @@ impl Mounted {
         Ok(())
     }
 
+    /// A share that is the root itself.
+    fn mount_direct(&mut self, rootfs: &Rootfs, map: Option<BorrowedFd<'_>>) -> Result<()> {
+        let Some(Lower::Share(share)) = &rootfs.lower else {
+            return Err(Error::Invalid("rootfs: only a share can be the root itself".into()));
+        };
+        if rootfs.upper.is_some() {
+            return Err(Error::Invalid("rootfs: the root itself has no upper layer".into()));
+        }
+        let root = self.root();
+        shares::attach_at(&shares::tree(share)?, &root)?;
+        self.mounts.push(root.clone());
+        if let Some(namespace) = map {
+            map_ids(&root, namespace)?;
+            self.mounts.push(root);
+        }
+        Ok(())
+    }
+
     fn provide(&mut self, volume: &Volume) -> Result<()> {
         if !is_valid_id(&volume.name) {
             return Err(Error::Invalid(format!("volume {:?}: not a valid name", volume.name)));
@@ -122,6 +148,7 @@ impl Mounted {
             Some(Source::Block(device)) => mount_block(&path, device, "ext4", volume.readonly)?,
             Some(Source::VirtiofsTag(tag)) => mount_at(&path, "virtiofs", Some(tag), &[], 0)?,
             Some(Source::Tmpfs(size)) => mount_tmpfs(&path, size)?,
+            Some(Source::Share(share)) => shares::attach_at(&shares::tree(share)?, &path)?,
             Some(Source::File(file)) => {
                 let mode = if file.mode == 0 { 0o644 } else { file.mode & 0o7777 };
                 let what = || format!("write volume file {}", path.display());

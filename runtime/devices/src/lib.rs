@@ -8,6 +8,7 @@
 //! * [`fw_cfg`], [`Scratch`] and [`TestInterrupts`] are what kernels made for PC emulators look for.
 //! * [`virtio`] has the transport (virtio-mmio version 2) and the devices behind it.
 //! * [`Hypercalls`] is what Solo5's guests have in place of all that.
+//! * [`packets`] carries messages and descriptors to the process that serves files.
 //! * [`EventLoop`] is the one thread on which devices wait.
 //!
 //! Not in scope: which engine runs the vCPUs, where a device sits in the memory map, and who opens
@@ -22,6 +23,7 @@ mod hvt;
 mod ioapic;
 mod irq;
 mod limit;
+pub mod packets;
 mod platform;
 mod serial;
 pub mod virtio;

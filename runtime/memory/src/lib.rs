@@ -9,10 +9,11 @@
 
 mod huge;
 mod ram;
+mod shared;
 mod tracker;
 
 pub use huge::{HUGE_PAGE, Pool as HugePagePool};
-pub use ram::{Backing, Error, GuestRam, RamRegion};
+pub use ram::{Backing, Error, GuestRam, Loan, RamRegion};
 pub use tracker::{CodePage, LINE_SIZE, PageTracker};
 
 /// Bytes in a guest page, the granule of tracking and mapping.

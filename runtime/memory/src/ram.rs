@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::bitmap::{Bitmap, NewBitmap};
+use nix::sys::memfd::MFdFlags;
+use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::huge::{self, HUGE_PAGE};
+use crate::shared::{check_sealed, memory_file};
 use crate::{GuestMemory, PAGE_SIZE, PageTracker};
 
 /// Why guest RAM could not be made.
@@ -138,15 +139,62 @@ impl GuestRam {
         if backing == Backing::Transparent {
             huge::check_transparent().map_err(|found| Error::NoTransparent { found })?;
         }
-        let mut regions = Vec::with_capacity(ranges.len());
-        let mut mapped = Vec::with_capacity(ranges.len());
-        for &(start, size) in ranges {
-            let region = map(start, size, backing)?;
-            regions.push(RamRegion { start, size, host: region.host, tracker: region.tracker });
-            mapped.push(region.region);
+        let regions = ranges.iter().map(|&(start, size)| {
+            let len = check_range(start, size)?;
+            let file = reserve(start, size, backing)?;
+            let tracker = PageTracker::shared(len);
+            map(
+                start,
+                file,
+                tracker.map_err(|source| Error::Reserve { size, source })?,
+                len,
+                backing,
+            )
+        });
+        Self::from_mapped(regions.collect::<Result<_, _>>()?)
+    }
+
+    /// Maps the RAM that another process has lent by [`GuestRam::lend`]. Writes of either are seen by
+    /// both, and so are their marks in the page tracker.
+    ///
+    /// # Errors
+    /// [`Error`]: the descriptors are not those of RAM, or the host refuses.
+    pub fn attach(loans: Vec<Loan<OwnedFd>>) -> Result<Self, Error> {
+        let regions = loans.into_iter().map(|loan| {
+            let Loan { start, size, ram, tracker } = loan;
+            let len = check_range(start, size)?;
+            let reserve = |source| Error::Reserve { size, source };
+            let ram = File::from(ram);
+            check_sealed(&ram, size).map_err(reserve)?;
+            let tracker = PageTracker::attach(File::from(tracker), len).map_err(reserve)?;
+            map(start, ram, tracker, len, Backing::Small)
+        });
+        Self::from_mapped(regions.collect::<Result<_, _>>()?)
+    }
+
+    fn from_mapped(all: Vec<Mapped>) -> Result<Self, Error> {
+        let (mut regions, mut mapped) = (Vec::new(), Vec::new());
+        for Mapped { region, host, tracker } in all {
+            let (start, size) = (region.start_addr().0, region.len());
+            regions.push(RamRegion { start, size, host, tracker });
+            mapped.push(region);
         }
         let memory = GuestMemory::from_regions(mapped).map_err(Error::Layout)?;
         Ok(Self { memory, regions })
+    }
+
+    /// What another process needs to write this RAM: each region's memory file and that of its page
+    /// tracker.
+    pub fn lend(&self) -> Vec<Loan<BorrowedFd<'_>>> {
+        let files = self.memory.iter().filter_map(|r| r.file_offset());
+        let pairs = files.zip(&self.regions);
+        pairs
+            .filter_map(|(ram, region)| {
+                let RamRegion { start, size, .. } = *region;
+                let tracker = region.tracker.file()?.as_fd();
+                Some(Loan { start, size, ram: ram.file().as_fd(), tracker })
+            })
+            .collect()
     }
 
     /// The view for devices and loaders; its writes reach the page tracker.
@@ -190,21 +238,45 @@ impl GuestRam {
     }
 }
 
+/// One region of RAM on its way to another process.
+#[derive(Debug)]
+pub struct Loan<F> {
+    /// First guest physical address.
+    pub start: u64,
+    /// Bytes.
+    pub size: u64,
+    /// The memory file with the RAM.
+    pub ram: F,
+    /// The memory file with the tracker's records.
+    pub tracker: F,
+}
+
 struct Mapped {
     region: GuestRegionMmap<PageTracker>,
     host: *mut u8,
     tracker: PageTracker,
 }
 
-fn map(start: u64, size: u64, backing: Backing) -> Result<Mapped, Error> {
+/// The length of a range that can be RAM.
+fn check_range(start: u64, size: u64) -> Result<usize, Error> {
     let range = Error::Range { start, size };
     let whole = |n: u64| n.is_multiple_of(PAGE_SIZE as u64);
     let Ok(len) = usize::try_from(size) else { return Err(range) };
     if size == 0 || !whole(start) || !whole(size) || start.checked_add(size).is_none() {
         return Err(range);
     }
-    let file = reserve(start, size, backing)?;
-    let tracker = PageTracker::with_len(len);
+    Ok(len)
+}
+
+/// Maps `len` bytes of a file of pages of this kind. Those of one that was lent are there already.
+fn map(
+    start: u64,
+    file: File,
+    tracker: PageTracker,
+    len: usize,
+    backing: Backing,
+) -> Result<Mapped, Error> {
+    let size = len as u64;
     // What comes from the pool is reserved with the mapping: a guest that met an empty one would end its monitor.
     let reserved = if backing == Backing::Huge { 0 } else { libc::MAP_NORESERVE };
     let mapping = MmapRegionBuilder::new_with_bitmap(len, tracker.clone())
@@ -222,26 +294,21 @@ fn map(start: u64, size: u64, backing: Backing) -> Result<Mapped, Error> {
     if backing == Backing::Transparent {
         huge::advise(&mapping).map_err(|e| Error::NoTransparent { found: e.to_string() })?;
     }
-    let region = GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(range)?;
-    Ok(Mapped { region, host, tracker })
+    let region = GuestRegionMmap::new(mapping, GuestAddress(start));
+    Ok(Mapped { region: region.ok_or(Error::Range { start, size })?, host, tracker })
 }
 
 /// The memory file of a range.
 fn reserve(start: u64, size: u64, backing: Backing) -> Result<File, Error> {
-    let mut flags = MFdFlags::MFD_CLOEXEC;
-    if backing == Backing::Huge {
-        if !start.is_multiple_of(HUGE_PAGE) || !size.is_multiple_of(HUGE_PAGE) {
-            return Err(Error::HugeRange { start, size });
-        }
-        flags |= MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    if backing != Backing::Huge {
+        return memory_file("mvm-ram", size, MFdFlags::empty())
+            .map_err(|source| Error::Reserve { size, source });
     }
-    let fd: OwnedFd = memfd_create("mvm-ram", flags).map_err(|e| match backing {
-        Backing::Huge => Error::HugeUnknown { source: e.into() },
-        _ => Error::Reserve { size, source: e.into() },
-    })?;
-    let file = File::from(fd);
-    file.set_len(size).map_err(|source| Error::Reserve { size, source })?;
-    Ok(file)
+    if !start.is_multiple_of(HUGE_PAGE) || !size.is_multiple_of(HUGE_PAGE) {
+        return Err(Error::HugeRange { start, size });
+    }
+    let flags = MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
+    memory_file("mvm-ram", size, flags).map_err(|source| Error::HugeUnknown { source })
 }
 
 #[cfg(test)]
@@ -324,5 +391,23 @@ mod tests {
             }
             Err(e) => panic!("{e}"),
         }
+    }
+
+    #[test]
+    fn a_borrower_writes_the_same_ram_and_the_lender_hears_of_it() {
+        let ram = GuestRam::new(&[(0, 0x4000), (0x1_0000, 0x2000)]).unwrap();
+        let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
+        let loans = ram.lend().into_iter().map(|l| Loan {
+            start: l.start,
+            size: l.size,
+            ram: own(l.ram),
+            tracker: own(l.tracker),
+        });
+        let borrower = GuestRam::attach(loans.collect()).unwrap();
+        let generation = ram.regions()[1].tracker.code_page(1).unwrap().watch(0, 16);
+        borrower.memory().write_obj(0x55_u8, GuestAddress(0x1_1008)).unwrap();
+        assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0x1_1008)).unwrap(), 0x55);
+        assert_ne!(ram.regions()[1].tracker.code_page(1).unwrap().generation(), generation);
+        assert_eq!(ram.regions()[1].tracker.take_dirty(), [0b10]);
     }
 }

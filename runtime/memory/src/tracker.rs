@@ -1,11 +1,15 @@
 //! What has to be known about each guest page by those who cache its content.
 
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
+use nix::sys::memfd::MFdFlags;
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 
+use crate::shared::{self, Mapping};
 use crate::{PAGE_SHIFT, PAGE_SIZE};
 
 /// Bytes covered by one bit of [`CodePage::lines`]: a cache line.
@@ -22,7 +26,11 @@ pub const LINE_SIZE: usize = PAGE_SIZE / 64;
 ///    generation moves on and everything decoded under the old one is stale.
 ///
 /// So bytes that were read before the store always carry a generation that the store ends.
+///
+/// The record may lie in memory that another process shares (a file server which fills pages of the
+/// guest): the protocol needs atomics alone.
 #[derive(Debug, Default)]
+#[repr(C)]
 pub struct CodePage {
     lines: AtomicU64,
     generation: AtomicU32,
@@ -82,10 +90,45 @@ fn line_mask(offset: usize, len: usize) -> u64 {
     (u64::MAX << first) & (u64::MAX >> (63 - last))
 }
 
+/// The records of all pages, in one mapping: those about code, then the dirty log.
 struct Pages {
-    code: Box<[CodePage]>,
-    dirty: Box<[AtomicU64]>,
+    mapping: Mapping,
+    count: usize,
 }
+
+impl Pages {
+    fn bytes_of_code(count: usize) -> usize {
+        count * size_of::<CodePage>()
+    }
+
+    fn dirty_words(count: usize) -> usize {
+        count.div_ceil(64)
+    }
+
+    /// Bytes of the mapping for `count` pages.
+    fn bytes(count: usize) -> usize {
+        Self::bytes_of_code(count) + Self::dirty_words(count) * size_of::<AtomicU64>()
+    }
+
+    #[inline]
+    fn code(&self) -> &[CodePage] {
+        // SAFETY: the mapping is page-aligned, starts with `count` records, is zeros or what atomics
+        // have stored, for which both types have no invalid values, and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.mapping.start().as_ptr().cast(), self.count) }
+    }
+
+    #[inline]
+    fn dirty(&self) -> &[AtomicU64] {
+        let words = Self::dirty_words(self.count);
+        // SAFETY: as above; a record's size is a multiple of the alignment of the words after it.
+        unsafe {
+            let start = self.mapping.start().as_ptr().add(Self::bytes_of_code(self.count));
+            std::slice::from_raw_parts(start.cast(), words)
+        }
+    }
+}
+
+const _: () = assert!(size_of::<CodePage>().is_multiple_of(align_of::<AtomicU64>()));
 
 /// The page tracker of one RAM region: the `vm-memory` bitmap of everything written.
 ///
@@ -94,22 +137,53 @@ struct Pages {
 pub struct PageTracker(Arc<Pages>);
 
 impl PageTracker {
+    /// A tracker for `len` bytes whose records other processes can share, see
+    /// [`PageTracker::file`].
+    ///
+    /// # Errors
+    /// The host refuses the memory.
+    pub fn shared(len: usize) -> io::Result<Self> {
+        let count = len.div_ceil(PAGE_SIZE);
+        let bytes = Pages::bytes(count);
+        let file = shared::memory_file("mvm-pages", bytes as u64, MFdFlags::empty())?;
+        Ok(Self(Arc::new(Pages { mapping: Mapping::of(file, bytes)?, count })))
+    }
+
+    /// The tracker whose records are in `file`, which came from [`PageTracker::file`] of another
+    /// process and is for `len` bytes of RAM.
+    ///
+    /// # Errors
+    /// The file is another one, or the host refuses.
+    pub fn attach(file: File, len: usize) -> io::Result<Self> {
+        let count = len.div_ceil(PAGE_SIZE);
+        let bytes = Pages::bytes(count);
+        shared::check_sealed(&file, bytes as u64)?;
+        Ok(Self(Arc::new(Pages { mapping: Mapping::of(file, bytes)?, count })))
+    }
+
+    /// The memory file with the records, if other processes can share them.
+    pub fn file(&self) -> Option<&File> {
+        self.0.mapping.file()
+    }
+}
+
+impl PageTracker {
     /// The code record of page `index` of the region, if there is such a page.
     #[inline]
     pub fn code_page(&self, index: usize) -> Option<&CodePage> {
-        self.0.code.get(index)
+        self.0.code().get(index)
     }
 
     /// Number of pages tracked.
     pub fn pages(&self) -> usize {
-        self.0.code.len()
+        self.0.count
     }
 
     /// Marks page `index` as written, for the dirty log alone (a vCPU's fast path has told the
     /// code record already, or knows that there is none).
     #[inline]
     pub fn set_dirty(&self, index: usize) {
-        if let Some(word) = self.0.dirty.get(index / 64) {
+        if let Some(word) = self.0.dirty().get(index / 64) {
             let bit = 1 << (index % 64);
             if word.load(Ordering::Relaxed) & bit == 0 {
                 word.fetch_or(bit, Ordering::Relaxed);
@@ -119,7 +193,7 @@ impl PageTracker {
 
     /// Takes the dirty log: a bit per page, cleared as it is read.
     pub fn take_dirty(&self) -> Vec<u64> {
-        self.0.dirty.iter().map(|w| w.swap(0, Ordering::AcqRel)).collect()
+        self.0.dirty().iter().map(|w| w.swap(0, Ordering::AcqRel)).collect()
     }
 }
 
@@ -157,7 +231,7 @@ impl Bitmap for PageTracker {
     fn dirty_at(&self, offset: usize) -> bool {
         let index = offset >> PAGE_SHIFT;
         self.0
-            .dirty
+            .dirty()
             .get(index / 64)
             .is_some_and(|w| w.load(Ordering::Acquire) >> (index % 64) & 1 != 0)
     }
@@ -168,12 +242,14 @@ impl Bitmap for PageTracker {
 }
 
 impl NewBitmap for PageTracker {
+    /// A tracker of this process alone.
+    ///
+    /// # Panics
+    /// The host has no address space left.
     fn with_len(len: usize) -> Self {
-        let pages = len.div_ceil(PAGE_SIZE);
-        Self(Arc::new(Pages {
-            code: (0..pages).map(|_| CodePage::default()).collect(),
-            dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
-        }))
+        let count = len.div_ceil(PAGE_SIZE);
+        let mapping = Mapping::private(Pages::bytes(count)).expect("address space for the tracker");
+        Self(Arc::new(Pages { mapping, count }))
     }
 }
 
@@ -215,5 +291,30 @@ mod tests {
         tracker.mark_dirty(usize::MAX - 3, 10);
         tracker.mark_dirty(PAGE_SIZE, 1);
         assert!(!tracker.dirty_at(PAGE_SIZE));
+    }
+
+    #[test]
+    fn what_another_mapping_marks_ends_code_here() {
+        let here = PageTracker::shared(3 * PAGE_SIZE).unwrap();
+        let file = here.file().unwrap().try_clone().unwrap();
+        let there = PageTracker::attach(file, 3 * PAGE_SIZE).unwrap();
+        let generation = here.code_page(2).unwrap().watch(0, 64);
+        there.mark_dirty(2 * PAGE_SIZE + 10, 1);
+        assert_ne!(here.code_page(2).unwrap().generation(), generation);
+        assert_eq!(here.take_dirty(), [0b100]);
+        assert_eq!(there.take_dirty(), [0]);
+    }
+
+    #[test]
+    fn records_of_another_size_are_refused() {
+        let tracker = PageTracker::shared(3 * PAGE_SIZE).unwrap();
+        let file = || tracker.file().unwrap().try_clone().unwrap();
+        assert!(PageTracker::attach(file(), 300 * PAGE_SIZE).is_err());
+        assert!(file().set_len(0).is_err(), "the file is sealed");
+        let loose = File::from(
+            nix::sys::memfd::memfd_create("x", MFdFlags::empty()).unwrap(),
+        );
+        assert!(PageTracker::attach(loose, 0).is_err());
+        assert!(PageTracker::with_len(PAGE_SIZE).file().is_none());
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! This crate is thin: it understands flags, speaks to people and terminals, and leaves the rest to
 //! `mvm-sandbox` and `mvm-image`. The same file is also the monitor of each machine
-//! (`mvm monitor`, see `mvm-vmm`).
+//! (`mvm monitor`, see `mvm-vmm`), and of its file server (`mvm file-server`, see `mvm-fs`).
 
 mod cli;
 mod commands;
@@ -26,6 +26,9 @@ use mvm_sandbox::EXIT_FAILURE;
 fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|arg| arg == mvm_vmm::monitor::SUBCOMMAND) {
         return commands::monitor::main();
+    }
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == mvm_fs::SUBCOMMAND) {
+        return mvm_fs::main();
     }
     let code = match cli::Cli::try_parse() {
         Ok(cli) => dispatch(&cli),
@@ -83,7 +86,9 @@ fn docker_word(error: &clap::Error) -> Option<String> {
 /// What there is, or is not yet, where docker has `word`.
 fn instead_of(word: &str) -> Option<&'static str> {
     Some(match word {
-        "-v" | "--volume" | "--mount" => "there are no volumes yet; --tmpfs mounts memory",
+        "--volumes-from" | "--volume-driver" => {
+            "there are no named volumes; --volume shows directories and files of the host"
+        }
         "-p" | "-P" | "--publish" | "--network" | "--net" | "--dns" => {
             "there are no networks yet; a container has a loopback interface alone"
         }
@@ -125,7 +130,7 @@ mod tests {
     #[test]
     fn dockers_words_are_answered() {
         for (args, want) in [
-            (&["mvm", "run", "-v", "/a:/b", "i"][..], "no volumes yet"),
+            (&["mvm", "run", "--volumes-from", "x", "i"][..], "no named volumes"),
             (&["mvm", "run", "--network=host", "i"], "no networks yet"),
             (&["mvm", "pull", "busybox"], "skopeo copy"),
         ] {

@@ -37,6 +37,9 @@ pub enum Error {
     /// The monitor process could not be started.
     #[error(transparent)]
     Launch(#[from] spawn::Error),
+    /// What is to be shared with the guest cannot be.
+    #[error(transparent)]
+    Files(#[from] mvm_fs::SpawnError),
     /// The machine could not be started.
     #[error("the machine could not be started: {message}{}", console.as_deref().map_or(String::new(), tail))]
     Boot {

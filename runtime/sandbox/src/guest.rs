@@ -12,7 +12,7 @@ use mvm_agent_protocol::messages::launch_failure::Kind as FailureKind;
 use mvm_agent_protocol::messages::{
     BlockDevice, CreateContainerRequest, DeleteProcessRequest, ExecProcessRequest,
     GuestInfoRequest, GuestInfoResponse, InlineFile, LaunchFailure, ListProcessesRequest,
-    ProcessInfo, ResizeTerminalRequest, Rootfs, SetClockRequest, SignalProcessRequest,
+    ProcessInfo, ResizeTerminalRequest, Rootfs, SetClockRequest, Share, SignalProcessRequest,
     StartProcessRequest, StatsRequest, StatsResponse, Stdio as StdioMessage, Tmpfs, Volume,
     WaitProcessRequest,
 };
@@ -156,16 +156,24 @@ impl Guest {
         let mut rootfs = Rootfs::new();
         rootfs.set_block(lower);
         rootfs.set_tmpfs(Tmpfs::new());
-        let volumes = container.files.iter().map(|file| {
+        let files = container.files.iter().map(|file| {
             let mut volume = Volume { name: file.name.into(), ..Default::default() };
             volume.set_file(InlineFile { data: file.data.clone(), ..Default::default() });
+            volume
+        });
+        let shared = container.volumes.iter().map(|shared| {
+            let name = shared.name.clone();
+            let readonly = shared.bind.read_only;
+            let mut volume = Volume { name: name.clone(), readonly, ..Default::default() };
+            let path = if shared.file { mvm_fs::FILE.to_owned() } else { String::new() };
+            volume.set_share(Share { name, path, ..Default::default() });
             volume
         });
         let request = CreateContainerRequest {
             id: self.container.clone(),
             spec_json: spec,
             rootfs: Some(rootfs).into(),
-            volumes: volumes.collect(),
+            volumes: files.chain(shared).collect(),
             stdio: Some(stdio.message()).into(),
             init,
             ..Default::default()

@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mvm_agent_protocol::{hello, port};
+use mvm_fs::{FileServer, NewShare};
 use mvm_vmm::config::{
-    CmdlineStyle, CpuModel, DiskConfig, EngineConfig, GuestPort, HugePages, ImageSource,
+    CmdlineStyle, CpuModel, DiskConfig, EngineConfig, FsConfig, GuestPort, HugePages, ImageSource,
     MachineConfig, ModuleConfig, VsockConfig,
 };
 use mvm_vmm::monitor::spawn::Error as SpawnError;
@@ -30,6 +31,10 @@ use crate::timings::Timings;
 /// The control socket's name in the sandbox's directory.
 pub const CONTROL_SOCKET: &str = "control.sock";
 
+/// The name, in the sandbox's directory, of the socket by which shares come and go
+/// ([`mvm_fs::ShareClient`]).
+pub const SHARES_SOCKET: &str = "shares.sock";
+
 /// Name of the file in the sandbox's directory that tells how the machine ended.
 pub const OUTCOME_FILE: &str = "outcome.json";
 
@@ -38,6 +43,9 @@ pub const CONSOLE_LOG: &str = "console.log";
 
 /// Name of the monitor's own log in the sandbox's log directory.
 pub const MONITOR_LOG: &str = "monitor.log";
+
+/// Name of the file server's own log in the sandbox's log directory.
+pub const FILES_LOG: &str = "files.log";
 
 /// The guest's vsock context id. Each machine has a vsock of its own, so all can have the same.
 const CID: u64 = 3;
@@ -85,6 +93,9 @@ pub struct MachinePlan {
     pub initramfs: Option<Payload>,
     /// The image's root file system.
     pub rootfs: File,
+    /// The directories and files of the host that the guest is to see; `None` for a machine that has no
+    /// shared file system and can get none.
+    pub shares: Option<Vec<NewShare>>,
     /// Appended to the kernel's command line.
     pub cmdline: String,
     /// Where the console goes in place of the sandbox's own log. The kernel is verbose then.
@@ -121,6 +132,33 @@ impl Machine for Monitor {
     fn end(&mut self) -> io::Result<()> {
         self.kill()?;
         self.wait().map(drop)
+    }
+}
+
+/// A machine whose files another process serves, which ends with it.
+#[derive(Debug)]
+struct Served {
+    machine: Box<dyn Machine>,
+    server: FileServer,
+}
+
+impl Machine for Served {
+    fn pid(&self) -> u32 {
+        self.machine.pid()
+    }
+
+    fn channel(&self) -> BorrowedFd<'_> {
+        self.machine.channel()
+    }
+
+    fn next_event(&mut self, deadline: Option<Instant>) -> Result<Option<Event>, SpawnError> {
+        self.machine.next_event(deadline)
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        let ended = self.machine.end();
+        self.server.finish();
+        ended
     }
 }
 
@@ -216,6 +254,22 @@ impl Draft {
         self.config.modules.push(ModuleConfig { content, text });
     }
 
+    /// A file system of `shares`, and the process that serves it.
+    fn share(&mut self, place: &Place, shares: Vec<NewShare>) -> Result<FileServer, Error> {
+        let path = place.dir.join(SHARES_SOCKET);
+        let listener = crate::socket::bind_packets(&path);
+        let (server, channel) = mvm_fs::spawn(mvm_fs::Launch {
+            id: place.id.clone(),
+            shares,
+            listener: listener.map_err(Error::io(path.display().to_string()))?,
+            log: Some(create(&place.logs.join(FILES_LOG))?),
+            program: "/proc/self/exe".into(),
+        })?;
+        let channel = self.fds.add(channel);
+        self.config.fs = Some(FsConfig { tag: mvm_fs::TAG.into(), channel });
+        Ok(server)
+    }
+
     /// Starts it, with the monitor's own log at `place`.
     pub fn launch(self, launcher: &dyn Launcher, place: &Place) -> Result<Box<dyn Machine>, Error> {
         let mut launch = Launch::new(self.config, self.fds);
@@ -238,6 +292,10 @@ pub fn launch(
     draft.config.cmdline_style = CmdlineStyle::Linux;
     draft.config.verbose = plan.console.is_some();
     draft.disk(plan.rootfs, true, "rootfs".into());
+    let server = match plan.shares {
+        Some(shares) => Some(draft.share(place, shares)?),
+        None => None,
+    };
     draft.console(match plan.console {
         Some(file) => file,
         None => create(&place.logs.join(CONSOLE_LOG))?,
@@ -248,7 +306,10 @@ pub fn launch(
         listener: Some(draft.fds.add(listen(place, VSOCK_SOCKET)?)),
         guest_ports: vec![GuestPort { port: port::HELLO, stream: draft.fds.add(theirs) }],
     });
-    let machine = draft.launch(launcher, place)?;
+    let mut machine = draft.launch(launcher, place)?;
+    if let Some(server) = server {
+        machine = Box::new(Served { machine, server });
+    }
     let deadline = Instant::now() + plan.boot_limit;
     let control = place.dir.join(CONTROL_SOCKET);
     Ok(Starting { machine, hello, control, deadline, limit: plan.boot_limit })

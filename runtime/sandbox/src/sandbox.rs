@@ -274,7 +274,8 @@ impl Sandbox {
             return Ok(self.registry.remove(&self.place)?);
         }
         // Nobody can connect any more.
-        for socket in [machine::CONTROL_SOCKET, crate::guest::VSOCK_SOCKET] {
+        let sockets = [machine::CONTROL_SOCKET, machine::SHARES_SOCKET, crate::guest::VSOCK_SOCKET];
+        for socket in sockets {
             let _ = std::fs::remove_file(self.place.dir.join(socket));
         }
         saved?;

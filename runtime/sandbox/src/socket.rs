@@ -5,9 +5,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, listen, socket};
 
 /// Longest path that fits `sockaddr_un` with its terminating zero.
 const MAX_PATH: usize = 107;
@@ -15,6 +17,15 @@ const MAX_PATH: usize = 107;
 /// Binds a listener at `path`.
 pub fn bind(path: &Path) -> io::Result<UnixListener> {
     with_short(path, |p| UnixListener::bind(p))
+}
+
+/// Binds a listener for packets (`SOCK_SEQPACKET`) at `path`.
+pub fn bind_packets(path: &Path) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    with_short(path, |p| Ok(nix::sys::socket::bind(fd.as_raw_fd(), &UnixAddr::new(p)?)?))?;
+    listen(&fd, Backlog::new(16)?)?;
+    Ok(fd)
 }
 
 /// Connects to the listener at `path`.

@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 use crate::layout;
 
 pub use boot::{BootProtocol, CmdlineStyle};
+pub use fs::FsConfig;
 pub use hugepages::{HugePages, UnknownHugePages};
 
 mod boot;
+mod fs;
 mod hugepages;
 
 /// Place of a descriptor in the list that travels with the config.
@@ -68,6 +70,9 @@ pub struct MachineConfig {
     /// A second console, the guest's `/dev/hvc0`.
     #[serde(default)]
     pub virtio_console: Option<VirtioConsoleConfig>,
+    /// The file system that the host shares.
+    #[serde(default)]
+    pub fs: Option<FsConfig>,
     /// Listening unix socket of the control protocol.
     pub control: Option<FdIndex>,
     /// File that takes the [`Outcome`](crate::Outcome) as JSON when the machine has ended.
@@ -99,6 +104,7 @@ impl MachineConfig {
             vsock: None,
             console: ConsoleConfig::default(),
             virtio_console: None,
+            fs: None,
             control: None,
             outcome: None,
             owner_gone: OwnerGone::Continue,
@@ -125,7 +131,8 @@ impl MachineConfig {
         let slots = self.disks.len() as u64 + u64::from(self.empty_block_slots);
         let fixed = FIXED_VIRTIO_DEVICES
             + u64::from(self.vsock.is_some())
-            + u64::from(self.virtio_console.is_some());
+            + u64::from(self.virtio_console.is_some())
+            + u64::from(self.fs.is_some());
         if slots + fixed > u64::from(layout::MAX_VIRTIO_DEVICES) {
             return Err(Error::TooManyDisks {
                 disks: slots,

@@ -1,6 +1,7 @@
 //! The devices of a machine and where they are wired to.
 
 mod emulators;
+mod fs;
 mod hvt;
 
 use std::fs::File;
@@ -13,6 +14,7 @@ use mvm_devices::fw_cfg::FwCfg;
 use mvm_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonError};
 use mvm_devices::virtio::block::{Block, BlockConfig, BlockError, Cache};
 use mvm_devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
+use mvm_devices::virtio::fs::{Fs, FsError, Gone};
 use mvm_devices::virtio::rng::{Rng, RngError};
 use mvm_devices::virtio::vsock::{Joined, Vsock, VsockConfig, VsockError};
 use mvm_devices::virtio::{MmioTransport, VirtioDevice};
@@ -22,6 +24,7 @@ use mvm_devices::{
     SystemControl, VmEvent,
 };
 
+pub use fs::SharedFiles;
 pub(crate) use hvt::Guest as HvtGuest;
 
 use crate::boot::Attached;
@@ -54,6 +57,9 @@ pub enum Error {
     /// The virtio console cannot be made.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The file system device cannot be made.
+    #[error(transparent)]
+    Fs(#[from] FsError),
     /// The devices' thread cannot be made.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
@@ -136,6 +142,10 @@ pub(crate) struct Parts {
     pub disks: Vec<Disk>,
     /// Sockets between host and guest.
     pub vsock: Option<Sockets>,
+    /// The file system that the host shares.
+    pub fs: Option<SharedFiles>,
+    /// Told when its server is gone.
+    pub on_lost: Gone,
     /// Told when the guest has dialled one of its ports.
     pub on_hello: Joined,
     /// Told about resets.
@@ -149,6 +159,8 @@ struct VirtioParts {
     virtio_console: Option<VirtioConsole>,
     disks: Vec<Disk>,
     vsock: Option<Sockets>,
+    fs: Option<SharedFiles>,
+    on_lost: Gone,
     on_hello: Joined,
 }
 
@@ -176,6 +188,7 @@ pub(crate) struct Devices {
     pub rng: Option<Arc<Rng>>,
     pub balloon: Option<Arc<Balloon>>,
     pub console: Option<Arc<Console>>,
+    pub fs: Option<Arc<Fs>>,
     /// What a Solo5 guest has in place of all but the console.
     pub hypercalls: Option<Arc<Hypercalls>>,
     /// Tells kernels made for PC emulators of their machine.
@@ -210,6 +223,7 @@ impl Devices {
             rng: None,
             balloon: None,
             console: None,
+            fs: None,
             hypercalls: None,
             fw_cfg: None,
             events: None,
@@ -241,6 +255,8 @@ impl Devices {
                 virtio_console: parts.virtio_console,
                 disks: parts.disks,
                 vsock: parts.vsock,
+                fs: parts.fs,
+                on_lost: parts.on_lost,
                 on_hello: parts.on_hello,
             };
             devices.add_virtio_devices(virtio, ram, &mut bus)?;
@@ -289,6 +305,11 @@ impl Devices {
             let console = Console::new(config, &events)?;
             self.console = Some(console.clone());
             self.add_virtio(console, ram, bus)?;
+        }
+        if let Some(files) = parts.fs {
+            let device = fs::open(files, parts.on_lost, &events)?;
+            self.fs = Some(device.clone());
+            self.add_virtio(device, ram, bus)?;
         }
         self.events = Some(events);
         Ok(())

@@ -26,7 +26,7 @@ use crate::wires;
 mod state;
 
 pub use crate::boot::{Module, Section};
-pub use crate::devices::{Disk, Sockets, VirtioConsole};
+pub use crate::devices::{Disk, SharedFiles, Sockets, VirtioConsole};
 pub use state::{MachineState, Pauser};
 
 /// How long the vCPUs have for coming to a stop: far more than one instruction or one host write
@@ -119,6 +119,8 @@ pub struct Parts {
     pub console_input: Option<OwnedFd>,
     /// A second console, the guest's `/dev/hvc0`.
     pub virtio_console: Option<VirtioConsole>,
+    /// The file system that the host shares.
+    pub fs: Option<SharedFiles>,
 }
 
 impl Parts {
@@ -142,6 +144,7 @@ impl Parts {
             console_ring: 16 * 1024,
             console_input: None,
             virtio_console: None,
+            fs: None,
         }
     }
 }
@@ -315,6 +318,14 @@ impl Frame {
         // Devices come before the vCPUs that they end. They do not keep them: the vCPUs' kickers may
         // keep the bus and so the devices.
         let ending = Arc::new(OnceLock::<Weak<Control>>::new());
+        let on_lost = {
+            let ending = ending.clone();
+            Arc::new(move |fault: &str| {
+                if let Some(control) = ending.get().and_then(Weak::upgrade) {
+                    control.end(EndReason::DeviceLost { fault: fault.to_owned() });
+                }
+            })
+        };
         let on_event = {
             let ending = ending.clone();
             Arc::new(move |event| {
@@ -330,6 +341,8 @@ impl Frame {
             virtio_console: parts.virtio_console,
             disks: parts.disks,
             vsock: parts.vsock,
+            fs: parts.fs,
+            on_lost,
             on_hello: Arc::new({
                 let notifier = notifier.clone();
                 move || notifier.phase(Phase::GuestHello)

@@ -55,6 +55,11 @@ pub enum EndReason {
         /// Where and why.
         fault: String,
     },
+    /// The process behind a device is gone.
+    DeviceLost {
+        /// Which, and what is known.
+        fault: String,
+    },
     /// The monitor process ended without a word, for instance killed.
     MonitorDied {
         /// What is known about its end.
@@ -97,7 +102,7 @@ impl EndReason {
             // As of a process: the low eight bits are what is seen.
             EndReason::GuestHalt { status, .. } => *status as u8,
             EndReason::DebugExit { status } => *status as u8,
-            EndReason::EngineFailed { .. } => 125,
+            EndReason::EngineFailed { .. } | EndReason::DeviceLost { .. } => 125,
             EndReason::HaltedForever => SIGNALLED + 6,
             EndReason::MonitorDied { .. } => SIGNALLED + 9,
             EndReason::TripleFault { .. } | EndReason::BadHypercall { .. } => SIGNALLED + 11,
@@ -130,6 +135,7 @@ impl fmt::Display for EndReason {
             }
             EndReason::TripleFault { fault } => write!(f, "the guest crashed: {fault}"),
             EndReason::EngineFailed { fault } => write!(f, "the engine cannot go on: {fault}"),
+            EndReason::DeviceLost { fault } => f.write_str(fault),
             EndReason::MonitorDied { status } => write!(f, "the monitor process died: {status}"),
         }
     }

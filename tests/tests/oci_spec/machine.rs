@@ -89,6 +89,7 @@ impl Machine {
             kernel: Payload::file(open("vmlinux")),
             initramfs: Some(Payload::file(open("initramfs.cpio"))),
             rootfs: File::open(&rootfs).expect("a root file system"),
+            shares: None,
             cmdline: String::new(),
             console: None,
             boot_limit: LIMIT,

@@ -10,6 +10,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 mod core;
+pub mod fs;
 mod iov;
 mod link;
 mod mmio;
@@ -26,7 +27,9 @@ pub use self::core::Core;
 pub(crate) use self::core::common_device_methods;
 pub use link::DriverLink;
 pub use mmio::{MmioState, MmioTransport};
-pub use queue::{Buffer, Chain, Drained, GuestSlice, QueueError, QueueSlot, QueueState, VirtQueue};
+pub use queue::{
+    Buffer, Chain, Drained, GuestSlice, QueueError, QueueSlot, QueueState, RawChain, VirtQueue,
+};
 
 /// Feature bits that belong to the transport and the rings (6).
 pub mod feature {
@@ -68,6 +71,9 @@ pub enum ActivateError {
         /// Why.
         source: QueueError,
     },
+    /// Whoever does the device's work cannot.
+    #[error("{0}")]
+    Backend(String),
     /// A saved state does not belong to this device.
     #[error("the saved state is of another kind of device")]
     WrongState,

@@ -114,6 +114,16 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH[:OPTIONS]", help_heading = "Resources")]
     pub tmpfs: Vec<String>,
 
+    /// Show a directory or file of the host in the container, `:ro` to be read only; a directory that
+    /// is missing is made
+    #[arg(short, long, value_name = "SOURCE:TARGET[:OPTIONS]", help_heading = "Resources")]
+    pub volume: Vec<String>,
+
+    /// The same in docker's longer form: type=bind,source=PATH,target=PATH[,readonly], or
+    /// type=tmpfs,target=PATH[,tmpfs-size=SIZE]; a missing source is an error
+    #[arg(long, value_name = "KEY=VALUE,...", help_heading = "Resources")]
+    pub mount: Vec<String>,
+
     /// Set a limit, as in nofile=1024:2048
     #[arg(long, value_name = "NAME=SOFT[:HARD]", help_heading = "Resources")]
     pub ulimit: Vec<String>,

@@ -182,6 +182,8 @@ pub(super) fn refuse_what_does_not_hold(
         (args.stop_signal.is_some(), "--stop-signal", "it takes no signals"),
         (args.console.is_some(), "--console", "its console is what it prints"),
         (!args.tmpfs.is_empty(), "--tmpfs", "it has no file systems of mvm's"),
+        (!args.volume.is_empty(), "--volume", "it has no file systems of mvm's; see --disk FILE"),
+        (!args.mount.is_empty(), "--mount", "it has no file systems of mvm's; see --disk FILE"),
         (!args.ulimit.is_empty(), "--ulimit", "it has no processes"),
         (!args.cap_add.is_empty(), "--cap-add", "it has no capabilities"),
         (!args.cap_drop.is_empty(), "--cap-drop", "it has no capabilities"),

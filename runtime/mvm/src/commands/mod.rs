@@ -15,6 +15,7 @@ mod run;
 mod stats;
 mod unikernel;
 mod version;
+mod volumes;
 
 use std::path::PathBuf;
 

@@ -12,6 +12,7 @@ use mvm_sandbox::ending::Ending;
 use mvm_sandbox::guest::Stdio;
 use mvm_sandbox::logfile::LogWriter;
 use mvm_sandbox::machine::{MachinePlan, MonitorLauncher};
+use mvm_sandbox::spec::volumes::Volume;
 use mvm_sandbox::spec::{self, Container, CpuShare, parse_size, signal_name, signal_number};
 use mvm_sandbox::timings::Timings;
 use mvm_sandbox::unikernel::Recognised;
@@ -20,7 +21,7 @@ use nix::libc::{SIGINT, SIGPIPE, SIGTERM};
 
 use super::attach::{Attachment, End, stand_by};
 use super::modules;
-use super::{Context, unikernel};
+use super::{Context, unikernel, volumes};
 use crate::cli::{RunArgs, TimingsFormat};
 use crate::images::{self, Ready};
 use crate::output::{EXIT_CLOSED, complain, size};
@@ -110,6 +111,9 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         kernel,
         initramfs: Some(initramfs),
         rootfs: ready_rootfs(ready),
+        // Without anything to share the guest has no such device, and needs no server.
+        shares: (!container.volumes.is_empty())
+            .then(|| container.volumes.iter().map(Volume::share).collect()),
         cmdline: settings.cmdline.value.unwrap_or_default(),
         console: args.console.as_deref().map(open_console).transpose()?,
         boot_limit: Duration::from_secs(settings.boot_timeout.value),
@@ -180,6 +184,7 @@ fn options(args: &RunArgs, settings: &Settings) -> anyhow::Result<spec::Options>
     for limit in &args.ulimit {
         options.ulimits.push(limit.parse().context("--ulimit")?);
     }
+    options.volumes = volumes::all(args, &mut options.tmpfs)?;
     options.labels = labels(args)?;
     for annotation in &args.annotation {
         match annotation.split_once('=') {
@@ -495,6 +500,8 @@ mod tests {
             (&["--cap-add", "NOPE"], "\"NOPE\""),
             (&["--ulimit", "x=1"], "\"x=1\""),
             (&["--tmpfs", "run"], "\"run\""),
+            (&["-v", "data:/x"], "named volumes"),
+            (&["--mount", "type=bind,source=/no/such,target=/x"], "does not exist: /no/such"),
             (&["--label", "=x"], "\"=x\""),
             (&["--annotation", "x"], "\"x\""),
             (&["--security-opt", "bogus"], "\"bogus\""),

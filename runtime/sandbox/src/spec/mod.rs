@@ -10,6 +10,7 @@
 mod caps;
 mod limits;
 mod mounts;
+pub mod volumes;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -85,6 +86,8 @@ pub struct Options {
     pub read_only: bool,
     /// Memory file systems.
     pub tmpfs: Vec<Tmpfs>,
+    /// Directories and files of the host ([`volumes::resolve`]).
+    pub volumes: Vec<volumes::Volume>,
     /// Resource limits.
     pub ulimits: Vec<Ulimit>,
     /// Capabilities beyond docker's default set.
@@ -124,6 +127,8 @@ pub struct Container {
     pub spec: Spec,
     /// Files it bind-mounts.
     pub files: Vec<ProvidedFile>,
+    /// Directories and files of the host that it bind-mounts.
+    pub volumes: Vec<volumes::Volume>,
 }
 
 /// Makes the specification of the container `id`.
@@ -164,11 +169,11 @@ pub fn container(id: &str, image: &ImageConfig, options: &Options) -> Result<Con
         .root(RootBuilder::default().path("rootfs").readonly(options.read_only).build()?)
         .hostname(hostname)
         .process(process.build()?)
-        .mounts(mounts::all(image, options, &files)?)
+        .mounts(mounts::all(image, options, &files, &options.volumes)?)
         .annotations(annotations)
         .linux(linux(id, options)?)
         .build()?;
-    Ok(Container { spec, files })
+    Ok(Container { spec, files, volumes: options.volumes.clone() })
 }
 
 fn linux(id: &str, options: &Options) -> Result<oci_spec::runtime::Linux, Error> {

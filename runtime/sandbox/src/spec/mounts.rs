@@ -6,12 +6,13 @@ use std::str::FromStr;
 use oci_spec::image::Config as ImageConfig;
 use oci_spec::runtime::{Mount, MountBuilder};
 
+use super::volumes::{Volume, normal};
 use super::{Error, Options, PROVIDED_DIR, ProvidedFile, parse_size};
 
 /// `--tmpfs PATH[:OPTIONS]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tmpfs {
-    path: String,
+    pub(super) path: String,
     options: Vec<String>,
 }
 
@@ -71,6 +72,7 @@ pub fn all(
     image: &ImageConfig,
     options: &Options,
     files: &[ProvidedFile],
+    shared: &[Volume],
 ) -> Result<Vec<Mount>, Error> {
     let access = if options.privileged { "rw" } else { "ro" };
     let quiet = ["nosuid", "noexec", "nodev"];
@@ -94,13 +96,28 @@ pub fn all(
     if options.read_only {
         let mut volumes: Vec<String> = image.volumes().iter().flatten().cloned().collect();
         volumes.sort();
-        for path in volumes.iter().filter(|p| !options.tmpfs.iter().any(|t| t.path == **p)) {
+        let taken = |path: &str| {
+            options.tmpfs.iter().any(|t| t.path == path)
+                || shared.iter().any(|v| normal(&v.bind.target) == normal(path))
+        };
+        for path in volumes.iter().filter(|p| !taken(p)) {
             mounts.push(mount(path, "tmpfs", "tmpfs", &["nodev", "tmpcopyup"])?);
         }
     }
     for tmpfs in &options.tmpfs {
         let options: Vec<&str> = tmpfs.options.iter().map(String::as_str).collect();
         mounts.push(mount(&tmpfs.path, "tmpfs", "tmpfs", &options)?);
+    }
+    for volume in shared {
+        let source = format!("{PROVIDED_DIR}/{}", volume.name);
+        let access = if volume.bind.read_only { "ro" } else { "rw" };
+        let made = mount(&volume.bind.target, "bind", &source, &["rbind", "rprivate", access])?;
+        // What the user brings takes the place of what is there by default.
+        let target = normal(&volume.bind.target);
+        match mounts.iter_mut().find(|m| normal(m.destination()) == target) {
+            Some(default) => *default = made,
+            None => mounts.push(made),
+        }
     }
     Ok(mounts)
 }

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use super::fds::FdTable;
 use super::process::Error;
 use crate::config::{ImageSource, MachineConfig};
-use crate::machine::{Disk, Module, Parts, Section, Sockets, VirtioConsole};
+use crate::machine::{Disk, Module, Parts, Section, SharedFiles, Sockets, VirtioConsole};
 
 /// Takes the descriptors that `config` names and makes the machine's parts from them.
 pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, Error> {
@@ -61,6 +61,10 @@ pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, 
             output: console.output.map(|index| fds.take(index)).transpose()?,
             input: console.input.map(|index| fds.take(index)).transpose()?,
         });
+    }
+    if let Some(fs) = &config.fs {
+        let channel = fds.take(fs.channel)?;
+        parts.fs = Some(SharedFiles { tag: fs.tag.clone(), channel });
     }
     Ok(parts)
 }

@@ -9,11 +9,13 @@ mod chain;
 mod tests;
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use mvm_memory::GuestMemory;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -22,6 +24,9 @@ pub use chain::{Buffer, Chain, GuestSlice};
 /// Greatest number of descriptors in a chain with an indirect table; a direct chain is bounded by
 /// the queue's size (2.7.5.3.1).
 pub(crate) const MAX_INDIRECT: u32 = 1024;
+
+/// A chain as `virtio-queue` walks it.
+pub type RawChain = DescriptorChain<Arc<GuestMemory>>;
 
 /// A fault in the rings or in a chain; always the driver's.
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +137,12 @@ impl QueueSlot {
         sizes.iter().map(|&size| Self::new(size)).collect()
     }
 
+    /// The doorbell, for a process that serves the queue in the device's place.
+    pub fn doorbell_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as its owner, from which it is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.doorbell.as_raw_fd()) }
+    }
+
     /// Notifies the device as the driver would.
     pub fn ring(&self) {
         // A full counter is a pending notification already.
@@ -240,6 +251,23 @@ impl VirtQueue {
         let table = GuestAddress(self.ring.desc_table());
         chain.load(&self.memory, table, self.ring.size(), head, self.indirect)?;
         Ok(true)
+    }
+
+    /// Takes the next chain, checked as by [`VirtQueue::pop`], both as `chain` and as the crate's own
+    /// view of it. The latter reads the descriptors again as it goes, and checks them again.
+    ///
+    /// # Errors
+    /// As [`VirtQueue::pop`].
+    pub fn pop_raw(
+        &mut self,
+        memory: &Arc<GuestMemory>,
+        chain: &mut Chain,
+    ) -> Result<Option<RawChain>, QueueError> {
+        let mut heads = self.ring.iter(memory.clone()).map_err(QueueError::AvailIndex)?;
+        let Some(raw) = heads.next() else { return Ok(None) };
+        let table = GuestAddress(self.ring.desc_table());
+        chain.load(memory, table, self.ring.size(), raw.head_index(), self.indirect)?;
+        Ok(Some(raw))
     }
 
     /// Gives the chain taken last back to the available ring.
