@@ -49,6 +49,7 @@ if [ "$goal" = test ]; then
     want mmdebstrap mmdebstrap
     want musl-gcc musl-tools
     want sqlite3 sqlite3
+    want containerd containerd
 fi
 
 # --- Rust: ours is the minimum that Cargo.toml names

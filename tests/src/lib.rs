@@ -5,12 +5,14 @@
 //! `MVM_TEST_IMAGES`, the directory of the image recipes' output.
 
 mod chroot;
+mod containerd;
 mod pty;
 mod run;
 mod running;
 mod world;
 
 pub use chroot::Chroot;
+pub use containerd::{Containerd, IMAGE};
 pub use pty::Terminal;
 pub use run::{Finished, eventually, is_running, run_with};
 pub use running::Running;
