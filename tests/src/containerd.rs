@@ -156,6 +156,26 @@ impl Containerd {
         self.run(flags, id, &["sh", "-c", script], b"")
     }
 
+    /// Runs a container of this specification, which is removed afterwards.
+    #[track_caller]
+    pub fn run_spec(&self, id: &str, spec: &serde_json::Value) -> Finished {
+        let file = self.path(&format!("{id}.json"));
+        fs::write(&file, spec.to_string()).expect("a file");
+        let (file, fifos) = (file.display().to_string(), self.path("fifo").display().to_string());
+        let runtime = "io.containerd.mvm.v1";
+        self.ctr(&[
+            "run",
+            "--rm",
+            "--runtime",
+            runtime,
+            "--fifo-dir",
+            &fifos,
+            "--config",
+            &file,
+            id,
+        ])
+    }
+
     /// Starts a container in the background, with its output in `ID.log`.
     #[track_caller]
     pub fn start_container(&self, id: &str, script: &str) {

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Stdio;
 use std::thread;
 
-use mvm_tests::{Containerd, IMAGE, Terminal, eventually, is_running, run_with};
+use mvm_tests::{Chroot, Containerd, IMAGE, Terminal, World, eventually, is_running};
 use nix::sys::signal::{Signal, kill};
 
 /// Starts containerd, or ends the test where the machine cannot run any.
@@ -32,24 +32,20 @@ fn output_input_and_exit_codes() {
 }
 
 #[test]
-fn the_specification_holds() {
+fn flags_and_limits_hold() {
     let ctd = containerd!();
-    let flags =
-        ["--env", "GREETING=hello", "--user", "65534:100", "--cwd", "/home", "--hostname", "box"];
-    let run =
-        ctd.sh(&flags, "c1", "echo $GREETING $(id -u):$(id -g) $(pwd) $(hostname)").expect_code(0);
-    assert_eq!(run.out(), "hello 65534:100 /home box\n");
+    let flags = ["--env", "GREETING=hello", "--cwd", "/home", "--cpus", "1.5"];
+    let run = ctd.sh(&flags, "c1", "echo $GREETING $(pwd) $(nproc)").expect_code(0);
+    assert!(run.out().starts_with("hello /home "), "{}", run.out());
     let run = ctd.sh(&["--read-only"], "c2", "touch /x || echo refused").expect_code(0);
     assert_eq!(run.out(), "refused\n");
     // The root can be written otherwise, and nothing of that comes back to the host.
     assert_eq!(ctd.sh(&[], "c3", "echo y >/x; cat /x").expect_code(0).out(), "y\n");
-    let limited = ["--memory-limit", "67108864"];
-    let script =
-        "cat /sys/fs/cgroup/memory.max 2>/dev/null; dd if=/dev/zero of=/dev/null bs=200M count=1";
     let mount = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro";
-    let run = ctd.sh(&[&limited[..], &["--mount", mount]].concat(), "c4", script);
-    assert!(run.out().starts_with("67108864\n"), "{}", run.out());
-    assert_eq!(run.code, 137, "{}", run.err());
+    let limited = ["--memory-limit", "67108864", "--mount", mount];
+    let script = "cat /sys/fs/cgroup/memory.max; dd if=/dev/zero of=/dev/null bs=200M count=1";
+    let run = ctd.sh(&limited, "c4", script).expect_code(137);
+    assert_eq!(run.out(), "67108864\n");
     // What cannot be done is refused in words.
     let mount = "type=bind,src=/etc,dst=/host,options=rbind:ro";
     let run = ctd.sh(&["--mount", mount], "c5", "true");
@@ -63,9 +59,14 @@ fn a_terminal() {
     let command = ctd.run_command(&["--rm", "-t"], "c1", &["sh"]);
     let mut terminal = Terminal::start(&command, 100, 40);
     terminal.wait_for("# ");
-    terminal.press("tty; stty size\n");
+    // ctr sets the size when the process runs already.
+    terminal
+        .press("tty; until [ \"$(stty size)\" = '40 100' ]; do sleep 0.1; done; echo si''zed\n");
     terminal.wait_for("/dev/");
-    terminal.wait_for("40 100");
+    terminal.wait_for("sized");
+    terminal.resize(90, 30);
+    terminal.press("until [ \"$(stty size)\" = '30 90' ]; do sleep 0.1; done; echo resi''zed\n");
+    terminal.wait_for("resized");
     terminal.press("exit 5\n");
     assert_eq!(terminal.wait(), 5);
     ctd.expect_nothing_left();
@@ -161,27 +162,36 @@ fn five_at_a_time_and_several_in_a_row() {
 }
 
 #[test]
-fn a_hook_of_the_host_finds_the_namespace() {
+fn a_specification_of_ones_own_with_a_hook_of_the_host() {
     let ctd = containerd!();
     let out = ctd.path("hook.out");
-    let script = format!(
+    let hook = format!(
         "cat >{0}; pid=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/' {0}); readlink /proc/$pid/ns/net >>{0}",
         out.display()
     );
-    let default = run_with(ctd.command(&["oci", "spec"]), b"", std::time::Duration::from_secs(60));
-    let mut spec: serde_json::Value =
-        serde_json::from_str(&default.expect_code(0).out()).expect("a specification");
-    spec["process"]["args"] = serde_json::json!(["true"]);
+    let default = ctd.ctr(&["oci", "spec"]).expect_code(0).out();
+    let mut spec: serde_json::Value = serde_json::from_str(&default).expect("a specification");
+    // Its root is a directory, not one of containerd's snapshots.
+    let root = Chroot::new(&World::new().image_file("busybox"));
+    spec["root"]["path"] = root.path().display().to_string().into();
+    spec["hostname"] = "box".into();
+    spec["process"]["user"] =
+        serde_json::json!({ "uid": 65534, "gid": 100, "additionalGids": [1] });
+    let script = "echo $(hostname) $(id -u):$(id -g) $(id -G)";
+    spec["process"]["args"] = serde_json::json!(["sh", "-c", script]);
     spec["hooks"] = serde_json::json!({
-        "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"] }],
+        "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", hook], "env": ["PATH=/usr/bin:/bin"] }],
     });
-    fs::write(ctd.path("spec.json"), spec.to_string()).expect("a file");
-    let config = ctd.path("spec.json").display().to_string();
-    ctd.run(&["--config", &config], "c1", &[], b"").expect_code(0);
+    let run = ctd.run_spec("c1", &spec).expect_code(0);
+    assert_eq!(run.out(), "box 65534:100 100 1\n");
     let told = fs::read_to_string(out).expect("what the hook wrote");
     assert!(told.contains("\"status\":\"creating\"") && told.contains("net:["), "{told}");
     let own = fs::read_link("/proc/self/ns/net").expect("a namespace").display().to_string();
     assert!(!told.contains(&own), "{told}");
+
+    spec["hooks"]["createRuntime"][0]["args"][2] = "echo no way >&2; exit 1".into();
+    let run = ctd.run_spec("c2", &spec);
+    assert!(run.code != 0 && run.err().contains("no way"), "{}", run.err());
     ctd.expect_nothing_left();
 }
 
