@@ -24,7 +24,7 @@ fn output_input_and_exit_codes() {
     assert_eq!((run.out().as_str(), run.err().as_str()), ("out\n", "err\n"));
     let run = ctd.run(&[], "c2", &["cat"], b"from the host\n").expect_code(0);
     assert_eq!(run.out(), "from the host\n");
-    assert_eq!(ctd.sh(&[], "c3", "kill -TERM $$; sleep 100").code, 143);
+    assert_eq!(ctd.sh(&[], "c3", "sh -c 'kill -TERM $$'; exit $?").code, 143);
     let missing = ctd.run(&[], "c4", &["no-such-program"], b"");
     assert_ne!(missing.code, 0);
     assert!(missing.err().contains("no-such-program"), "{}", missing.err());
