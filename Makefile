@@ -113,8 +113,10 @@ fuzz:
 	cargo run --release -p mvm-emu --example fuzz -- --seconds $(SECONDS_OF_FUZZ)
 	cargo run --release -p mvm-tests --bin fuzz -- --seconds $(SECONDS_OF_FUZZ)
 
+# The shim is the same file under the name that containerd looks for.
 install: mvm
 	install -D -s -m 0755 $(MVM) $(or $(DESTDIR),)$(or $(PREFIX),/usr/local)/bin/mvm
+	ln -sfn mvm $(or $(DESTDIR),)$(or $(PREFIX),/usr/local)/bin/containerd-shim-mvm-v1
 
 dist: mvm
 	@mkdir -p $(TARGET)/dist && strip -o $(TARGET)/dist/mvm $(MVM)

@@ -51,6 +51,7 @@ if [ "$goal" = test ]; then
     [ "$(id -u)" = 0 ] || want fakeroot fakeroot
     want musl-gcc musl-tools
     want sqlite3 sqlite3
+    want containerd containerd
 fi
 
 # --- Rust: ours is the minimum that Cargo.toml names

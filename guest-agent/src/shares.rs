@@ -34,7 +34,7 @@ pub fn tree(share: &Share) -> Result<OwnedFd> {
             none.insert(open_path(path)?)
         }
     };
-    let what = |e: Error| e.within(&format!("share {:?}", share.name));
+    let what = |e: Error| e.within(format!("share {:?}", share.name));
     let top = open_in_root(root.as_fd(), Path::new(&share.name)).map_err(what)?;
     // Below its own directory as if that were the root, whatever links are there.
     let place = match share.path.as_str() {

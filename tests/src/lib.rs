@@ -6,6 +6,7 @@
 //! on where a test is not about that ([`engine`]); `make test-kvm` sets it.
 
 mod chroot;
+mod containerd;
 mod engine;
 mod pty;
 mod run;
@@ -13,6 +14,7 @@ mod running;
 mod world;
 
 pub use chroot::Chroot;
+pub use containerd::{Containerd, IMAGE};
 pub use engine::{TEST_ENGINE, engine};
 pub use pty::Terminal;
 pub use run::{Finished, eventually, is_running, run_with};

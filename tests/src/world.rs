@@ -199,7 +199,7 @@ impl World {
     }
 }
 
-fn variable(name: &str) -> PathBuf {
+pub(crate) fn variable(name: &str) -> PathBuf {
     let value = env::var_os(name).unwrap_or_else(|| panic!("{name} is not set: use `make e2e`"));
     PathBuf::from(value)
 }

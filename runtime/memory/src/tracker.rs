@@ -311,9 +311,7 @@ mod tests {
         let file = || tracker.file().unwrap().try_clone().unwrap();
         assert!(PageTracker::attach(file(), 300 * PAGE_SIZE).is_err());
         assert!(file().set_len(0).is_err(), "the file is sealed");
-        let loose = File::from(
-            nix::sys::memfd::memfd_create("x", MFdFlags::empty()).unwrap(),
-        );
+        let loose = File::from(nix::sys::memfd::memfd_create("x", MFdFlags::empty()).unwrap());
         assert!(PageTracker::attach(loose, 0).is_err());
         assert!(PageTracker::with_len(PAGE_SIZE).file().is_none());
     }

@@ -2,7 +2,8 @@
 //!
 //! This crate is thin: it understands flags, speaks to people and terminals, and leaves the rest to
 //! `mvm-sandbox` and `mvm-image`. The same file is also the monitor of each machine
-//! (`mvm monitor`, see `mvm-vmm`), and of its file server (`mvm file-server`, see `mvm-fs`).
+//! (`mvm monitor`, see `mvm-vmm`) and of its file server (`mvm file-server`, see `mvm-fs`), and under
+//! the name `containerd-shim-mvm-v1` containerd's shim.
 
 mod cli;
 mod commands;
@@ -24,11 +25,21 @@ use clap::Parser;
 use mvm_sandbox::EXIT_FAILURE;
 
 fn main() -> ExitCode {
-    if std::env::args_os().nth(1).is_some_and(|arg| arg == mvm_vmm::monitor::SUBCOMMAND) {
+    let mut args = std::env::args_os();
+    let (program, first) = (args.next(), args.next());
+    let first = first.as_deref().and_then(std::ffi::OsStr::to_str);
+    // These come first: the shim starts both by this file.
+    if first == Some(mvm_vmm::monitor::SUBCOMMAND) {
         return commands::monitor::main();
     }
-    if std::env::args_os().nth(1).is_some_and(|arg| arg == mvm_fs::SUBCOMMAND) {
+    if first == Some(mvm_fs::SUBCOMMAND) {
         return mvm_fs::main();
+    }
+    if first == Some(containerd_shim_mvm::vm::holder::SUBCOMMAND) {
+        return containerd_shim_mvm::vm::holder::main();
+    }
+    if containerd_shim_mvm::is_shim(program.as_deref()) {
+        return commands::shim::main();
     }
     let code = match cli::Cli::try_parse() {
         Ok(cli) => dispatch(&cli),

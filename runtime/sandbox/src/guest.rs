@@ -3,6 +3,8 @@
 //! Every connection goes through the sandbox's vsock socket: `CONNECT <port>\n` is written, the
 //! monitor answers `OK <number>\n`, and from then on the bytes are the guest's.
 
+mod control;
+
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -157,8 +159,9 @@ impl Guest {
         rootfs.set_block(lower);
         rootfs.set_tmpfs(Tmpfs::new());
         let files = container.files.iter().map(|file| {
-            let mut volume = Volume { name: file.name.into(), ..Default::default() };
-            volume.set_file(InlineFile { data: file.data.clone(), ..Default::default() });
+            let mut volume = Volume { name: file.name.clone().into_owned(), ..Default::default() };
+            let (data, mode) = (file.data.clone(), file.mode);
+            volume.set_file(InlineFile { data, mode, ..Default::default() });
             volume
         });
         let shared = container.volumes.iter().map(|shared| {

@@ -148,6 +148,11 @@ impl Layout {
         self.data.join("images")
     }
 
+    /// One socket per containerd shim.
+    pub fn shims(&self) -> PathBuf {
+        self.run.join("shims")
+    }
+
     /// What is known of the host's KVM until the next restart.
     pub fn probe_file(&self) -> PathBuf {
         self.run.join("probe.json")

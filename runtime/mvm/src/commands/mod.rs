@@ -12,6 +12,7 @@ mod logs;
 mod modules;
 pub mod monitor;
 mod run;
+pub mod shim;
 mod stats;
 mod unikernel;
 mod version;
@@ -37,15 +38,19 @@ pub struct Context {
 
 impl Context {
     fn new(cli: &Cli) -> anyhow::Result<Self> {
-        let variable = std::env::var_os("MVM_ROOT").filter(|v| !v.is_empty()).map(PathBuf::from);
-        let root = cli.root.clone().or(variable);
         let settings = Places::current(cli.config.as_deref());
-        Ok(Self { layout: Layout::new(root.as_deref())?, settings })
+        Ok(Self { layout: layout(cli.root.clone())?, settings })
     }
 
     fn registry(&self) -> anyhow::Result<Registry> {
         Ok(Registry::open(self.layout.clone()).map_err(mvm_sandbox::Error::from)?)
     }
+}
+
+/// The directories: below `root`, else below `MVM_ROOT`, else the usual ones.
+fn layout(root: Option<PathBuf>) -> anyhow::Result<Layout> {
+    let variable = std::env::var_os("MVM_ROOT").filter(|v| !v.is_empty()).map(PathBuf::from);
+    Ok(Layout::new(root.or(variable).as_deref())?)
 }
 
 /// Carries out what the command line says, and returns the exit code.

@@ -12,6 +12,7 @@ mod limits;
 mod mounts;
 pub mod volumes;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
@@ -112,9 +113,11 @@ pub struct Options {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProvidedFile {
     /// Its name among the provided ones.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// What is in it.
     pub data: Vec<u8>,
+    /// Permission bits.
+    pub mode: u32,
 }
 
 /// Where the guest finds provided files.
@@ -134,10 +137,12 @@ pub struct Container {
 /// Makes the specification of the container `id`.
 pub fn container(id: &str, image: &ImageConfig, options: &Options) -> Result<Container, Error> {
     let hostname = options.hostname.clone().unwrap_or_else(|| id.to_owned());
-    let files = vec![
-        ProvidedFile { name: "hostname", data: format!("{hostname}\n").into_bytes() },
-        ProvidedFile { name: "hosts", data: hosts(&hostname).into_bytes() },
-    ];
+    let file = |name: &'static str, text: String| ProvidedFile {
+        name: name.into(),
+        data: text.into_bytes(),
+        mode: 0o644,
+    };
+    let files = vec![file("hostname", format!("{hostname}\n")), file("hosts", hosts(&hostname))];
     let user = options.user.clone().or_else(|| image.user().clone()).unwrap_or_default();
     let (uid, gid, username) = user_ids(&user);
     let mut user = UserBuilder::default().uid(uid).gid(gid);

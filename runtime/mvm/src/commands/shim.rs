@@ -1,0 +1,61 @@
+//! containerd's shim, which this program is under the name `containerd-shim-mvm-v1`.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_mvm::host::{Hardware, Host, Size};
+use mvm_sandbox::engine;
+use mvm_sandbox::layout::Layout;
+use mvm_sandbox::spec::{CpuShare, parse_size};
+
+use super::layout;
+use crate::embedded;
+use crate::settings::{Config, Places, Settings};
+
+/// The least memory with which the guest's kernel, agent and a small program live.
+const MIN_MEMORY: u64 = 64 << 20;
+
+/// Sizes are whole pieces of this.
+const PIECE: u64 = 1 << 20;
+
+/// Hands over to the shim.
+pub fn main() -> ExitCode {
+    containerd_shim_mvm::main(Arc::new(Program), std::env::args_os().skip(1))
+}
+
+/// This program, with the same settings and directories as its command line has; `MVM_ROOT` and
+/// `MVM_CONFIG` in containerd's environment change them.
+#[derive(Debug)]
+struct Program;
+
+impl Host for Program {
+    fn layout(&self) -> anyhow::Result<Layout> {
+        layout(None)
+    }
+
+    fn hardware(&self, size: Size) -> anyhow::Result<Hardware> {
+        let settings = Settings::without_flags(&Config::load(&Places::current(None))?)?;
+        let outlook = engine::look(&self.layout()?, settings.wish(false))?;
+        let cpus: CpuShare = super::run::cpus(&settings)?;
+        let memory = match size.memory {
+            Some(bytes) => bytes,
+            None => parse_size(&settings.memory.value)?,
+        };
+        let memory = memory.checked_next_multiple_of(PIECE).unwrap_or(u64::MAX);
+        let available = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+        let most = available.clamp(1, u64::from(mvm_vmm::layout::MAX_VCPUS));
+        let vcpus = u64::from(size.vcpus.unwrap_or_else(|| cpus.vcpus())).clamp(1, most);
+        Ok(Hardware {
+            vcpus: u32::try_from(vcpus)?,
+            memory: memory.clamp(MIN_MEMORY, mvm_vmm::layout::MAX_MEMORY),
+            engine: outlook.decide(engine::Guest::Linux)?,
+            cpu: settings.cpu.value,
+            kernel: embedded::kernel(settings.kernel.value.as_deref())?,
+            initramfs: embedded::initramfs(settings.initrd.value.as_deref())?,
+            cmdline: settings.cmdline.value.clone().unwrap_or_default(),
+            boot_limit: Duration::from_secs(settings.boot_timeout.value),
+            stop_timeout: settings.stop_timeout.value,
+        })
+    }
+}

@@ -1,0 +1,61 @@
+//! What is done to a whole container in the guest.
+
+use mvm_agent_protocol::messages::{
+    CloseStdinRequest, PauseContainerRequest, ResumeContainerRequest, SignalProcessRequest,
+    UpdateResourcesRequest,
+};
+
+use super::Guest;
+use crate::error::Error;
+
+impl Guest {
+    /// Sends a signal to every process of the container.
+    pub fn signal_all(&self, signal: i32) -> Result<(), Error> {
+        let request = SignalProcessRequest {
+            container_id: self.container.clone(),
+            signal: signal.unsigned_abs(),
+            all: true,
+            ..Default::default()
+        };
+        self.client.signal_process(&request, self.limit)?;
+        Ok(())
+    }
+
+    /// Freezes the container's processes; the machine goes on.
+    pub fn freeze(&self) -> Result<(), Error> {
+        let container_id = self.container.clone();
+        let request = PauseContainerRequest { container_id, ..Default::default() };
+        self.client.pause_container(&request, self.limit)?;
+        Ok(())
+    }
+
+    /// Lets them go on.
+    pub fn thaw(&self) -> Result<(), Error> {
+        let container_id = self.container.clone();
+        let request = ResumeContainerRequest { container_id, ..Default::default() };
+        self.client.resume_container(&request, self.limit)?;
+        Ok(())
+    }
+
+    /// Changes the container's limits; `resources` is the runtime specification's
+    /// `linux.resources` in JSON. Returns what the guest will not honour.
+    pub fn update(&self, resources: &[u8]) -> Result<Vec<String>, Error> {
+        let request = UpdateResourcesRequest {
+            container_id: self.container.clone(),
+            resources_json: resources.to_vec(),
+            ..Default::default()
+        };
+        Ok(self.client.update_resources(&request, self.limit)?.notices)
+    }
+
+    /// Ends a process's standard input even while somebody writes to it.
+    pub fn close_stdin(&self, process: &str) -> Result<(), Error> {
+        let request = CloseStdinRequest {
+            container_id: self.container.clone(),
+            process_id: process.to_owned(),
+            ..Default::default()
+        };
+        self.client.close_stdin(&request, self.limit)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,339 @@
+//! A container's root on the host: what containerd's snapshotter hands over, mounted at the bundle's
+//! `rootfs`.
+
+use std::ffi::OsStr;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::backend::RootMount;
+
+/// mount(2) takes one page of data, the terminating zero included.
+const MAX_DATA: usize = 4095;
+
+/// How long an unmount is tried again for while something on the host uses the tree.
+const BUSY: Duration = Duration::from_millis(500);
+
+/// Most mounts on one another that are taken off.
+const MAX_STACK: usize = 64;
+
+/// Why there is no root.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A mount was refused.
+    #[error("cannot mount {kind} {from} at {}: {source}", at.display())]
+    Mount {
+        /// The type.
+        kind: String,
+        /// The source.
+        from: String,
+        /// The target.
+        at: PathBuf,
+        /// What the kernel said.
+        source: Errno,
+    },
+    /// A target that leads out.
+    #[error("the mount target {0:?} is not a plain path below the root")]
+    Target(String),
+    /// An option that cannot be carried out.
+    #[error("the mount option {0:?} is not supported")]
+    Option(String),
+    /// The data do not fit, whatever is done.
+    #[error("the options of the {kind} mount have {len} bytes; mount(2) takes {MAX_DATA}")]
+    TooLong {
+        /// The type.
+        kind: String,
+        /// Their length.
+        len: usize,
+    },
+    /// There is no thread to be had.
+    #[error("cannot mount the root: {0}")]
+    Thread(std::io::Error),
+}
+
+/// A mounted root. Dropping it unmounts it.
+#[derive(Debug)]
+pub struct Root {
+    path: PathBuf,
+    mounted: bool,
+}
+
+impl Root {
+    /// Mounts `mounts`, one after the other, at `path`. Without any, the tree is there already.
+    ///
+    /// # Errors
+    /// See [`Error`]; nothing stays mounted then.
+    pub fn mount(path: &Path, mounts: &[RootMount]) -> Result<Self, Error> {
+        let root = Self { path: path.to_owned(), mounted: !mounts.is_empty() };
+        for one in mounts {
+            mount_one(path, one)?;
+        }
+        Ok(root)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        if self.mounted {
+            unmount(&self.path);
+        }
+    }
+}
+
+/// Takes off all that is mounted at `path`. What is busy for long is detached.
+pub fn unmount(path: &Path) {
+    let until = Instant::now() + BUSY;
+    for _ in 0..MAX_STACK {
+        let result = loop {
+            match umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+                Err(Errno::EBUSY) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(Errno::EBUSY) => {
+                    break umount2(path, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH);
+                }
+                other => break other,
+            }
+        };
+        match result {
+            Ok(()) => {}
+            // Nothing (more) is mounted there, or the place is gone.
+            Err(Errno::EINVAL | Errno::ENOENT) => return,
+            Err(e) => {
+                tracing::warn!("cannot unmount {}: {e}", path.display());
+                return;
+            }
+        }
+    }
+}
+
+/// What the options of a mount mean to mount(2).
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Options {
+    flags: MsFlagsValue,
+    propagation: Option<MsFlags>,
+    data: Vec<String>,
+}
+
+/// Flags with a default.
+#[derive(Debug, PartialEq, Eq)]
+struct MsFlagsValue(MsFlags);
+
+impl Default for MsFlagsValue {
+    fn default() -> Self {
+        Self(MsFlags::empty())
+    }
+}
+
+fn options(words: &[String]) -> Result<Options, Error> {
+    let mut options = Options::default();
+    for word in words {
+        let (flag, on) = match word.as_str() {
+            "ro" => (MsFlags::MS_RDONLY, true),
+            "rw" => (MsFlags::MS_RDONLY, false),
+            "nosuid" => (MsFlags::MS_NOSUID, true),
+            "suid" => (MsFlags::MS_NOSUID, false),
+            "nodev" => (MsFlags::MS_NODEV, true),
+            "dev" => (MsFlags::MS_NODEV, false),
+            "noexec" => (MsFlags::MS_NOEXEC, true),
+            "exec" => (MsFlags::MS_NOEXEC, false),
+            "sync" => (MsFlags::MS_SYNCHRONOUS, true),
+            "async" => (MsFlags::MS_SYNCHRONOUS, false),
+            "dirsync" => (MsFlags::MS_DIRSYNC, true),
+            "noatime" => (MsFlags::MS_NOATIME, true),
+            "atime" => (MsFlags::MS_NOATIME, false),
+            "nodiratime" => (MsFlags::MS_NODIRATIME, true),
+            "diratime" => (MsFlags::MS_NODIRATIME, false),
+            "relatime" => (MsFlags::MS_RELATIME, true),
+            "norelatime" => (MsFlags::MS_RELATIME, false),
+            "strictatime" => (MsFlags::MS_STRICTATIME, true),
+            "bind" => (MsFlags::MS_BIND, true),
+            "rbind" => (MsFlags::MS_BIND | MsFlags::MS_REC, true),
+            "defaults" | "" => continue,
+            "private" | "rprivate" | "slave" | "rslave" | "shared" | "rshared" | "unbindable"
+            | "runbindable" => {
+                options.propagation = Some(propagation(word));
+                continue;
+            }
+            "loop" => return Err(Error::Option(word.clone())),
+            _ => {
+                options.data.push(word.clone());
+                continue;
+            }
+        };
+        options.flags.0.set(flag, on);
+    }
+    Ok(options)
+}
+
+fn propagation(word: &str) -> MsFlags {
+    let (deep, kind) = match word.strip_prefix('r') {
+        Some(kind) => (MsFlags::MS_REC, kind),
+        None => (MsFlags::empty(), word),
+    };
+    deep | match kind {
+        "slave" => MsFlags::MS_SLAVE,
+        "shared" => MsFlags::MS_SHARED,
+        "unbindable" => MsFlags::MS_UNBINDABLE,
+        _ => MsFlags::MS_PRIVATE,
+    }
+}
+
+fn mount_one(root: &Path, one: &RootMount) -> Result<(), Error> {
+    let at = target(root, &one.target)?;
+    let options = options(&one.options)?;
+    let failed = |source| Error::Mount {
+        kind: one.kind.clone(),
+        from: one.source.clone(),
+        at: at.clone(),
+        source,
+    };
+    let flags = options.flags.0;
+    let none: Option<&str> = None;
+    if flags.contains(MsFlags::MS_BIND) {
+        let deep = flags & (MsFlags::MS_BIND | MsFlags::MS_REC);
+        mount(Some(one.source.as_str()), &at, none, deep, none).map_err(failed)?;
+        let rest = flags & !MsFlags::MS_REC;
+        if rest != MsFlags::MS_BIND {
+            // The other flags are taken by a second call alone.
+            mount(none, &at, none, rest | MsFlags::MS_REMOUNT, none).map_err(failed)?;
+        }
+    } else {
+        let data = options.data.join(",");
+        if data.len() <= MAX_DATA {
+            mount(
+                Some(one.source.as_str()),
+                &at,
+                Some(one.kind.as_str()),
+                flags,
+                Some(data.as_str()),
+            )
+            .map_err(failed)?;
+        } else {
+            mount_from_near(one, &at, flags, &options.data)?;
+        }
+    }
+    match options.propagation {
+        Some(flags) => mount(none, &at, none, flags, none).map_err(failed),
+        None => Ok(()),
+    }
+}
+
+/// A mount's place below the root.
+fn target(root: &Path, below: &str) -> Result<PathBuf, Error> {
+    let below = Path::new(below.trim_start_matches('/'));
+    let plain = below.components().all(|c| matches!(c, Component::Normal(_)));
+    let path = root.join(below);
+    // What an image could have made of a link leads who knows where.
+    let links = || below.ancestors().any(|part| root.join(part).is_symlink());
+    if plain && !links() { Ok(path) } else { Err(Error::Target(below.display().to_string())) }
+}
+
+/// Mounts from the directory that all layers share, so that their paths are short.
+fn mount_from_near(
+    one: &RootMount,
+    at: &Path,
+    flags: MsFlags,
+    data: &[String],
+) -> Result<(), Error> {
+    let long = data.join(",");
+    let too_long = || Error::TooLong { kind: one.kind.clone(), len: long.len() };
+    let (dir, near) = shortened(data).ok_or_else(too_long)?;
+    if near.len() > MAX_DATA {
+        return Err(too_long());
+    }
+    let work = || -> Result<(), Errno> {
+        // A directory of this thread's own.
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+        nix::unistd::chdir(&dir)?;
+        let (source, kind) = (Some(one.source.as_str()), Some(one.kind.as_str()));
+        mount(source, at, kind, flags, Some(near.as_str()))
+    };
+    let mounted = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("mount".into()).spawn_scoped(scope, work);
+        thread.map(|t| t.join().unwrap_or(Err(Errno::EIO)))
+    });
+    let (kind, from) = (one.kind.clone(), one.source.clone());
+    mounted.map_err(Error::Thread)?.map_err(|source| Error::Mount {
+        kind,
+        from,
+        at: at.to_owned(),
+        source,
+    })
+}
+
+/// An overlay's options with the layers' paths relative to the directory that they share.
+fn shortened(data: &[String]) -> Option<(PathBuf, String)> {
+    const LOWER: &str = "lowerdir=";
+    let layers: Vec<&Path> =
+        data.iter().find_map(|o| o.strip_prefix(LOWER))?.split(':').map(Path::new).collect();
+    let mut dir = layers.first()?.parent()?;
+    while !layers.iter().all(|layer| layer.starts_with(dir)) {
+        dir = dir.parent()?;
+    }
+    let relative: Option<Vec<&str>> =
+        layers.iter().map(|l| l.strip_prefix(dir).ok()?.to_str()).collect();
+    let lower = format!("{LOWER}{}", relative?.join(":"));
+    let words: Vec<&str> = data
+        .iter()
+        .map(|o| if o.starts_with(LOWER) { lower.as_str() } else { o.as_str() })
+        .collect();
+    let absolute = dir.as_os_str() != OsStr::new("") && dir.is_absolute();
+    absolute.then(|| (dir.to_owned(), words.join(",")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<String> {
+        text.split(',').map(String::from).collect()
+    }
+
+    #[test]
+    fn options_are_flags_propagation_and_data() {
+        let found = options(&words("ro,nosuid,rslave,lowerdir=/a:/b,index=off,rw")).unwrap();
+        assert_eq!(found.flags.0, MsFlags::MS_NOSUID);
+        assert_eq!(found.propagation, Some(MsFlags::MS_SLAVE | MsFlags::MS_REC));
+        assert_eq!(found.data, ["lowerdir=/a:/b", "index=off"]);
+        let found = options(&words("rbind,ro")).unwrap();
+        assert_eq!(found.flags.0, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY);
+        assert!(matches!(options(&words("loop")), Err(Error::Option(_))));
+    }
+
+    #[test]
+    fn targets_stay_below_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/etc", dir.path().join("link")).unwrap();
+        assert_eq!(target(dir.path(), "").unwrap(), dir.path().join(""));
+        assert_eq!(target(dir.path(), "/a/b").unwrap(), dir.path().join("a/b"));
+        for bad in ["../x", "a/../../x", "link/x", "link"] {
+            assert!(matches!(target(dir.path(), bad), Err(Error::Target(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn paths_of_many_layers_are_shortened() {
+        let data = words("workdir=/s/9/work,upperdir=/s/9/fs,lowerdir=/s/1/fs:/s/2/fs");
+        let (dir, short) = shortened(&data).unwrap();
+        assert_eq!(dir, Path::new("/s"));
+        assert_eq!(short, "workdir=/s/9/work,upperdir=/s/9/fs,lowerdir=1/fs:2/fs");
+        assert!(shortened(&words("workdir=/w")).is_none());
+    }
+
+    #[test]
+    fn a_refused_mount_is_named_and_nothing_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let mount =
+            RootMount { kind: "nosuchfs".into(), source: "x".into(), ..RootMount::default() };
+        let error = Root::mount(dir.path(), &[mount]).unwrap_err();
+        assert!(error.to_string().contains("nosuchfs x"), "{error}");
+    }
+}

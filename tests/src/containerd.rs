@@ -1,0 +1,324 @@
+//! A containerd of our own: its own root, state and sockets, mvm's shim on its path, and an end that
+//! leaves nothing.
+
+use std::env;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::{Finished, eventually, run_with};
+
+/// Long enough for anything that is not stuck, on a slow and busy machine.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// The image's name in it.
+pub const IMAGE: &str = "docker.io/library/busybox:latest";
+
+/// The name under which the binary is the shim.
+const SHIM: &str = "containerd-shim-mvm-v1";
+
+/// containerd with the busybox image. Dropping it ends it and whatever it started.
+#[derive(Debug)]
+pub struct Containerd {
+    dir: TempDir,
+    daemon: Option<Child>,
+    snapshotter: &'static str,
+    mvm: PathBuf,
+}
+
+impl Containerd {
+    /// Starts one; `None`, with the reason on standard error, where the machine cannot run any.
+    ///
+    /// # Panics
+    /// If it should work here and does not.
+    #[track_caller]
+    pub fn start() -> Option<Self> {
+        if let Some(reason) = obstacle() {
+            eprintln!("\n*** SKIPPED: {reason} ***\n");
+            return None;
+        }
+        let mvm = crate::world::variable("MVM");
+        let image = crate::world::variable("MVM_TEST_IMAGES").join("busybox.tar");
+        // A short path: sockets are in it.
+        let dir = tempfile::Builder::new().prefix("mvm-ctd-").tempdir_in("/tmp");
+        let dir = dir.expect("a temporary directory");
+        for name in ["bin", "fifo"] {
+            fs::create_dir(dir.path().join(name)).expect("a directory");
+        }
+        let link = dir.path().join("bin").join(SHIM);
+        std::os::unix::fs::symlink(&mvm, link).expect("a link to the binary");
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        let config = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\naddress = {:?}\n[ttrpc]\naddress = {:?}\n",
+            at("root"),
+            at("state"),
+            at("grpc.sock"),
+            at("ttrpc.sock")
+        );
+        fs::write(dir.path().join("config.toml"), config).expect("a config");
+        let mut this = Self { dir, daemon: None, snapshotter: "overlayfs", mvm };
+        this.run_daemon();
+        let plugins = this.ctr(&["plugins", "ls"]).expect_code(0).out();
+        let works = |line: &str| line.contains(" overlayfs ") && line.trim_end().ends_with("ok");
+        if !plugins.lines().any(works) {
+            this.snapshotter = "native";
+        }
+        let image = image.display().to_string();
+        let import =
+            ["image", "import", "--snapshotter", this.snapshotter, "--index-name", IMAGE, &image];
+        this.ctr(&import).expect_code(0);
+        Some(this)
+    }
+
+    /// Starts the daemon, after [`Self::kill_daemon`] once more.
+    #[track_caller]
+    pub fn run_daemon(&mut self) {
+        let log = File::options().create(true).append(true).open(self.path("containerd.log"));
+        let log = log.expect("a log");
+        let path = env::var("PATH").unwrap_or_default();
+        let child = Command::new("containerd")
+            .arg("--config")
+            .arg(self.path("config.toml"))
+            .env("PATH", format!("{}:{path}", self.path("bin").display()))
+            .env("MVM_ROOT", self.path("mvm"))
+            .env("MVM_CONFIG", "/dev/null")
+            .env_remove("MVM_ENGINE")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("containerd");
+        self.daemon = Some(child);
+        eventually("containerd's answer", || self.ctr(&["version"]).code == 0);
+    }
+
+    /// Kills the daemon; what it started goes on.
+    pub fn kill_daemon(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            // It may be gone already.
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+
+    /// A place below its directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// What it and its shims wrote to the log.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("containerd.log")).unwrap_or_default()
+    }
+
+    /// A command line of `ctr`, not yet started.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(self.path("grpc.sock")).args(args);
+        command
+    }
+
+    /// Runs `ctr ARGS`.
+    #[track_caller]
+    pub fn ctr(&self, args: &[&str]) -> Finished {
+        run_with(self.command(args), b"", DEADLINE)
+    }
+
+    /// A command line of `ctr run FLAGS busybox ID ARGS`, not yet started.
+    pub fn run_command(&self, flags: &[&str], id: &str, args: &[&str]) -> Command {
+        let fifos = self.path("fifo").display().to_string();
+        let mut all =
+            vec!["run", "--runtime", "io.containerd.mvm.v1", "--snapshotter", self.snapshotter];
+        all.extend(["--fifo-dir", &fifos]);
+        all.extend(flags);
+        all.extend([IMAGE, id]);
+        all.extend(args);
+        self.command(&all)
+    }
+
+    /// Runs `ctr run --rm FLAGS busybox ID ARGS` with `input`.
+    #[track_caller]
+    pub fn run(&self, flags: &[&str], id: &str, args: &[&str], input: &[u8]) -> Finished {
+        let flags: Vec<&str> = ["--rm"].iter().chain(flags).copied().collect();
+        run_with(self.run_command(&flags, id, args), input, DEADLINE)
+    }
+
+    /// Runs a shell script in a container that is removed afterwards.
+    #[track_caller]
+    pub fn sh(&self, flags: &[&str], id: &str, script: &str) -> Finished {
+        self.run(flags, id, &["sh", "-c", script], b"")
+    }
+
+    /// Runs a container of this specification, which is removed afterwards.
+    #[track_caller]
+    pub fn run_spec(&self, id: &str, spec: &serde_json::Value) -> Finished {
+        let file = self.path(&format!("{id}.json"));
+        fs::write(&file, spec.to_string()).expect("a file");
+        let (file, fifos) = (file.display().to_string(), self.path("fifo").display().to_string());
+        let runtime = "io.containerd.mvm.v1";
+        self.ctr(&[
+            "run",
+            "--rm",
+            "--runtime",
+            runtime,
+            "--fifo-dir",
+            &fifos,
+            "--config",
+            &file,
+            id,
+        ])
+    }
+
+    /// Starts a container in the background, with its output in `ID.log`.
+    #[track_caller]
+    pub fn start_container(&self, id: &str, script: &str) {
+        let log = format!("file://{}", self.path(&format!("{id}.log")).display());
+        let command = self.run_command(&["-d", "--log-uri", &log], id, &["sh", "-c", script]);
+        run_with(command, b"", DEADLINE).expect_code(0);
+    }
+
+    /// What a container in the background wrote so far.
+    pub fn output(&self, id: &str) -> String {
+        fs::read_to_string(self.path(&format!("{id}.log"))).unwrap_or_default()
+    }
+
+    /// Runs a shell script in a container that runs.
+    #[track_caller]
+    pub fn exec(&self, id: &str, exec: &str, script: &str, input: &[u8]) -> Finished {
+        let fifos = self.path("fifo").display().to_string();
+        let args =
+            ["task", "exec", "--fifo-dir", &fifos, "--exec-id", exec, id, "sh", "-c", script];
+        run_with(self.command(&args), input, DEADLINE)
+    }
+
+    /// The status of a task as `ctr task ls` shows it; empty if there is none.
+    pub fn status(&self, id: &str) -> String {
+        let list = self.ctr(&["task", "ls"]).out();
+        let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let row = rows.find(|row| row.first() == Some(&id));
+        row.and_then(|row| row.get(2).map(ToString::to_string)).unwrap_or_default()
+    }
+
+    /// The process that stands for a task.
+    ///
+    /// # Panics
+    /// If there is no such task.
+    #[track_caller]
+    pub fn pid(&self, id: &str) -> Pid {
+        let list = self.ctr(&["task", "ls"]).out();
+        let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let row = rows.find(|row| row.first() == Some(&id));
+        let pid = row.and_then(|row| row.get(1).and_then(|pid| pid.parse().ok()));
+        Pid::from_raw(pid.unwrap_or_else(|| panic!("no task {id} in\n{list}")))
+    }
+
+    /// Waits for the end of a task, and removes it and its container.
+    #[track_caller]
+    pub fn remove(&self, id: &str) {
+        eventually("the end of the task", || self.status(id) == "STOPPED");
+        self.ctr(&["task", "rm", id]);
+        self.ctr(&["container", "rm", id]).expect_code(0);
+    }
+
+    /// `mvm ARGS` with the directories that the shims use.
+    #[track_caller]
+    pub fn mvm(&self, args: &[&str]) -> Finished {
+        let mut command = Command::new(&self.mvm);
+        command.arg("--root").arg(self.path("mvm")).args(args).env("MVM_CONFIG", "/dev/null");
+        run_with(command, b"", DEADLINE)
+    }
+
+    /// The shims that this containerd has started, by the address on their command lines.
+    pub fn shims(&self) -> Vec<Pid> {
+        let address = self.path("grpc.sock").display().to_string();
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            let mut words = line.split('\0');
+            if words.next() == Some(SHIM) && words.any(|word| word == address) {
+                found.push(Pid::from_raw(pid));
+            }
+        }
+        found
+    }
+
+    /// Mounts below its directory, the last one first.
+    pub fn mounts(&self) -> Vec<PathBuf> {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+        let mut found: Vec<_> = points.filter(|point| point.starts_with(self.dir.path())).collect();
+        found.reverse();
+        found
+    }
+
+    /// Waits until nothing is left of any container: what ends after its end does so at once.
+    #[track_caller]
+    pub fn expect_nothing_left(&self) {
+        eventually("the end of all shims", || self.shims().is_empty());
+        assert_eq!(self.mounts(), Vec::<PathBuf>::new());
+        assert_eq!(self.mvm(&["ps", "-aq"]).expect_code(0).out(), "");
+        for dir in ["mvm/run/sandboxes", "mvm/run/names", "mvm/run/shims", "mvm/data/logs", "fifo"]
+        {
+            let entries = fs::read_dir(self.path(dir)).into_iter().flatten().flatten();
+            let left: Vec<_> = entries.map(|entry| entry.path()).collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- containerd's log\n{}", tail(&self.log()));
+        }
+        // First whoever would start others.
+        self.kill_daemon();
+        for pid in self.shims() {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        let mut list = Command::new(&self.mvm);
+        list.arg("--root").arg(self.path("mvm")).args(["ps", "-aq"]);
+        if let Ok(output) = list.output() {
+            for id in String::from_utf8_lossy(&output.stdout).split_whitespace() {
+                let mut remove = Command::new(&self.mvm);
+                let _ = remove.arg("--root").arg(self.path("mvm")).args(["rm", "-f", id]).output();
+            }
+        }
+        for mount in self.mounts() {
+            let _ = umount2(&mount, MntFlags::MNT_DETACH);
+        }
+    }
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(60)..].join("\n")
+}
+
+/// Why this machine cannot run containerd; what can be installed is no reason.
+fn obstacle() -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("containerd needs root, and this is an ordinary user".into());
+    }
+    let mut probe = Command::new("unshare");
+    probe.args(["--mount", "mount", "-t", "tmpfs", "tmpfs"]).arg(Path::new("/mnt"));
+    match probe.output() {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => {
+            let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            Some(format!("containerd needs to mount, which is not allowed here: {why}"))
+        }
+        Err(e) => Some(format!("unshare(1) cannot be run: {e}")),
+    }
+}

@@ -1,0 +1,230 @@
+//! containerd's front door: `ctr` of the distribution, with a daemon of the tests' own.
+
+use std::fs;
+use std::process::Stdio;
+use std::thread;
+
+use mvm_tests::{Chroot, Containerd, IMAGE, Terminal, World, eventually, is_running};
+use nix::sys::signal::{Signal, kill};
+
+/// Starts containerd, or ends the test where the machine cannot run any.
+macro_rules! containerd {
+    () => {
+        match Containerd::start() {
+            Some(containerd) => containerd,
+            None => return,
+        }
+    };
+}
+
+#[test]
+fn output_input_and_exit_codes() {
+    let ctd = containerd!();
+    let run = ctd.sh(&[], "c1", "echo out; echo err >&2; exit 7").expect_code(7);
+    assert_eq!((run.out().as_str(), run.err().as_str()), ("out\n", "err\n"));
+    let run = ctd.run(&[], "c2", &["cat"], b"from the host\n").expect_code(0);
+    assert_eq!(run.out(), "from the host\n");
+    assert_eq!(ctd.sh(&[], "c3", "sh -c 'kill -TERM $$'; exit $?").code, 143);
+    let missing = ctd.run(&[], "c4", &["no-such-program"], b"");
+    assert_ne!(missing.code, 0);
+    assert!(missing.err().contains("no-such-program"), "{}", missing.err());
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn flags_and_limits_hold() {
+    let ctd = containerd!();
+    let flags = ["--env", "GREETING=hello", "--cwd", "/home", "--cpus", "1.5"];
+    let run = ctd.sh(&flags, "c1", "echo $GREETING $(pwd) $(nproc)").expect_code(0);
+    assert!(run.out().starts_with("hello /home "), "{}", run.out());
+    let run = ctd.sh(&["--read-only"], "c2", "touch /x || echo refused").expect_code(0);
+    assert_eq!(run.out(), "refused\n");
+    // The root can be written otherwise, and nothing of that comes back to the host.
+    assert_eq!(ctd.sh(&[], "c3", "echo y >/x; cat /x").expect_code(0).out(), "y\n");
+    let mount = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro";
+    let limited = ["--memory-limit", "67108864", "--mount", mount];
+    let script = "cat /sys/fs/cgroup/memory.max; dd if=/dev/zero of=/dev/null bs=200M count=1";
+    let run = ctd.sh(&limited, "c4", script).expect_code(137);
+    assert_eq!(run.out(), "67108864\n");
+    // What cannot be done is refused in words.
+    let mount = "type=bind,src=/etc,dst=/host,options=rbind:ro";
+    let run = ctd.sh(&["--mount", mount], "c5", "true");
+    assert!(run.code != 0 && run.err().contains("/host"), "{}", run.err());
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn a_terminal() {
+    let ctd = containerd!();
+    let command = ctd.run_command(&["--rm", "-t"], "c1", &["sh"]);
+    let mut terminal = Terminal::start(&command, 100, 40);
+    terminal.wait_for("# ");
+    // ctr sets the size when the process runs already.
+    terminal
+        .press("tty; until [ \"$(stty size)\" = '40 100' ]; do sleep 0.1; done; echo si''zed\n");
+    terminal.wait_for("/dev/");
+    terminal.wait_for("sized");
+    terminal.resize(90, 30);
+    terminal.press("until [ \"$(stty size)\" = '30 90' ]; do sleep 0.1; done; echo resi''zed\n");
+    terminal.wait_for("resized");
+    terminal.press("exit 5\n");
+    assert_eq!(terminal.wait(), 5);
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn a_long_life() {
+    let ctd = containerd!();
+    ctd.start_container("c1", "trap 'echo bye; exit 9' TERM; echo up; while :; do sleep 0.1; done");
+    eventually("its output", || ctd.output("c1") == "up\n");
+    assert_eq!(ctd.status("c1"), "RUNNING");
+    // The process that stands for it is in a network namespace of its own.
+    let pid = ctd.pid("c1");
+    let net = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).expect("a namespace");
+    assert_ne!(net(&pid.to_string()), net("self"));
+    assert!(ctd.mvm(&["ps"]).out().contains("default.c1"));
+
+    let run = ctd.exec("c1", "e1", "cat; echo err >&2; exit 3", b"in\n").expect_code(3);
+    assert_eq!((run.out().as_str(), run.err().as_str()), ("in\n", "err\n"));
+    // By its name in mvm, too.
+    assert_eq!(ctd.mvm(&["exec", "default.c1", "echo", "there"]).expect_code(0).out(), "there\n");
+
+    let metrics = ctd.ctr(&["task", "metrics", "c1"]).expect_code(0).out();
+    let used = metrics.lines().find(|line| line.contains("memory") && line.contains("usage"));
+    let used = used.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    assert!(used.is_some_and(|bytes| bytes > 4096), "{metrics}");
+    let processes = ctd.ctr(&["task", "ps", "c1"]).expect_code(0).out();
+    assert!(processes.contains(&pid.to_string()), "{processes}");
+
+    ctd.ctr(&["task", "pause", "c1"]).expect_code(0);
+    assert_eq!(ctd.status("c1"), "PAUSED");
+    assert_ne!(ctd.ctr(&["task", "pause", "c1"]).code, 0);
+    assert_ne!(ctd.exec("c1", "e2", "true", b"").code, 0);
+    ctd.ctr(&["task", "resume", "c1"]).expect_code(0);
+    assert_eq!(ctd.status("c1"), "RUNNING");
+
+    ctd.ctr(&["task", "kill", "-s", "SIGTERM", "c1"]).expect_code(0);
+    ctd.remove("c1");
+    assert_eq!(ctd.output("c1"), "up\nbye\n");
+    assert!(!is_running(pid));
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn events_come_in_containerds_order() {
+    let ctd = containerd!();
+    let file = fs::File::create(ctd.path("events")).expect("a file");
+    let mut events =
+        ctd.command(&["events"]).stdout(file).stdin(Stdio::null()).spawn().expect("ctr");
+    let text = || fs::read_to_string(ctd.path("events")).unwrap_or_default();
+    // It says nothing when it is ready: something is made until it is heard.
+    eventually("the first event", || {
+        ctd.ctr(&["image", "label", IMAGE, &format!("n={}", text().len())]);
+        text().contains("/images/update")
+    });
+    ctd.start_container("c1", "while :; do sleep 0.1; done");
+    ctd.exec("c1", "e1", "true", b"").expect_code(0);
+    ctd.ctr(&["task", "kill", "-s", "SIGKILL", "c1"]).expect_code(0);
+    ctd.remove("c1");
+    eventually("the last event", || text().contains("/tasks/delete"));
+    let _ = events.kill();
+    let _ = events.wait();
+    let topics: Vec<String> = text()
+        .split_whitespace()
+        .filter_map(|word| word.strip_prefix("/tasks/"))
+        .map(str::to_owned)
+        .collect();
+    let want = ["create", "start", "exec-added", "exec-started", "exit", "exit", "delete"];
+    assert_eq!(topics, want);
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn five_at_a_time_and_several_in_a_row() {
+    let ctd = containerd!();
+    thread::scope(|scope| {
+        for n in 0..5 {
+            let ctd = &ctd;
+            scope.spawn(move || {
+                let run = ctd.sh(&[], &format!("p{n}"), &format!("echo {n}; exit {n}"));
+                assert_eq!(run.expect_code(n).out(), format!("{n}\n"));
+            });
+        }
+    });
+    for n in 0..5 {
+        // The same id each time: nothing of the last one is in the way.
+        assert_eq!(
+            ctd.sh(&[], "again", &format!("echo {n}")).expect_code(0).out(),
+            format!("{n}\n")
+        );
+    }
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn a_specification_of_ones_own_with_a_hook_of_the_host() {
+    let ctd = containerd!();
+    let out = ctd.path("hook.out");
+    let hook = format!(
+        "cat >{0}; pid=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/' {0}); readlink /proc/$pid/ns/net >>{0}",
+        out.display()
+    );
+    let default = ctd.ctr(&["oci", "spec"]).expect_code(0).out();
+    let mut spec: serde_json::Value = serde_json::from_str(&default).expect("a specification");
+    // Its root is a directory, not one of containerd's snapshots.
+    let root = Chroot::new(&World::new().image_file("busybox"));
+    spec["root"]["path"] = root.path().display().to_string().into();
+    spec["hostname"] = "box".into();
+    spec["process"]["user"] =
+        serde_json::json!({ "uid": 65534, "gid": 100, "additionalGids": [1] });
+    let script = "echo $(hostname) $(id -u):$(id -g) $(id -G)";
+    spec["process"]["args"] = serde_json::json!(["sh", "-c", script]);
+    spec["hooks"] = serde_json::json!({
+        "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", hook], "env": ["PATH=/usr/bin:/bin"] }],
+    });
+    let run = ctd.run_spec("c1", &spec).expect_code(0);
+    assert_eq!(run.out(), "box 65534:100 100 1\n");
+    let told = fs::read_to_string(out).expect("what the hook wrote");
+    assert!(told.contains("\"status\":\"creating\"") && told.contains("net:["), "{told}");
+    let own = fs::read_link("/proc/self/ns/net").expect("a namespace").display().to_string();
+    assert!(!told.contains(&own), "{told}");
+
+    spec["hooks"]["createRuntime"][0]["args"][2] = "echo no way >&2; exit 1".into();
+    let run = ctd.run_spec("c2", &spec);
+    assert!(run.code != 0 && run.err().contains("no way"), "{}", run.err());
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn containerd_may_be_restarted() {
+    let mut ctd = containerd!();
+    ctd.start_container("c1", "echo up; while :; do sleep 0.1; done");
+    eventually("its output", || ctd.output("c1") == "up\n");
+    let (pid, shims) = (ctd.pid("c1"), ctd.shims());
+    ctd.kill_daemon();
+    ctd.run_daemon();
+    assert_eq!((ctd.status("c1").as_str(), ctd.pid("c1"), ctd.shims()), ("RUNNING", pid, shims));
+    assert_eq!(ctd.exec("c1", "e1", "echo still here", b"").expect_code(0).out(), "still here\n");
+    ctd.ctr(&["task", "kill", "-s", "SIGKILL", "c1"]).expect_code(0);
+    ctd.remove("c1");
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn a_killed_shim_leaves_nothing() {
+    let ctd = containerd!();
+    ctd.start_container("c1", "echo up; while :; do sleep 0.1; done");
+    eventually("its output", || ctd.output("c1") == "up\n");
+    let holder = ctd.pid("c1");
+    for shim in ctd.shims() {
+        kill(shim, Signal::SIGKILL).expect("a shim to be killed");
+    }
+    eventually("the end of the task", || ctd.status("c1") != "RUNNING");
+    ctd.ctr(&["task", "rm", "c1"]);
+    ctd.ctr(&["container", "rm", "c1"]).expect_code(0);
+    eventually("the end of the machine", || ctd.mvm(&["ps", "-aq"]).out().is_empty());
+    eventually("the end of its holder", || !is_running(holder));
+    ctd.expect_nothing_left();
+    // The id is free.
+    assert_eq!(ctd.sh(&[], "c1", "echo anew").expect_code(0).out(), "anew\n");
+}
