@@ -5,7 +5,7 @@ use std::time::Duration;
 use mvm_sandbox::engine::Selection;
 use mvm_sandbox::layout::Layout;
 use mvm_sandbox::machine::Payload;
-use mvm_vmm::config::CpuModel;
+use mvm_vmm::config::{CpuModel, HugePages};
 
 /// How large a machine is to be, where somebody said it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -23,6 +23,8 @@ pub struct Hardware {
     pub vcpus: u32,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// The pages of the host that it is made of.
+    pub hugepages: HugePages,
     /// What runs it.
     pub engine: Selection,
     /// The processor that the guest sees, if it matters.

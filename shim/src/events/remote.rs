@@ -73,8 +73,11 @@ impl Remote {
 impl Sink for Remote {
     fn publish(&self, event: Event) {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = queue.as_ref().map(|queue| queue.try_send((SystemTime::now(), event)));
-        if !matches!(sent, Some(Ok(()))) {
+        let sent = match queue.as_ref() {
+            Some(queue) => queue.try_send((SystemTime::now(), event)).is_ok(),
+            None => false,
+        };
+        if !sent {
             tracing::warn!("an event is dropped: {QUEUE} wait for containerd, or this is the end");
         }
     }

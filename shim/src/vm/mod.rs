@@ -169,12 +169,14 @@ impl Machines {
         let plan = MachinePlan {
             vcpus: hardware.vcpus,
             memory: hardware.memory,
+            hugepages: hardware.hugepages,
             engine: hardware.engine,
             cpu: hardware.cpu,
             kernel: hardware.kernel,
             initramfs: Some(hardware.initramfs),
             rootfs: pack(&container.root_path, &image)?,
             cmdline: hardware.cmdline,
+            shares: None,
             console: None,
             boot_limit: hardware.boot_limit,
         };

@@ -137,7 +137,7 @@ pub fn for_guest(spec: &Spec) -> Result<Container, Error> {
         resources.set_cpu(Some(cpu));
     }
     spec.set_linux(Some(linux));
-    Ok(Container { spec, files })
+    Ok(Container { spec, files, volumes: Vec::new() })
 }
 
 /// The Linux part; an empty one if there is none, which is not the library's default.

@@ -16,8 +16,8 @@ use crate::settings::{Config, Places, Settings};
 /// The least memory with which the guest's kernel, agent and a small program live.
 const MIN_MEMORY: u64 = 64 << 20;
 
-/// Sizes are whole pieces of this.
-const PIECE: u64 = 1 << 20;
+/// Sizes are whole pieces of this: huge pages, if memory is made of them.
+const PIECE: u64 = 2 << 20;
 
 /// Hands over to the shim.
 pub fn main() -> ExitCode {
@@ -49,6 +49,7 @@ impl Host for Program {
         Ok(Hardware {
             vcpus: u32::try_from(vcpus)?,
             memory: memory.clamp(MIN_MEMORY, mvm_vmm::layout::MAX_MEMORY),
+            hugepages: settings.hugepages.value,
             engine: outlook.decide(engine::Guest::Linux)?,
             cpu: settings.cpu.value,
             kernel: embedded::kernel(settings.kernel.value.as_deref())?,
