@@ -45,7 +45,7 @@ fn directories_are_shared_and_written() {
     let dir = dir();
     fs::write(dir.path().join("in"), "from the host\n").expect("a file");
     let script = "cat /vol/in; echo from the guest > /vol/out; mkdir -p /vol/a/b; \
-                  cp /bin/busybox /vol/bb; /vol/bb echo runs; ls /vol/..";
+                  cp /bin/busybox /vol/busybox; /vol/busybox echo runs; ls /vol/..";
     let run = world
         .mvm(&["run", "--rm", "-v", &bind(dir.path(), "/vol"), "busybox", "sh", "-c", script])
         .expect_code(0);
@@ -163,13 +163,13 @@ fn unnamed_files_are_refused_by_name() {
     let dir = dir();
     let script = "import os, errno\n\
                   try: os.open('/vol', os.O_TMPFILE | os.O_RDWR, 0o600)\n\
-                  except OSError as e: print(errno.errorcode[e.errno])\n\
+                  except OSError as e: print(e.errno == errno.EOPNOTSUPP)\n\
                   import tempfile\n\
                   with tempfile.TemporaryFile(dir='/vol') as f: f.write(b'x'); print('and done without')\n";
     let run = world
         .mvm(&["run", "--rm", "-v", &bind(dir.path(), "/vol"), "debian", "python3", "-c", script])
         .expect_code(0);
-    assert_eq!(run.out(), "EOPNOTSUPP\nand done without\n");
+    assert_eq!(run.out(), "True\nand done without\n");
 }
 
 #[test]
