@@ -1,8 +1,8 @@
 //! What has to be known about each guest page by those who cache its content.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 
@@ -82,9 +82,13 @@ fn line_mask(offset: usize, len: usize) -> u64 {
     (u64::MAX << first) & (u64::MAX >> (63 - last))
 }
 
+/// Hears of pages whose cached code went stale.
+type Listener = Arc<dyn Fn(usize) + Send + Sync>;
+
 struct Pages {
     code: Box<[CodePage]>,
     dirty: Box<[AtomicU64]>,
+    listener: Mutex<Option<Listener>>,
 }
 
 /// The page tracker of one RAM region: the `vm-memory` bitmap of everything written.
@@ -114,6 +118,19 @@ impl PageTracker {
             if word.load(Ordering::Relaxed) & bit == 0 {
                 word.fetch_or(bit, Ordering::Relaxed);
             }
+        }
+    }
+
+    /// Calls `listener` with the index of a page whenever a store through the bitmap ends cached code of it, on the
+    /// storing thread and before that goes on. Replaces the one before.
+    pub fn on_stale_code(&self, listener: impl Fn(usize) + Send + Sync + 'static) {
+        *self.0.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(listener));
+    }
+
+    fn tell(&self, index: usize) {
+        let listener = self.0.listener.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(listener) = listener {
+            listener(index);
         }
     }
 
@@ -149,7 +166,9 @@ impl Bitmap for PageTracker {
             let Some(page) = self.code_page(index) else { return };
             let start = index << PAGE_SHIFT;
             let from = offset.max(start);
-            page.written(from - start, end - from);
+            if page.written(from - start, end - from) {
+                self.tell(index);
+            }
             self.set_dirty(index);
         }
     }
@@ -173,6 +192,7 @@ impl NewBitmap for PageTracker {
         Self(Arc::new(Pages {
             code: (0..pages).map(|_| CodePage::default()).collect(),
             dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            listener: Mutex::new(None),
         }))
     }
 }
@@ -207,6 +227,20 @@ mod tests {
         assert!(
             tracker.dirty_at(0) && tracker.dirty_at(PAGE_SIZE) && !tracker.dirty_at(2 * PAGE_SIZE)
         );
+    }
+
+    #[test]
+    fn stale_code_is_heard_of() {
+        let tracker = PageTracker::with_len(3 * PAGE_SIZE);
+        let heard = Arc::new(AtomicU64::new(0));
+        let count = heard.clone();
+        tracker.on_stale_code(move |index| {
+            count.fetch_add(1 << (8 * index), Ordering::Relaxed);
+        });
+        tracker.code_page(2).unwrap().watch(0, 8);
+        tracker.mark_dirty(2 * PAGE_SIZE + 64, 64);
+        tracker.mark_dirty(0, 3 * PAGE_SIZE);
+        assert_eq!(heard.load(Ordering::Relaxed), 1 << 16);
     }
 
     #[test]

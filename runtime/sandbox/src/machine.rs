@@ -180,6 +180,7 @@ impl Draft {
         config.initramfs = hardware.initramfs.map(&mut image);
         config.vcpus = hardware.vcpus;
         config.fallback = hardware.engine.fallback.then_some(hardware.engine.reason);
+        config.emu.tier = hardware.engine.tier;
         config.engine = match hardware.engine.engine {
             Selected::Emu => EngineConfig::Emu,
             Selected::Kvm(device) => EngineConfig::Kvm { device: fds.add(device) },

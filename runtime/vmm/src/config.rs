@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::layout;
 
 pub use boot::{BootProtocol, CmdlineStyle};
+pub use emu::{EmuConfig, EmuTier};
 
 mod boot;
+mod emu;
 
 /// Place of a descriptor in the list that travels with the config.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -31,6 +33,9 @@ pub struct MachineConfig {
     pub memory: u64,
     /// What runs it.
     pub engine: EngineConfig,
+    /// How the emulation engine works, where it is that.
+    #[serde(default)]
+    pub emu: EmuConfig,
     /// Why it is not hardware virtualization although nothing else was asked for; at most
     /// [`MAX_REASON`] bytes, for status and statistics.
     pub fallback: Option<String>,
@@ -76,6 +81,7 @@ impl MachineConfig {
             vcpus: 1,
             memory,
             engine: EngineConfig::Emu,
+            emu: EmuConfig::default(),
             fallback: None,
             cpu: None,
             kernel,
@@ -350,6 +356,12 @@ pub enum Error {
     /// No such engine.
     #[error("there is no engine {name:?}: choose auto, kvm or emu")]
     Engine {
+        /// What was asked for.
+        name: String,
+    },
+    /// The emulation engine has no such tier.
+    #[error("the emulation engine has no tier {name:?}: choose interp or jit")]
+    Tier {
         /// What was asked for.
         name: String,
     },

@@ -98,7 +98,8 @@ fn a_machine_stands_still_while_paused() {
 
 #[test]
 fn a_machine_that_is_dropped_takes_its_threads_and_devices_along() {
-    let emulated = || Machine::new(&mvm_emu::EmuEngine, Parts::new(32 << 20, kernel())).unwrap();
+    let emulated =
+        || Machine::new(&mvm_emu::EmuEngine::default(), Parts::new(32 << 20, kernel())).unwrap();
     for (machine, events) in [machine(4, Vec::new()), emulated()] {
         machine.start();
         let control = Arc::downgrade(&machine.control);
