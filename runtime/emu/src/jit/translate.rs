@@ -568,7 +568,7 @@ impl Translator {
 
     /// The ops that are called, behind the code.
     fn place_ops(&mut self, ops: &[Op]) {
-        while (self.asm.base + self.asm.here()) % align_of::<CalledOp>() != 0 {
+        while !(self.asm.base + self.asm.here()).is_multiple_of(align_of::<CalledOp>()) {
             self.asm.bytes(&[0xcc]);
         }
         let mut places: Vec<Option<usize>> = vec![None; ops.len()];
@@ -581,7 +581,7 @@ impl Translator {
             });
             self.asm.patch(position, place);
         }
-        while self.asm.here() % 16 != 0 {
+        while !self.asm.here().is_multiple_of(16) {
             self.asm.bytes(&[0xcc]);
         }
     }
