@@ -91,6 +91,7 @@ PLAIN := env --default-signal
 unit: unikernel
 	$(PLAIN) $(GUEST_ENV) MVM_TEST_UNIKERNEL=$(UNIKERNEL).elf cargo test --release --workspace --exclude mvm-tests --exclude mvm-image
 	cargo test --release -p mvm-image -- --test-threads 1
+	MVM_TEST_TIER=jit cargo test --release -p mvm-emu --lib
 
 images: unikernel
 	images/busybox/build.sh $(BUILD)/busybox.tar

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use iced_x86::{Code, Formatter, IntelFormatter};
+use mvm_emu::Tier;
 use mvm_emu::testing::UserMachine;
 
 use super::case::{Case, Outcome, Rng};
@@ -309,14 +310,17 @@ fn count(summary: &mut Summary, generated: &Generated, outcome: &Outcome) {
 /// The engine, and a thread that ends runs which take too long.
 struct Watched {
     engine: Engine,
+    translator: Engine,
     running: Arc<AtomicU64>,
 }
 
 impl Watched {
     fn new() -> Self {
         let engine = Engine::new();
+        let translator = Engine::with_tier(Tier::Translator);
         let running = Arc::new(AtomicU64::new(0));
-        let (platform, weak) = (engine.platform(), Arc::downgrade(&running));
+        let weak = Arc::downgrade(&running);
+        let platforms = [engine.platform(), translator.platform()];
         let mut clock = 0;
         // SAFETY: the calling thread exists; stores the id of its processor-time clock.
         let known =
@@ -335,17 +339,45 @@ impl Watched {
                     (last, since) = (now, seconds);
                 } else if now % 2 == 1 && seconds >= since + 5 {
                     // Odd: a case is running, and has been for five seconds of processor time.
-                    UserMachine::is_stuck(&platform);
+                    platforms.iter().for_each(|platform| UserMachine::is_stuck(platform));
                     since = seconds;
                 }
             }
         });
-        Self { engine, running }
+        Self { engine, translator, running }
+    }
+
+    /// The translator against the interpreter; where the code is still what it was, once more, from blocks that have
+    /// been made and linked.
+    fn translated(&mut self, case: &Case, ours: &Outcome) -> Vec<String> {
+        if case.compat != 0 {
+            return Vec::new();
+        }
+        for again in [false, true, true] {
+            if again && !self.translator.is_intact(case) {
+                break;
+            }
+            self.running.fetch_add(1, Ordering::Relaxed);
+            let outcome =
+                if again { self.translator.again(case) } else { self.translator.run(case) };
+            self.running.fetch_add(1, Ordering::Relaxed);
+            let mut lines = match outcome {
+                None => vec!["the translator does not end it, or shut down".into()],
+                Some(outcome) => compare::between_tiers(case, ours, &outcome),
+            };
+            if !lines.is_empty() {
+                if again {
+                    lines.push("from linked blocks".into());
+                }
+                return lines;
+            }
+        }
+        Vec::new()
     }
 
     /// The engine against itself: other ways to run the same code.
     fn consistent(&mut self, case: &Case, ours: &Outcome) -> Vec<String> {
-        let mut lines = Vec::new();
+        let mut lines = self.translated(case, ours);
         // A few cases only; which ones does not matter as long as it is always the same.
         let again = case.data_seed.is_multiple_of(8) && self.engine.is_intact(case);
         if again {

@@ -4,7 +4,9 @@ use std::fmt::Write as _;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic as M, Register, RflagsBits};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic as M, Register, RflagsBits,
+};
 use mvm_emu::cpu::Cpu;
 use mvm_engine::cpuid::Vendor;
 
@@ -566,6 +568,56 @@ fn undefined_flags(case: &Case, rip: u64) -> u64 {
         undefined |= flag_bits(insn.rflags_undefined());
     }
     undefined
+}
+
+/// The differences between the two tiers of the engine, in the same terms: none but flags that are undefined, or that
+/// no instruction reads before it writes them, where an exception ended the case.
+pub fn between_tiers(case: &Case, interpreted: &Outcome, translated: &Outcome) -> Vec<String> {
+    let rip = interpreted.state.rip;
+    let mask = FLAGS & (undefined_flags(case, rip) | dead_flags(case, rip));
+    let mut ours = *translated;
+    if (ours.state.rflags ^ interpreted.state.rflags) & !mask == 0 {
+        ours.state.rflags = interpreted.state.rflags;
+    }
+    if interpreted.same(&ours) {
+        return Vec::new();
+    }
+    let mut lines = vec!["the translator ends it otherwise (host: the interpreter):".to_owned()];
+    let (a, b) = (&interpreted.state, &ours.state);
+    let mut note = |what: &str, a: u64, b: u64| {
+        if a != b {
+            lines.push(format!("{what}: host {a:#x}, engine {b:#x}"));
+        }
+    };
+    note("vector", interpreted.vector, ours.vector);
+    note("error code", interpreted.error, ours.error);
+    note("fault address", interpreted.address, ours.address);
+    note("rip", a.rip, b.rip);
+    note("rflags", a.rflags, b.rflags);
+    for (name, (a, b)) in GPR.iter().zip(a.gpr.iter().zip(&b.gpr)) {
+        note(name, *a, *b);
+    }
+    vectors(&a.xsave, &b.xsave, &Apart::default(), &mut lines);
+    for (i, (a, b)) in interpreted.data.chunks_exact(8).zip(ours.data.chunks_exact(8)).enumerate() {
+        if a != b && lines.len() < 24 {
+            lines.push(format!("[{:#x}]: host {}, engine {}", DATA + i as u64 * 8, hex(a), hex(b)));
+        }
+    }
+    lines
+}
+
+/// Flags that are written before anything reads them from `rip` on, as far as no branch comes.
+fn dead_flags(case: &Case, rip: u64) -> u64 {
+    let mut dead = 0;
+    let mut read = 0;
+    for insn in instructions(case).into_iter().skip_while(|i| i.ip() != rip) {
+        read |= flag_bits(insn.rflags_read());
+        dead |= flag_bits(insn.rflags_modified()) & !read;
+        if insn.flow_control() != FlowControl::Next {
+            break;
+        }
+    }
+    dead
 }
 
 /// Flags that `insn` gives a value to, whatever its operands are.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use mvm_emu::Tier;
 use mvm_emu::cpu::Cpu;
 use mvm_emu::sys::Platform;
 use mvm_emu::testing::{UserMachine, UserPage, UserState};
@@ -29,7 +30,12 @@ impl Default for Engine {
 }
 
 impl Engine {
+    /// The interpreter.
     pub fn new() -> Self {
+        Self::with_tier(Tier::Interpreter)
+    }
+
+    pub fn with_tier(tier: Tier) -> Self {
         let page = |linear, physical, write, execute| UserPage { linear, physical, write, execute };
         let mut pages = Vec::new();
         for (i, physical) in CODE_PAGES.into_iter().enumerate() {
@@ -39,7 +45,7 @@ impl Engine {
             pages.push(page(DATA + (i * PAGE) as u64, physical, true, false));
         }
         pages.push(page(READ_ONLY, READ_ONLY_PAGE, false, false));
-        let mut machine = UserMachine::new(&pages);
+        let mut machine = UserMachine::with_tier(&pages, tier);
         let mut bytes = [0; PAGE];
         fill(0, &mut bytes);
         machine.write(READ_ONLY_PAGE, &bytes);

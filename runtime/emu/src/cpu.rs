@@ -3,6 +3,7 @@
 use crate::fault::Fault;
 use crate::flags::{Cc, cc_to_rflags, rflags, rflags_to_cc};
 use crate::host::VectorState;
+use crate::jit::JitEnv;
 use crate::mmu::Mmu;
 use crate::op::{Flow, reg};
 use crate::sys::SystemState;
@@ -76,6 +77,8 @@ pub struct Cpu {
     pub sysflags: u64,
     /// Segment registers, then [`seg::FLAT`].
     pub seg: [SegmentReg; seg::COUNT],
+    /// What translated code needs.
+    pub(crate) jit: JitEnv,
     /// Address translation and guest memory.
     pub mmu: Mmu,
     /// SIMD and x87 state.
@@ -98,6 +101,7 @@ impl Cpu {
             shadow: false,
             sysflags: rflags::FIXED,
             seg: [SegmentReg::default(); seg::COUNT],
+            jit: JitEnv::default(),
             mmu,
             vec: VectorState::default(),
             sys,

@@ -10,9 +10,21 @@ use crate::vm::EmuVm;
 /// vCPUs of one machine, at most: what the local APICs' xAPIC mode can address.
 pub const MAX_VCPUS: u32 = 32;
 
+/// How guest code is run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Tier {
+    /// Decoded and interpreted.
+    #[default]
+    Interpreter,
+    /// 64-bit code is translated, the rest interpreted.
+    Translator,
+}
+
 /// The emulation engine. Needs nothing of the host but its processor.
 #[derive(Debug, Default)]
-pub struct EmuEngine;
+pub struct EmuEngine {
+    tier: Tier,
+}
 
 impl EmuEngine {
     /// The engine.
@@ -24,7 +36,13 @@ impl EmuEngine {
             what: "cannot make executable memory for the emulation engine",
             source,
         })?;
-        Ok(Self)
+        Ok(Self::default())
+    }
+
+    /// The same, with `tier` for its machines.
+    #[must_use]
+    pub fn with_tier(self, tier: Tier) -> Self {
+        Self { tier }
     }
 }
 
@@ -44,6 +62,6 @@ impl Engine for EmuEngine {
                 reason: "it has a processor of its own; use v3".into(),
             });
         }
-        Ok(Arc::new(EmuVm::new(config)))
+        Ok(Arc::new(EmuVm::new(config, self.tier)))
     }
 }

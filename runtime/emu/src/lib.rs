@@ -17,6 +17,7 @@ pub mod flags;
 pub mod host;
 pub mod int;
 pub mod interp;
+pub mod jit;
 pub mod mmu;
 pub mod op;
 mod regs;
@@ -25,4 +26,4 @@ pub mod testing;
 mod vcpu;
 mod vm;
 
-pub use engine::{EmuEngine, MAX_VCPUS};
+pub use engine::{EmuEngine, MAX_VCPUS, Tier};

@@ -14,12 +14,32 @@ use mvm_engine::cpuid::CpuModel;
 use mvm_engine::mock::NoBus;
 use mvm_memory::GuestRam;
 
+use crate::Tier;
 use crate::block::{Dispatcher, Stop};
 use crate::cpu::{Cpu, Mode};
 use crate::fault::Fault;
 use crate::mmu::{Mmu, PhysMemory};
 use crate::op::reg;
 use crate::sys::{Platform, SystemState};
+
+/// What tests run on: the environment may ask for the translator (`MVM_TEST_TIER=jit`).
+pub fn tier() -> Tier {
+    match std::env::var("MVM_TEST_TIER").as_deref() {
+        Ok("jit") => Tier::Translator,
+        _ => Tier::Interpreter,
+    }
+}
+
+/// A dispatcher of `tier` for `cpu`.
+///
+/// # Panics
+/// If the host refuses executable memory.
+pub(crate) fn dispatcher(cpu: &mut Cpu, tier: Tier) -> Dispatcher {
+    match tier {
+        Tier::Interpreter => Dispatcher::new(cpu),
+        Tier::Translator => Dispatcher::translating(cpu).expect("executable memory"),
+    }
+}
 
 /// Bytes of RAM, from address 0.
 pub const RAM: u64 = 16 << 20;
@@ -70,7 +90,7 @@ impl Machine {
         cpu.long_mode_for_tests();
         cpu.gpr[4] = STACK;
         cpu.mmu.enter();
-        let dispatcher = Dispatcher::new(&cpu);
+        let dispatcher = dispatcher(&mut cpu, tier());
         Self { cpu, ram, dispatcher }
     }
 

@@ -1,7 +1,7 @@
 //! One vCPU: the loop between blocks and everything else.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use mvm_engine::{Error, Kick, MpState, Result, Vcpu, VcpuState, VmExit};
 
@@ -29,9 +29,17 @@ pub struct EmuVcpu {
 }
 
 impl EmuVcpu {
-    pub(crate) fn new(cpu: Cpu, platform: Arc<Platform>, counters: Arc<VcpuCounters>) -> Self {
-        let dispatcher = Dispatcher::new(&cpu);
+    pub(crate) fn new(
+        cpu: Cpu,
+        dispatcher: Dispatcher,
+        platform: Arc<Platform>,
+        counters: Arc<VcpuCounters>,
+    ) -> Self {
         let (nudged, index) = (platform.clone(), cpu.sys.index);
+        if dispatcher.jit().is_some() {
+            // Set once: the vCPU is the only one with these counters.
+            let _ = counters.calls.set(cpu.jit.calls());
+        }
         cpu.mmu.guard().on_request(move || nudged.apics.port(index).attention.raise(reason::SYNC));
         Self { cpu, dispatcher, platform, counters }
     }
@@ -130,6 +138,9 @@ impl EmuVcpu {
         c.cache_bytes.store(self.dispatcher.cache().used() as u64, Ordering::Relaxed);
         c.cache_emptied.store(self.dispatcher.cache().emptied, Ordering::Relaxed);
         c.walks.store(self.cpu.mmu.walks, Ordering::Relaxed);
+        if let Some(jit) = self.dispatcher.jit() {
+            c.translator.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&jit.counters);
+        }
     }
 }
 

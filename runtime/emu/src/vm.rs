@@ -1,11 +1,14 @@
 //! A machine of the emulation engine.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use mvm_engine::{CpuidEntry, EngineMetrics, Error, MsiMessage, Result, Vcpu, Vm, VmConfig};
 
+use crate::block::Dispatcher;
 use crate::cpu::Cpu;
+use crate::engine::Tier;
+use crate::jit::{Calls, Counters};
 use crate::mmu::{Mmu, PhysMemory};
 use crate::sys::clock::host_tsc_khz;
 use crate::sys::{Platform, SystemState};
@@ -28,7 +31,14 @@ pub struct VcpuCounters {
     pub exceptions: AtomicU64,
     /// Times it went to sleep.
     pub sleeps: AtomicU64,
+    /// What its translator counts, if it has one.
+    pub translator: Mutex<Counters>,
+    /// The handlers that translated code called.
+    pub calls: OnceLock<Calls>,
 }
+
+/// Opcodes whose calls are shown.
+const OPCODES_SHOWN: usize = 16;
 
 impl VcpuCounters {
     fn rows(&self) -> [(&'static str, &AtomicU64); 7] {
@@ -50,16 +60,18 @@ pub struct EmuVm {
     platform: Arc<Platform>,
     phys: Arc<PhysMemory>,
     counters: Vec<Arc<VcpuCounters>>,
+    tier: Tier,
     made: Mutex<Vec<bool>>,
 }
 
 impl EmuVm {
-    pub(crate) fn new(config: VmConfig) -> Self {
+    pub(crate) fn new(config: VmConfig, tier: Tier) -> Self {
         let VmConfig { vcpus, cpu, ram, io } = config;
         Self {
             platform: Platform::new(cpu, vcpus, io.clone(), host_tsc_khz()),
             phys: Arc::new(PhysMemory::new(ram, io, vcpus)),
             counters: (0..vcpus).map(|_| Arc::default()).collect(),
+            tier,
             made: Mutex::new(vec![false; vcpus as usize]),
         }
     }
@@ -80,7 +92,14 @@ impl Vm for EmuVm {
         let mmu = Mmu::new(self.phys.clone(), index);
         let mut cpu = Cpu::new(mmu, SystemState::new(self.platform.clone(), index));
         cpu.power_up();
-        Ok(Box::new(EmuVcpu::new(cpu, self.platform.clone(), counters.clone())))
+        let dispatcher = match self.tier {
+            Tier::Interpreter => Dispatcher::new(&cpu),
+            Tier::Translator => Dispatcher::translating(&mut cpu).map_err(|source| {
+                Error::Host { what: "cannot make executable memory for translated code", source }
+            })?,
+        };
+        let (platform, counters) = (self.platform.clone(), counters.clone());
+        Ok(Box::new(EmuVcpu::new(cpu, dispatcher, platform, counters)))
     }
 
     fn signal_msi(&self, message: MsiMessage) {
@@ -100,6 +119,15 @@ impl Vm for EmuVm {
         for (index, counters) in self.counters.iter().enumerate() {
             for (name, value) in counters.rows() {
                 rows.push((format!("vcpu{index}.{name}"), value.load(Ordering::Relaxed)));
+            }
+            let Some(calls) = counters.calls.get() else { continue };
+            let translator = counters.translator.lock().unwrap_or_else(PoisonError::into_inner);
+            for (name, value) in translator.rows() {
+                rows.push((format!("vcpu{index}.{name}"), value));
+            }
+            rows.push((format!("vcpu{index}.jit-calls"), calls.total()));
+            for (opcode, n) in calls.most(OPCODES_SHOWN) {
+                rows.push((format!("vcpu{index}.jit-calls-{opcode:03x}"), n));
             }
         }
         EngineMetrics(rows)

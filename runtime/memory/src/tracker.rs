@@ -3,8 +3,8 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::memfd::MFdFlags;
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
@@ -90,13 +90,22 @@ fn line_mask(offset: usize, len: usize) -> u64 {
     (u64::MAX << first) & (u64::MAX >> (63 - last))
 }
 
+/// Hears of pages whose cached code went stale.
+type Listener = Arc<dyn Fn(usize) + Send + Sync>;
+
 /// The records of all pages, in one mapping: those about code, then the dirty log.
 struct Pages {
     mapping: Mapping,
     count: usize,
+    /// Of this process: what another process writes to memory that it shares, it does not hear of.
+    listener: Mutex<Option<Listener>>,
 }
 
 impl Pages {
+    fn of(mapping: Mapping, count: usize) -> Self {
+        Self { mapping, count, listener: Mutex::new(None) }
+    }
+
     fn bytes_of_code(count: usize) -> usize {
         count * size_of::<CodePage>()
     }
@@ -146,7 +155,7 @@ impl PageTracker {
         let count = len.div_ceil(PAGE_SIZE);
         let bytes = Pages::bytes(count);
         let file = shared::memory_file("mvm-pages", bytes as u64, MFdFlags::empty())?;
-        Ok(Self(Arc::new(Pages { mapping: Mapping::of(file, bytes)?, count })))
+        Ok(Self(Arc::new(Pages::of(Mapping::of(file, bytes)?, count))))
     }
 
     /// The tracker whose records are in `file`, which came from [`PageTracker::file`] of another
@@ -158,7 +167,7 @@ impl PageTracker {
         let count = len.div_ceil(PAGE_SIZE);
         let bytes = Pages::bytes(count);
         shared::check_sealed(&file, bytes as u64)?;
-        Ok(Self(Arc::new(Pages { mapping: Mapping::of(file, bytes)?, count })))
+        Ok(Self(Arc::new(Pages::of(Mapping::of(file, bytes)?, count))))
     }
 
     /// The memory file with the records, if other processes can share them.
@@ -188,6 +197,19 @@ impl PageTracker {
             if word.load(Ordering::Relaxed) & bit == 0 {
                 word.fetch_or(bit, Ordering::Relaxed);
             }
+        }
+    }
+
+    /// Calls `listener` with the index of a page whenever a store through the bitmap ends cached code of it, on the
+    /// storing thread and before that goes on. Replaces the one before.
+    pub fn on_stale_code(&self, listener: impl Fn(usize) + Send + Sync + 'static) {
+        *self.0.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(listener));
+    }
+
+    fn tell(&self, index: usize) {
+        let listener = self.0.listener.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(listener) = listener {
+            listener(index);
         }
     }
 
@@ -223,7 +245,9 @@ impl Bitmap for PageTracker {
             let Some(page) = self.code_page(index) else { return };
             let start = index << PAGE_SHIFT;
             let from = offset.max(start);
-            page.written(from - start, end - from);
+            if page.written(from - start, end - from) {
+                self.tell(index);
+            }
             self.set_dirty(index);
         }
     }
@@ -249,7 +273,7 @@ impl NewBitmap for PageTracker {
     fn with_len(len: usize) -> Self {
         let count = len.div_ceil(PAGE_SIZE);
         let mapping = Mapping::private(Pages::bytes(count)).expect("address space for the tracker");
-        Self(Arc::new(Pages { mapping, count }))
+        Self(Arc::new(Pages::of(mapping, count)))
     }
 }
 
@@ -283,6 +307,20 @@ mod tests {
         assert!(
             tracker.dirty_at(0) && tracker.dirty_at(PAGE_SIZE) && !tracker.dirty_at(2 * PAGE_SIZE)
         );
+    }
+
+    #[test]
+    fn stale_code_is_heard_of() {
+        let tracker = PageTracker::with_len(3 * PAGE_SIZE);
+        let heard = Arc::new(AtomicU64::new(0));
+        let count = heard.clone();
+        tracker.on_stale_code(move |index| {
+            count.fetch_add(1 << (8 * index), Ordering::Relaxed);
+        });
+        tracker.code_page(2).unwrap().watch(0, 8);
+        tracker.mark_dirty(2 * PAGE_SIZE + 64, 64);
+        tracker.mark_dirty(0, 3 * PAGE_SIZE);
+        assert_eq!(heard.load(Ordering::Relaxed), 1 << 16);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use mvm_engine::probe::{self, Cache, Sources};
 use crate::layout::Layout;
 
 pub use mvm_engine::probe::{Finding, Kind, Probe, Verdict};
-pub use mvm_vmm::config::EngineChoice;
+pub use mvm_vmm::config::{EmuTier, EngineChoice};
 
 /// What is inside the machine, as far as it matters to an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub enum Guest {
 pub struct Wish {
     /// The engine.
     pub choice: EngineChoice,
+    /// How emulation works, if it comes to that.
+    pub tier: EmuTier,
     /// Start on kvm whatever the probe says, as long as there is a device.
     pub force: bool,
     /// Who says that nothing but hardware virtualization will do, if anybody: a flag, or a line of a
@@ -91,6 +93,8 @@ pub struct Outlook {
 pub struct Selection {
     /// What runs it.
     pub engine: Selected,
+    /// How emulation works.
+    pub tier: EmuTier,
     /// Why, if that was left to us: one sentence.
     pub reason: String,
     /// It stands in for hardware virtualization, which is to be announced.
@@ -121,7 +125,13 @@ impl Selected {
 impl Selection {
     /// The emulation engine because that was wanted.
     pub fn emulation() -> Self {
-        Self { engine: Selected::Emu, reason: String::new(), fallback: false, notice: None }
+        Self {
+            engine: Selected::Emu,
+            tier: EmuTier::default(),
+            reason: String::new(),
+            fallback: false,
+            notice: None,
+        }
     }
 }
 
@@ -190,7 +200,10 @@ impl Outlook {
     /// # Errors
     /// [`Error`].
     pub fn decide(self, guest: Guest) -> Result<Selection, Error> {
-        let Some((probe, device)) = self.host else { return Ok(Selection::emulation()) };
+        let tier = self.wish.tier;
+        let Some((probe, device)) = self.host else {
+            return Ok(Selection { tier, ..Selection::emulation() });
+        };
         let decision = choose(&self.wish, guest, &probe)?;
         let reason = match self.wish.choice {
             EngineChoice::Auto => probe.finding.text.clone(),
@@ -198,10 +211,11 @@ impl Outlook {
         };
         match (decision, device) {
             (Decision::Kvm { notice }, Some(device)) => {
-                Ok(Selection { engine: Selected::Kvm(device), reason, fallback: false, notice })
+                let engine = Selected::Kvm(device);
+                Ok(Selection { engine, tier, reason, fallback: false, notice })
             }
             (Decision::Fallback, _) => {
-                Ok(Selection { reason, fallback: true, ..Selection::emulation() })
+                Ok(Selection { tier, reason, fallback: true, ..Selection::emulation() })
             }
             // The probe comes with the device that it tried.
             (Decision::Kvm { .. }, None) => Err(Error::NoKvm {

@@ -106,7 +106,7 @@ fn required_hardware_is_named_with_who_requires_it() {
     for (choice, force) in [(AUTO, false), (KVM, false), (KVM, true)] {
         for guest in [Guest::Linux, Guest::Unikernel] {
             for probe in [pagetable(), busy()] {
-                let wish = Wish { choice, force, require_hardware: by() };
+                let wish = Wish { force, require_hardware: by(), ..wish(choice) };
                 let error = choose(&wish, guest, &probe).unwrap_err().to_string();
                 assert!(error.contains("mvm.toml:3") && error.contains(&probe.finding.text));
             }

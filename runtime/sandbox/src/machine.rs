@@ -222,6 +222,7 @@ impl Draft {
         config.vcpus = hardware.vcpus;
         config.hugepages = hardware.hugepages;
         config.fallback = hardware.engine.fallback.then_some(hardware.engine.reason);
+        config.emu.tier = hardware.engine.tier;
         config.engine = match hardware.engine.engine {
             Selected::Emu => EngineConfig::Emu,
             Selected::Kvm(device) => EngineConfig::Kvm { device: fds.add(device) },

@@ -11,10 +11,12 @@ use serde::{Deserialize, Serialize};
 use crate::layout;
 
 pub use boot::{BootProtocol, CmdlineStyle};
+pub use emu::{EmuConfig, EmuTier};
 pub use fs::FsConfig;
 pub use hugepages::{HugePages, UnknownHugePages};
 
 mod boot;
+mod emu;
 mod fs;
 mod hugepages;
 
@@ -38,6 +40,9 @@ pub struct MachineConfig {
     pub hugepages: HugePages,
     /// What runs it.
     pub engine: EngineConfig,
+    /// How the emulation engine works, where it is that.
+    #[serde(default)]
+    pub emu: EmuConfig,
     /// Why it is not hardware virtualization although nothing else was asked for; at most
     /// [`MAX_REASON`] bytes, for status and statistics.
     pub fallback: Option<String>,
@@ -90,6 +95,7 @@ impl MachineConfig {
             memory,
             hugepages: HugePages::default(),
             engine: EngineConfig::Emu,
+            emu: EmuConfig::default(),
             fallback: None,
             cpu: None,
             kernel,
@@ -138,6 +144,9 @@ impl MachineConfig {
                 disks: slots,
                 max: u64::from(layout::MAX_VIRTIO_DEVICES) - fixed,
             });
+        }
+        if self.emu.tier == EmuTier::Jit && self.fs.is_some() {
+            return Err(Error::TranslatedAndShared);
         }
         if let Some(disk) = self.disks.iter().find(|d| d.serial.len() > MAX_SERIAL) {
             return Err(Error::DiskSerial { serial: disk.serial.clone() });
@@ -363,6 +372,11 @@ pub enum Error {
         /// Places for them.
         max: u64,
     },
+    /// The translator hears of code that becomes stale from this process, and files are written by another one.
+    #[error(
+        "translated code and shared files do not go together yet; without volumes, or with `--engine emu:interp`"
+    )]
+    TranslatedAndShared,
     /// A serial number does not fit.
     #[error("the disk serial {serial:?} is longer than {MAX_SERIAL} bytes")]
     DiskSerial {
@@ -404,6 +418,12 @@ pub enum Error {
     /// No such engine.
     #[error("there is no engine {name:?}: choose auto, kvm or emu")]
     Engine {
+        /// What was asked for.
+        name: String,
+    },
+    /// The emulation engine has no such tier.
+    #[error("the emulation engine has no tier {name:?}: choose interp or jit")]
+    Tier {
         /// What was asked for.
         name: String,
     },
@@ -449,6 +469,11 @@ mod tests {
         assert_eq!(check(|c| c.id.clear()), Error::Id { len: 0 });
         let long = check(|c| c.fallback = Some("x".repeat(MAX_REASON + 1)));
         assert_eq!(long, Error::Reason { len: MAX_REASON + 1 });
+        let shared = |c: &mut MachineConfig| {
+            c.emu.tier = EmuTier::Jit;
+            c.fs = Some(FsConfig { tag: "t".into(), channel: FdIndex(0) });
+        };
+        assert_eq!(check(shared), Error::TranslatedAndShared);
         assert!(matches!(check(|c| c.empty_block_slots = 100), Error::TooManyDisks { .. }));
         assert!(matches!(check(|c| c.empty_block_slots = u32::MAX), Error::TooManyDisks { .. }));
         let module = |text: &str| ModuleConfig {

@@ -5,12 +5,22 @@ use std::os::fd::OwnedFd;
 use mvm_engine::kvm::KvmEngine;
 use mvm_engine::{Engine, Error};
 
-/// The emulation engine.
+use crate::config::EmuConfig;
+
+/// The emulation engine, as it is by default.
 ///
 /// # Errors
 /// The host refuses what it needs.
 pub fn emulation() -> Result<Box<dyn Engine>, Error> {
-    Ok(Box::new(mvm_emu::EmuEngine::new()?))
+    emulation_as(EmuConfig::default())
+}
+
+/// The emulation engine.
+///
+/// # Errors
+/// The host refuses what it needs.
+pub fn emulation_as(config: EmuConfig) -> Result<Box<dyn Engine>, Error> {
+    Ok(Box::new(mvm_emu::EmuEngine::new()?.with_tier(config.tier.into())))
 }
 
 /// Hardware virtualization behind `device`, the open device of KVM.

@@ -5,6 +5,7 @@ use super::lapic::{LVT_MASKED, Lapic, SVR_ENABLE, esr};
 use super::port::ApicMode;
 use super::timer::TimerMode;
 use crate::fault::Fault;
+use crate::sys::attention::reason;
 use crate::sys::clock::host_tsc;
 use mvm_engine::LapicState;
 
@@ -141,6 +142,8 @@ impl Lapic {
                 if one_shot_or_periodic {
                     let platform = self.platform.clone();
                     self.timer.start(value, host_tsc(), &platform.clock);
+                    // Translated code looks at the timer when it is interrupted.
+                    self.port().attention.raise_self(reason::SYNC);
                 }
             }
             reg::DIVIDE => self.set_divide(value & 0xb),
@@ -179,6 +182,7 @@ impl Lapic {
             let initial = self.timer.initial;
             self.timer.start(left, now, &platform.clock);
             self.timer.initial = initial;
+            self.port().attention.raise_self(reason::SYNC);
         }
     }
 

@@ -7,7 +7,9 @@ use super::stamp::CodeStamp;
 use super::{Block, Selected, operands};
 use crate::cpu::{Cpu, Mode};
 use crate::fault::Fault;
+use crate::host::inline::{self, Inline};
 use crate::host::{self, HostFeatures};
+use crate::jit::Registers;
 use crate::mmu::{HostAddr, PageRef};
 use crate::op::{Flow, Op};
 use crate::{interp, sys};
@@ -24,39 +26,65 @@ const MAX_INSN: usize = 15;
 pub struct BlockDecoder {
     features: &'static HostFeatures,
     ops: Vec<Op>,
+    /// Which of them are instructions.
+    valid: Vec<bool>,
+    /// Vector instructions, for translation.
+    inlines: Vec<Option<Inline>>,
+    inline: Option<Inline>,
+    translating: bool,
+    /// The last op ends its block.
+    ends: bool,
+    /// The bytes of the run decoded last.
+    source: Source,
     /// Lines about unknown instructions that may still be written.
     log_budget: u32,
 }
 
 /// The bytes that a block is made from: part of one page, or of two.
+#[derive(Debug, Clone)]
 struct Source {
     bytes: [u8; WINDOW],
     len: usize,
-    host: HostAddr,
+    host: Option<HostAddr>,
     second: Option<HostAddr>,
+}
+
+/// A run of instructions for translation.
+#[derive(Debug)]
+pub struct Run<'a> {
+    pub ops: &'a [Op],
+    /// Which of them are valid instructions.
+    pub valid: &'a [bool],
+    pub inlines: &'a [Option<Inline>],
+    pub bytes: &'a [u8],
+    /// The last op ends its block.
+    pub ends: bool,
+    pub stamp: CodeStamp,
 }
 
 impl Source {
     fn first_page(host: HostAddr) -> Self {
-        let mut source = Self { bytes: [0; WINDOW], len: 0, host, second: None };
+        let mut source = Self { bytes: [0; WINDOW], len: 0, host: Some(host), second: None };
         source.len = source.read();
         source
     }
 
     fn two_pages(host: HostAddr, second: HostAddr) -> Self {
-        let mut source = Self { bytes: [0; WINDOW], len: 0, host, second: Some(second) };
+        let mut source =
+            Self { bytes: [0; WINDOW], len: 0, host: Some(host), second: Some(second) };
         source.len = source.read();
         source
     }
 
     fn read(&mut self) -> usize {
-        let head = self.host.to_page_end().min(WINDOW);
+        let Some(host) = self.host else { return 0 };
+        let head = host.to_page_end().min(WINDOW);
         let Some(second) = self.second else {
-            self.host.copy_out(&mut self.bytes[..head]);
+            host.copy_out(&mut self.bytes[..head]);
             return head;
         };
         let head = head.min(MAX_INSN);
-        self.host.copy_out(&mut self.bytes[..head]);
+        host.copy_out(&mut self.bytes[..head]);
         second.copy_out(&mut self.bytes[head..MAX_INSN]);
         MAX_INSN
     }
@@ -64,7 +92,47 @@ impl Source {
 
 impl BlockDecoder {
     pub fn new() -> Self {
-        Self { features: HostFeatures::detect(), ops: Vec::with_capacity(MAX_OPS), log_budget: 100 }
+        Self {
+            features: HostFeatures::detect(),
+            ops: Vec::with_capacity(MAX_OPS),
+            valid: Vec::with_capacity(MAX_OPS),
+            inlines: Vec::with_capacity(MAX_OPS),
+            inline: None,
+            translating: false,
+            ends: false,
+            source: Source { bytes: [0; WINDOW], len: 0, host: None, second: None },
+            log_budget: 100,
+        }
+    }
+
+    /// Decodes the run of 64-bit code at `host` that lies in its page, for translation: offsets are from the
+    /// page's start. None: the first instruction crosses into the next page.
+    pub fn decode_run(&mut self, cpu: &mut Cpu, host: HostAddr) -> Option<Run<'_>> {
+        let offset = host.addr() & 0xfff;
+        let mut source = Source::first_page(host);
+        let (len, stamp) = loop {
+            self.translating = true;
+            let len = self.run(&source, Mode::Code64, MAX_OPS, offset);
+            self.translating = false;
+            if len == 0 {
+                return None;
+            }
+            let stamp = watch(cpu, host, len)?;
+            let seen = source.bytes;
+            source.len = source.read();
+            if seen[..len] == source.bytes[..len] {
+                break (len, stamp);
+            }
+        };
+        self.source = source;
+        Some(Run {
+            ops: &self.ops,
+            valid: &self.valid,
+            inlines: &self.inlines,
+            bytes: &self.source.bytes[..len],
+            ends: self.ends,
+            stamp,
+        })
     }
 
     /// Decodes the block at `host`, which is at linear address `linear`.
@@ -81,12 +149,12 @@ impl BlockDecoder {
         let limit = if single { 1 } else { MAX_OPS };
         let mut source = Source::first_page(host);
         loop {
-            let mut len = self.run(&source, cpu.mode, limit);
+            let mut len = self.run(&source, cpu.mode, limit, 0);
             if len == 0 && source.second.is_none() {
                 // Not even one instruction in this page.
                 let second = cpu.fetch((linear | 0xfff).wrapping_add(1))?;
                 source = Source::two_pages(host, second);
-                len = self.run(&source, cpu.mode, 1);
+                len = self.run(&source, cpu.mode, 1, 0);
             }
             if len == 0 {
                 // Too long for an instruction.
@@ -107,8 +175,9 @@ impl BlockDecoder {
         len: usize,
         single: bool,
     ) -> Option<Block> {
-        let head = source.host.to_page_end().min(len);
-        let first = watch(cpu, source.host, head)?;
+        let start = source.host?;
+        let head = start.to_page_end().min(len);
+        let first = watch(cpu, start, head)?;
         let second = match source.second {
             Some(host) if len > head => Some((host.addr(), watch(cpu, host, len - head)?)),
             _ => None,
@@ -120,7 +189,7 @@ impl BlockDecoder {
         }
         Some(Block {
             ops: self.ops.as_slice().into(),
-            key: key(source.host, cpu.mode, single),
+            key: key(start, cpu.mode, single),
             first,
             second,
             len: len as u16,
@@ -128,16 +197,19 @@ impl BlockDecoder {
         })
     }
 
-    /// Decodes up to `limit` instructions into `ops`. Returns the bytes used.
-    fn run(&mut self, source: &Source, mode: Mode, limit: usize) -> usize {
+    /// Decodes up to `limit` instructions into `ops`, as if they were at address `base`. Returns the bytes used.
+    fn run(&mut self, source: &Source, mode: Mode, limit: usize, base: u64) -> usize {
         self.ops.clear();
+        self.valid.clear();
+        self.inlines.clear();
+        self.ends = false;
         let bits = match mode {
             Mode::Code64 => 64,
             Mode::Code32 => 32,
             Mode::Code16 | Mode::Real => 16,
         };
         let bytes = &source.bytes[..source.len];
-        let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(bits, bytes, base, DecoderOptions::NONE);
         let mut insn = Instruction::default();
         let mut used = 0;
         while self.ops.len() < limit && decoder.can_decode() {
@@ -147,11 +219,13 @@ impl BlockDecoder {
             }
             let end = decoder.position();
             let mut op = undefined_op(undefined);
-            (op.start, op.end) = (used as u16, end as u16);
-            let ends = self.select(&insn, mode, &mut op, &bytes[used..end]);
+            (op.start, op.end) = (base as u16 + used as u16, base as u16 + end as u16);
+            self.ends = self.select(&insn, mode, &mut op, &bytes[used..end]);
             self.ops.push(op);
+            self.valid.push(!insn.is_invalid());
+            self.inlines.push(self.inline.take());
             used = end;
-            if ends {
+            if self.ends {
                 break;
             }
         }
@@ -187,6 +261,9 @@ impl BlockDecoder {
             op.dst = found.dst;
             op.src = found.src;
             op.aux = found.aux;
+            if self.translating {
+                self.inline = inline::make(insn, self.features, &Registers);
+            }
             return false;
         }
         self.unknown(bytes);

@@ -1,10 +1,14 @@
 //! The loop that runs blocks.
 
+use std::io;
+
 use super::Block;
 use super::cache::{BlockCache, key};
 use super::decode::BlockDecoder;
 use crate::cpu::{Cpu, Mode, seg};
 use crate::fault::Fault;
+use crate::jit::{Jit, Ran};
+use crate::mmu::HostAddr;
 use crate::op::{Flow, reg};
 
 /// Why the loop gave control back. [`Cpu::rip`] is exact.
@@ -27,6 +31,7 @@ pub enum Stop {
 pub struct Dispatcher {
     cache: BlockCache,
     decoder: BlockDecoder,
+    jit: Option<Box<Jit>>,
     /// Instructions executed.
     pub instructions: u64,
     blocks: u32,
@@ -43,9 +48,31 @@ impl Dispatcher {
         Self {
             cache: BlockCache::new(cpu.mmu.phys().clone()),
             decoder: BlockDecoder::new(),
+            jit: None,
             instructions: 0,
             blocks: 0,
         }
+    }
+
+    /// The same, which translates.
+    ///
+    /// # Errors
+    /// The host refuses executable memory.
+    pub fn translating(cpu: &mut Cpu) -> io::Result<Self> {
+        let jit = Some(Box::new(Jit::new(cpu)?));
+        cpu.mmu.phys().want_changed_code(cpu.mmu.index);
+        Ok(Self { jit, ..Self::new(cpu) })
+    }
+
+    /// The translator, if there is one.
+    pub fn jit(&self) -> Option<&Jit> {
+        self.jit.as_deref()
+    }
+
+    /// The translator, if there is one.
+    #[cfg(test)]
+    pub(crate) fn jit_mut(&mut self) -> Option<&mut Jit> {
+        self.jit.as_deref_mut()
     }
 
     /// The cache, for metrics.
@@ -57,10 +84,22 @@ impl Dispatcher {
     pub fn run(&mut self, cpu: &mut Cpu) -> Stop {
         loop {
             if cpu.sys.attention().any() {
+                if let Some(jit) = &mut self.jit {
+                    jit.note_event();
+                }
                 return Stop::Attention;
             }
             if cpu.stepping() {
                 return Stop::Look;
+            }
+            if let Some(jit) = &mut self.jit
+                && cpu.mode == Mode::Code64
+            {
+                match jit.run(cpu, &mut self.decoder) {
+                    Ran::Code(None) => continue,
+                    Ran::Code(Some(stop)) => return stop,
+                    Ran::Interpret => {}
+                }
             }
             self.blocks = self.blocks.wrapping_add(1);
             if self.blocks.is_multiple_of(TIMER_INTERVAL) {
@@ -144,14 +183,7 @@ fn find<'a>(
     single: bool,
 ) -> Result<&'a Block, Fault> {
     let linear = if cpu.mode == Mode::Code64 { cpu.rip } else { legacy_linear(cpu)? };
-    let (code_linear, code_host) = cpu.mmu.code_page;
-    let host = if linear & !0xfff == code_linear {
-        cpu.mmu.tlb.code_byte(code_host, linear)
-    } else {
-        let host = cpu.fetch(linear)?;
-        cpu.mmu.code_page = (linear & !0xfff, host.addr() & !0xfff);
-        host
-    };
+    let host = cpu.code_host(linear)?;
     let key = key(host, cpu.mode, single);
     // The borrow checker does not see that the early return ends the borrow: look twice, by number.
     if let Some(id) = cache.front(key) {
@@ -173,6 +205,23 @@ fn find<'a>(
     let block = decoder.decode(cpu, linear, host, single)?;
     let id = cache.insert(block);
     Ok(cache.at(id))
+}
+
+impl Cpu {
+    /// The host address of the code at `linear`.
+    ///
+    /// # Errors
+    /// Those of [`Cpu::fetch`].
+    #[inline(always)]
+    pub(crate) fn code_host(&mut self, linear: u64) -> Result<HostAddr, Fault> {
+        let (code_linear, code_host) = self.mmu.code_page;
+        if linear & !0xfff == code_linear {
+            return Ok(self.mmu.tlb.code_byte(code_host, linear));
+        }
+        let host = self.fetch(linear)?;
+        self.mmu.code_page = (linear & !0xfff, host.addr() & !0xfff);
+        Ok(host)
+    }
 }
 
 #[cold]

@@ -6,10 +6,12 @@ mod dispatch;
 mod operands;
 mod stamp;
 
+pub(crate) use cache::KeyHasher;
+pub(crate) use decode::BlockDecoder;
 pub use dispatch::{Dispatcher, Stop};
+pub(crate) use stamp::CodeStamp;
 
 use crate::op::{Handler, Op};
-use stamp::CodeStamp;
 
 /// A handler chosen for an instruction.
 pub(crate) struct Selected {
@@ -36,6 +38,12 @@ pub struct Block {
 }
 
 impl Block {
+    /// A block without ops.
+    pub(crate) fn nothing() -> Self {
+        let ops = Box::default();
+        Self { ops, key: 0, first: CodeStamp::never(), second: None, len: 0, count: 0 }
+    }
+
     /// Is the code still what was decoded?
     #[inline(always)]
     fn is_fresh(&self) -> bool {

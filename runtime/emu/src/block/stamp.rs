@@ -18,6 +18,11 @@ pub struct CodeStamp {
 unsafe impl Send for CodeStamp {}
 
 impl CodeStamp {
+    /// One that is not current.
+    pub fn never() -> Self {
+        Self { page: None, generation: 0 }
+    }
+
     /// # Safety
     /// `page` outlives the stamp.
     pub unsafe fn new(page: &CodePage, generation: u32) -> Self {

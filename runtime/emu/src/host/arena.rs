@@ -51,10 +51,10 @@ pub fn entry(offset: u32) -> *const u8 {
 
 impl Arena {
     fn new() -> io::Result<Self> {
-        let file = memfd()?;
+        let file = memfd(c"mvm-emu-stubs")?;
         file.set_len(ARENA_SIZE as u64)?;
-        let write = map(&file, libc::PROT_READ | libc::PROT_WRITE)?;
-        let exec = map(&file, libc::PROT_READ | libc::PROT_EXEC)?;
+        let write = map(&file, ARENA_SIZE, libc::PROT_READ | libc::PROT_WRITE)?;
+        let exec = map(&file, ARENA_SIZE, libc::PROT_READ | libc::PROT_EXEC)?;
         let seals =
             libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
         // SAFETY: fcntl on a descriptor we own, with integer arguments.
@@ -79,15 +79,15 @@ impl Arena {
     }
 }
 
-fn memfd() -> io::Result<File> {
+pub(crate) fn memfd(name: &std::ffi::CStr) -> io::Result<File> {
     // Kernels since 6.3 may forbid executable memfds unless asked for; older ones do not know
     // the flag.
     const MFD_EXEC: libc::c_uint = 0x10;
     let base = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     let mut error = io::Error::from_raw_os_error(libc::EINVAL);
     for flags in [base | MFD_EXEC, base] {
-        // SAFETY: the name is a C string literal.
-        let fd = unsafe { libc::memfd_create(c"mvm-emu-stubs".as_ptr(), flags) };
+        // SAFETY: the name is a C string.
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
         if fd >= 0 {
             // SAFETY: a descriptor just made, owned by nobody else.
             return Ok(unsafe { File::from_raw_fd(fd) });
@@ -100,12 +100,12 @@ fn memfd() -> io::Result<File> {
     Err(error)
 }
 
-fn map(file: &File, protection: libc::c_int) -> io::Result<*mut u8> {
+pub(crate) fn map(file: &File, size: usize, protection: libc::c_int) -> io::Result<*mut u8> {
     // SAFETY: a new mapping at an address of the kernel's choice.
     let address = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
-            ARENA_SIZE,
+            size,
             protection,
             libc::MAP_SHARED | libc::MAP_NORESERVE,
             file.as_raw_fd(),

@@ -325,7 +325,7 @@ pub fn compile(insn: &Instruction, stub: Stub) -> Option<HostOp> {
         return None;
     }
     op.src = u8::try_from(size).ok()?;
-    op.aux = alignment(insn, size);
+    op.aux = demanded_alignment(insn, size);
     op.handler = match (access, size) {
         _ if insn.mnemonic() == Mnemonic::Vcvtph2ps => load_halves,
         _ if insn.mnemonic() == Mnemonic::Vcvtps2ph => store_halves,
@@ -368,7 +368,7 @@ pub fn compile_x87(insn: &Instruction, stub: Stub, waits: bool, fop: u16) -> Opt
 }
 
 /// How `insn` accesses its memory operand, if it has one.
-fn memory_access(insn: &Instruction) -> Option<OpAccess> {
+pub(super) fn memory_access(insn: &Instruction) -> Option<OpAccess> {
     let operand = (0..insn.op_count()).find(|i| insn.op_kind(*i) == OpKind::Memory)?;
     let mut factory = InstructionInfoFactory::new();
     match factory.info(insn).op_access(operand) {
@@ -377,7 +377,7 @@ fn memory_access(insn: &Instruction) -> Option<OpAccess> {
     }
 }
 
-fn classify(insn: &Instruction) -> u8 {
+pub(super) fn classify(insn: &Instruction) -> u8 {
     let vex = insn.code().encoding() == EncodingKind::VEX;
     let mut mmx = insn.mnemonic() == Mnemonic::Emms;
     let mut vector = false;
@@ -426,7 +426,7 @@ fn is_float(code: Code) -> bool {
 }
 
 /// Alignment mask of the memory operand (SDM vol. 2, 2.4 "Exception class" tables).
-fn alignment(insn: &Instruction, size: usize) -> u8 {
+pub(super) fn demanded_alignment(insn: &Instruction, size: usize) -> u8 {
     use Mnemonic as M;
     let demanded = match insn.code().encoding() {
         EncodingKind::Legacy => {

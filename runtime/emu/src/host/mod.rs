@@ -8,11 +8,12 @@
 //!   itself: state images, several memory operands, randomness.
 //! * [`state`] holds the registers and says who may use them.
 
-mod arena;
+pub(crate) mod arena;
 mod exec;
 mod features;
 mod fp;
 mod gather;
+pub(crate) mod inline;
 mod masked;
 mod mem;
 mod misc;

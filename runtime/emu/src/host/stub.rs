@@ -150,7 +150,7 @@ enum Held {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Operand {
+pub(super) struct Operand {
     held: Held,
     host: u8,
     from: From,
@@ -281,7 +281,7 @@ const ARITH: u32 = iced_x86::RflagsBits::CF
 
 const _: () = assert!(rflags::ARITH == 0x8d5);
 
-fn access(access: OpAccess) -> (bool, bool) {
+pub(super) fn access(access: OpAccess) -> (bool, bool) {
     match access {
         OpAccess::Read | OpAccess::CondRead => (true, false),
         OpAccess::Write => (false, true),
@@ -312,7 +312,7 @@ fn host_register(number: u8, size: usize) -> Register {
 }
 
 /// Registers that an instruction uses without naming them.
-fn implied(insn: &Instruction) -> Vec<Operand> {
+pub(super) fn implied(insn: &Instruction) -> Vec<Operand> {
     use Mnemonic as M;
     let xmm0 = |load, store| Operand {
         held: Held::Xmm,

@@ -37,6 +37,7 @@ impl Cpu {
     pub fn tlb_invlpg(&mut self, linear: u64) {
         self.mmu.tlb.flush_page(linear);
         self.mmu.code_page = (1, 0);
+        self.jit.forget_page(linear);
     }
 
     /// Drops the translations of one PCID but global ones.

@@ -22,7 +22,7 @@ pub use access::Wrote;
 pub use phys::{Guard, PageRef, PhysMemory};
 pub use raw::HostAddr;
 pub use span::Span;
-pub use tlb::{Access, Who};
+pub use tlb::{Access, TlbLayout, Who};
 pub use walk::{PHYSICAL_BITS, Paging, code};
 
 use tlb::Tlb;
@@ -47,6 +47,9 @@ pub struct Mmu {
 }
 
 impl Mmu {
+    /// Where the TLB is, for translated code.
+    pub const TLB_OFFSET: usize = std::mem::offset_of!(Mmu, tlb);
+
     /// The MMU of vCPU `index`; paging is off.
     pub fn new(phys: Arc<PhysMemory>, index: u32) -> Self {
         let guard = phys.guard(index).unwrap_or_default();

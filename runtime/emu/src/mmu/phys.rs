@@ -75,6 +75,37 @@ impl Guard {
     }
 }
 
+/// Pages whose watched code was written to, for one vCPU that translates.
+#[derive(Debug, Default)]
+struct Changed {
+    wanted: AtomicBool,
+    waiting: AtomicBool,
+    pages: Mutex<Vec<u64>>,
+}
+
+/// Tells vCPUs of stores to watched code, whoever made them.
+#[derive(Debug)]
+struct Changes {
+    guards: Vec<Arc<Guard>>,
+    lists: Vec<Changed>,
+}
+
+impl Changes {
+    /// `page` is the page's host address.
+    fn tell(&self, page: u64) {
+        for (guard, list) in self.guards.iter().zip(&self.lists) {
+            if !list.wanted.load(Ordering::SeqCst) {
+                continue;
+            }
+            lock(&list.pages).push(page);
+            list.waiting.store(true, Ordering::SeqCst);
+            if let Some(nudge) = &*lock(&guard.nudge) {
+                nudge();
+            }
+        }
+    }
+}
+
 /// Memory of one machine, shared by its vCPUs.
 pub struct PhysMemory {
     ram: GuestRam,
@@ -82,6 +113,7 @@ pub struct PhysMemory {
     /// Per region and page: bit `vcpu % 32` is set before the vCPU enters a fast write.
     writers: Vec<Box<[AtomicU32]>>,
     guards: Vec<Arc<Guard>>,
+    changes: Arc<Changes>,
     watching: Mutex<()>,
     split: Mutex<()>,
 }
@@ -97,8 +129,37 @@ impl PhysMemory {
     pub fn new(ram: GuestRam, io: Arc<dyn IoBus>, vcpus: u32) -> Self {
         let pages = |r: &RamRegion| (0..r.size >> PAGE_SHIFT).map(|_| AtomicU32::new(0)).collect();
         let writers = ram.regions().iter().map(pages).collect();
-        let guards = (0..vcpus).map(|_| Arc::default()).collect();
-        Self { ram, io, writers, guards, watching: Mutex::default(), split: Mutex::default() }
+        let guards: Vec<Arc<Guard>> = (0..vcpus).map(|_| Arc::default()).collect();
+        let lists = (0..vcpus).map(|_| Changed::default()).collect();
+        let changes = Arc::new(Changes { guards: guards.clone(), lists });
+        for region in ram.regions() {
+            let (changes, base) = (changes.clone(), region.host as u64);
+            region
+                .tracker
+                .on_stale_code(move |page| changes.tell(base + ((page as u64) << PAGE_SHIFT)));
+        }
+        let (watching, split) = (Mutex::default(), Mutex::default());
+        Self { ram, io, writers, guards, changes, watching, split }
+    }
+
+    /// From now on [`PhysMemory::take_changed_code`] has something for `vcpu`, which is nudged.
+    pub fn want_changed_code(&self, vcpu: u32) {
+        if let Some(list) = self.changes.lists.get(vcpu as usize) {
+            list.wanted.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Has watched code been written to since `vcpu` last asked for it?
+    #[inline]
+    pub fn has_changed_code(&self, vcpu: u32) -> bool {
+        self.changes.lists.get(vcpu as usize).is_some_and(|l| l.waiting.load(Ordering::Relaxed))
+    }
+
+    /// Host addresses of the pages whose watched code was written to.
+    pub fn take_changed_code(&self, vcpu: u32) -> Vec<u64> {
+        let Some(list) = self.changes.lists.get(vcpu as usize) else { return Vec::new() };
+        list.waiting.store(false, Ordering::SeqCst);
+        std::mem::take(&mut lock(&list.pages))
     }
 
     /// The bus beyond RAM.
@@ -160,7 +221,11 @@ impl PhysMemory {
     pub fn stored(&self, page: PageRef, offset: usize, len: usize) -> bool {
         let Some(region) = self.ram.regions().get(page.region as usize) else { return false };
         region.tracker.set_dirty(page.page as usize);
-        self.code_page(page).is_some_and(|code| code.written(offset, len))
+        let hit = self.code_page(page).is_some_and(|code| code.written(offset, len));
+        if hit {
+            self.changes.tell(region.host as u64 + (u64::from(page.page) << PAGE_SHIFT));
+        }
+        hit
     }
 
     /// Asks whether `vcpu` may enter a fast write for `page`; marks it dirty and the vCPU as a writer.

@@ -13,6 +13,8 @@
 //! * With alignment checks on, a table is used whose entries serve fetches alone: each access to data takes the
 //!   slow path, which checks.
 
+use std::mem::offset_of;
+
 use super::raw::HostAddr;
 
 /// Entries of each table.
@@ -93,6 +95,10 @@ pub struct Tlb {
     entries: Box<[Entry]>,
     /// Start of the current table.
     active: usize,
+    /// Its address, for translated code.
+    table: u64,
+    /// What entries of the jump cache must be tagged with to count, lower and upper half: context and privilege.
+    jump_tags: [u64; 2],
     /// Current contexts for reading and fetching: lower half, upper half.
     read: [u64; 2],
     /// Current contexts for writing.
@@ -116,6 +122,8 @@ impl Default for Tlb {
         let mut tlb = Self {
             entries: vec![Entry::default(); TABLES * ENTRIES].into_boxed_slice(),
             active: Who::Supervisor as usize * ENTRIES,
+            table: 0,
+            jump_tags: [0; 2],
             read: [0; 2],
             write: [0; 2],
             next_context: 1,
@@ -128,9 +136,32 @@ impl Default for Tlb {
             wipes: 0,
         };
         tlb.flush_all();
+        tlb.select(Who::Supervisor);
         tlb
     }
 }
+
+/// Where translated code finds things in a [`Tlb`].
+#[derive(Debug)]
+pub struct TlbLayout;
+
+#[allow(missing_docs)]
+impl TlbLayout {
+    /// Address of the current table.
+    pub const TABLE: usize = offset_of!(Tlb, table);
+    /// Contexts for loads, for stores, tags for jumps: two each.
+    pub const READ: usize = offset_of!(Tlb, read);
+    pub const WRITE: usize = offset_of!(Tlb, write);
+    pub const JUMP_TAGS: usize = offset_of!(Tlb, jump_tags);
+    /// Fields of an entry.
+    pub const ENTRY_READ: i32 = offset_of!(Entry, read) as i32;
+    pub const ENTRY_WRITE: i32 = offset_of!(Entry, write) as i32;
+    pub const ENTRY_ADDEND: i32 = offset_of!(Entry, addend) as i32;
+    /// What `linear >> 7` is masked with to get an entry's offset in its table.
+    pub const SLOT_MASK: u32 = ((ENTRIES - 1) * size_of::<Entry>()) as u32;
+}
+
+const _: () = assert!(size_of::<Entry>() == 1 << (12 - 7));
 
 impl Tlb {
     #[inline(always)]
@@ -220,6 +251,20 @@ impl Tlb {
     /// Looks through the eyes of `who` from now on.
     pub fn select(&mut self, who: Who) {
         self.active = who as usize * ENTRIES;
+        self.table = self.entries.as_ptr().wrapping_add(self.active) as u64;
+        self.tag_jumps();
+    }
+
+    /// To be called when a context or the privilege has changed. Contexts are used again after a wipe, so wipes count.
+    fn tag_jumps(&mut self) {
+        let user = matches!(self.selected(), Who::User | Who::UserAligned);
+        let tag = |context: u64| self.wipes << 16 | context << 1 | u64::from(user);
+        self.jump_tags = self.read.map(tag);
+    }
+
+    /// The tag that a jump to `linear` must have to count now.
+    pub fn jump_tag(&self, linear: u64) -> u64 {
+        self.jump_tags[(linear >> 63) as usize]
     }
 
     /// Who looks.
@@ -317,6 +362,7 @@ impl Tlb {
         self.upper_private = false;
         self.read[1] = self.new_context();
         self.write[1] = self.new_context();
+        self.tag_jumps();
     }
 
     fn load_space(&mut self) {
@@ -334,6 +380,7 @@ impl Tlb {
         }
         self.read[0] = self.spaces[self.current].read;
         self.write[0] = self.spaces[self.current].write;
+        self.tag_jumps();
     }
 
     /// A number that no entry carries.

@@ -30,9 +30,18 @@ pub mod reason {
 ///
 /// The vCPU looks at it with a plain load before every block; everyone else sets bits. A bit is
 /// set after what it announces, and taken before that is looked at.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Attention {
     word: AtomicU32,
+    /// For translated code, which can test for zero without touching flags: not zero as long as the word is zero.
+    /// It may be zero while the word is; it is never left at one when the word is not.
+    run: AtomicU32,
+}
+
+impl Default for Attention {
+    fn default() -> Self {
+        Self { word: AtomicU32::new(0), run: AtomicU32::new(1) }
+    }
 }
 
 impl Attention {
@@ -50,6 +59,7 @@ impl Attention {
     /// Sets `reasons` and wakes the vCPU if it sleeps. Any thread.
     pub fn raise(&self, reasons: u32) {
         let before = self.word.fetch_or(reasons, Ordering::SeqCst);
+        self.run.store(0, Ordering::SeqCst);
         if before & reason::SLEEPING != 0 {
             futex::wake(&self.word);
         }
@@ -59,6 +69,26 @@ impl Attention {
     #[inline]
     pub fn raise_self(&self, reasons: u32) {
         self.word.fetch_or(reasons, Ordering::Relaxed);
+        self.run.store(0, Ordering::Relaxed);
+    }
+
+    /// Sets the run word if there is no reason; false if there is one.
+    #[inline]
+    pub fn clear_to_run(&self) -> bool {
+        if self.run.load(Ordering::Relaxed) == 0 {
+            // Whoever raises sets a bit first: it is seen here, or the run word is cleared after this.
+            self.run.store(1, Ordering::SeqCst);
+            if self.word.load(Ordering::SeqCst) != 0 {
+                self.run.store(0, Ordering::SeqCst);
+                return false;
+            }
+        }
+        !self.any()
+    }
+
+    /// The run word's address.
+    pub fn run_word(&self) -> *const AtomicU32 {
+        &raw const self.run
     }
 
     /// Takes all reasons.

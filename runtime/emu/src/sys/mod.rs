@@ -12,6 +12,7 @@ pub mod msr;
 pub mod paravirt;
 pub mod platform;
 
+mod alarm;
 mod control;
 mod debug;
 mod decode;

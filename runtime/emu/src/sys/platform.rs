@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use mvm_engine::IoBus;
 use mvm_engine::cpuid::{CpuModel, CpuidTable};
 
+use super::alarm::Alarm;
 use super::attention::reason;
 use super::clock::Clock;
 use crate::apic::ApicBus;
@@ -25,6 +26,8 @@ pub struct Platform {
     pub cpu: CpuModel,
     /// The processor that the guest sees.
     pub model: CpuidTable,
+    /// Timers of vCPUs that run translated code.
+    pub(super) alarm: Alarm,
     /// vCPUs that halted with interrupts off, or wait for a start-up IPI.
     stopped: AtomicU32,
 }
@@ -39,6 +42,7 @@ impl Platform {
             clock: Clock::new(tsc_khz),
             cpu,
             model: CpuidTable::new(cpu, vcpus, tsc_khz, None),
+            alarm: Alarm::new(vcpus, tsc_khz),
             stopped: AtomicU32::new(0),
         })
     }

@@ -196,7 +196,8 @@ impl Guest {
             cpu.power_up();
             cpu.gpr = [0; crate::op::reg::COUNT];
         }
-        let vcpu = EmuVcpu::new(cpu, platform.clone(), Arc::default());
+        let dispatcher = super::dispatcher(&mut cpu, super::tier());
+        let vcpu = EmuVcpu::new(cpu, dispatcher, platform.clone(), Arc::default());
         Self { vcpu, ram, bus, platform, next_table: TABLES }
     }
 

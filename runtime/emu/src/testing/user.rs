@@ -8,6 +8,8 @@ use mvm_engine::mock::NoBus;
 use mvm_engine::{IoBus, MpState, Table};
 use mvm_memory::GuestRam;
 
+use super::{dispatcher, tier};
+use crate::Tier;
 use crate::apic::Port;
 use crate::block::{Dispatcher, Stop};
 use crate::cpu::{Cpu, SegmentReg, seg};
@@ -96,17 +98,25 @@ pub struct UserMachine {
 }
 
 impl UserMachine {
-    /// A machine with `pages`.
+    /// A machine with `pages`, on the tier that the environment asks for.
     ///
     /// # Panics
     /// If the host refuses the memory.
     pub fn new(pages: &[UserPage]) -> Self {
+        Self::with_tier(pages, tier())
+    }
+
+    /// A machine with `pages`.
+    ///
+    /// # Panics
+    /// If the host refuses the memory.
+    pub fn with_tier(pages: &[UserPage], tier: Tier) -> Self {
         let ram = GuestRam::new(&[(0, RAM)]).expect("RAM for a test machine");
         let io: Arc<dyn IoBus> = Arc::new(NoBus);
         let phys = Arc::new(PhysMemory::new(ram.clone(), io.clone(), 1));
         let platform = Platform::new(CpuModel::V3, 1, io, 1_000_000);
-        let cpu = Cpu::new(Mmu::new(phys, 0), SystemState::new(platform.clone(), 0));
-        let dispatcher = Dispatcher::new(&cpu);
+        let mut cpu = Cpu::new(Mmu::new(phys, 0), SystemState::new(platform.clone(), 0));
+        let dispatcher = dispatcher(&mut cpu, tier);
         let mut machine = Self { cpu, platform, ram, dispatcher, next_table: TABLES + 0x1000 };
         for page in pages {
             let rights =
@@ -327,6 +337,12 @@ impl UserMachine {
             xsave: self.cpu.vec.to_xsave(),
         };
         (UserException { vector: number as u8, error, address: self.cpu.sys.cr2 }, state)
+    }
+
+    /// What runs its blocks.
+    #[cfg(test)]
+    pub(crate) fn dispatcher(&mut self) -> &mut Dispatcher {
+        &mut self.dispatcher
     }
 
     /// Instructions executed.

@@ -12,7 +12,7 @@ use clap_complete::Shell;
 
 pub use exec::ExecArgs;
 pub use image::ImageCommand;
-pub use run::{RunArgs, TimingsFormat};
+pub use run::{Engine, RunArgs, TimingsFormat};
 
 /// Run OCI images, each in its own microVM.
 ///

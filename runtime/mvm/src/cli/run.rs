@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use mvm_sandbox::unikernel::Kind;
-use mvm_vmm::config::{CpuModel, EngineChoice, HugePages};
+use mvm_vmm::config::{CpuModel, EmuTier, EngineChoice, HugePages};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -287,6 +287,23 @@ pub enum Engine {
     Kvm,
     /// mvm's own emulation
     Emu,
+    /// the same, interpreted
+    #[value(name = "emu:interp")]
+    EmuInterp,
+    /// the same, translated
+    #[value(name = "emu:jit")]
+    EmuJit,
+}
+
+impl Engine {
+    /// How emulation works, where the name says so.
+    pub fn tier(self) -> Option<EmuTier> {
+        match self {
+            Engine::EmuInterp => Some(EmuTier::Interp),
+            Engine::EmuJit => Some(EmuTier::Jit),
+            Engine::Auto | Engine::Kvm | Engine::Emu => None,
+        }
+    }
 }
 
 impl From<Engine> for EngineChoice {
@@ -294,7 +311,7 @@ impl From<Engine> for EngineChoice {
         match engine {
             Engine::Auto => EngineChoice::Auto,
             Engine::Kvm => EngineChoice::Kvm,
-            Engine::Emu => EngineChoice::Emu,
+            Engine::Emu | Engine::EmuInterp | Engine::EmuJit => EngineChoice::Emu,
         }
     }
 }

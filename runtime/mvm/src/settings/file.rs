@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use mvm_sandbox::engine::EngineChoice;
+use mvm_sandbox::engine::{EmuTier, EngineChoice};
 use mvm_sandbox::spec::{CpuShare, parse_size};
 use mvm_vmm::config::{CpuModel, HugePages};
 use serde::{Deserialize, Deserializer};
@@ -32,6 +32,7 @@ pub const KEYS: &[&str] = &[
     "cmdline",
     "boot-timeout",
     "stop-timeout",
+    "emu.tier",
 ];
 
 /// Why a file cannot be used.
@@ -94,6 +95,8 @@ fn suggestion(key: &str) -> String {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Written {
     engine: Option<Spanned<String>>,
+    #[serde(default)]
+    emu: WrittenEmu,
     require_hardware: Option<Spanned<bool>>,
     cpu: Option<Spanned<String>>,
     cpus: Option<Spanned<Scalar>>,
@@ -104,6 +107,13 @@ struct Written {
     cmdline: Option<Spanned<String>>,
     boot_timeout: Option<Spanned<u64>>,
     stop_timeout: Option<Spanned<u32>>,
+}
+
+/// The table `emu`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct WrittenEmu {
+    tier: Option<Spanned<String>>,
 }
 
 /// A string or a number, as a flag would have it.
@@ -179,6 +189,7 @@ fn parse(path: &Path, text: &str) -> Result<Values, Error> {
     };
     Ok(Values {
         engine: place.with("engine", written.engine, |v| v.parse::<EngineChoice>())?,
+        tier: place.with("emu.tier", written.emu.tier, |v| v.parse::<EmuTier>())?,
         require_hardware: place.take(written.require_hardware),
         cpu: place.with("cpu", written.cpu, |v| v.parse::<CpuModel>())?,
         cpus: place.checked("cpus", written.cpus, |v| v.parse::<CpuShare>().map(drop))?,

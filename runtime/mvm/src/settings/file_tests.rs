@@ -24,7 +24,8 @@ fn every_key_is_taken() {
         initrd = \"/boot/initrd\"\n\
         cmdline = \"quiet\"\n\
         boot-timeout = 5\n\
-        stop-timeout = 6\n";
+        stop-timeout = 6\n\
+        emu.tier = \"jit\"\n";
     let values = parsed(text);
     let origin = |line| Origin::File { path: "/etc/mvm/mvm.toml".into(), line };
     assert_eq!(values.engine, Some(Setting { value: EngineChoice::Emu, origin: origin(2) }));
@@ -41,6 +42,7 @@ fn every_key_is_taken() {
     assert_eq!(values.cmdline.unwrap().value, "quiet");
     assert_eq!(values.boot_timeout.unwrap().value, 5);
     assert_eq!(values.stop_timeout, Some(Setting { value: 6, origin: origin(12) }));
+    assert_eq!(values.tier, Some(Setting { value: EmuTier::Jit, origin: origin(13) }));
     for key in KEYS {
         assert!(text.contains(&format!("{key} = ")), "{key}");
     }
@@ -68,6 +70,7 @@ fn unknown_keys_are_named_with_line_and_the_closest_one() {
 fn bad_values_are_named_with_line_and_rule() {
     for (text, start, word) in [
         ("\nengine = \"tcg\"", "/etc/mvm/mvm.toml:2: engine: ", "auto, kvm or emu"),
+        ("emu.tier = \"fast\"", "/etc/mvm/mvm.toml:1: emu.tier: ", "interp or jit"),
         ("cpu = \"v9\"", "/etc/mvm/mvm.toml:1: cpu: ", "v9"),
         ("cpus = 0", "/etc/mvm/mvm.toml:1: cpus: ", "0.01 to 64"),
         ("cpus = nan", "/etc/mvm/mvm.toml:1: cpus: ", "CPUs"),

@@ -9,12 +9,12 @@ use std::fmt;
 use std::path::PathBuf;
 
 use anyhow::anyhow;
-use mvm_sandbox::engine::{EngineChoice, Wish};
+use mvm_sandbox::engine::{EmuTier, EngineChoice, Wish};
 use mvm_sandbox::unikernel::Size;
 use mvm_vmm::config::{CpuModel, HugePages};
 use serde_json::json;
 
-use crate::cli::RunArgs;
+use crate::cli::{Engine, RunArgs};
 
 pub use places::{Config, Places};
 
@@ -80,6 +80,7 @@ impl<T> Setting<T> {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Values {
     engine: Option<Setting<EngineChoice>>,
+    tier: Option<Setting<EmuTier>>,
     require_hardware: Option<Setting<bool>>,
     cpu: Option<Setting<CpuModel>>,
     cpus: Option<Setting<String>>,
@@ -100,6 +101,7 @@ impl Values {
         }
         Self {
             engine: flag(&args.engine),
+            tier: flag(&args.engine.and_then(Engine::tier)),
             require_hardware: flag(&args.require_hardware),
             cpu: flag(&args.cpu),
             cpus: flag(&args.cpus),
@@ -117,20 +119,29 @@ impl Values {
     fn of_environment() -> anyhow::Result<Self> {
         const ENGINE: &str = "MVM_ENGINE";
         let name = std::env::var(ENGINE).ok().filter(|v| !v.is_empty());
-        let engine = match name {
-            Some(name) => Some(Setting {
-                value: name.parse().map_err(|e| anyhow!("{ENGINE}: {e}"))?,
-                origin: Origin::Variable(ENGINE),
-            }),
-            None => None,
+        let Some(name) = name else { return Ok(Self::default()) };
+        let (engine, tier) = match name.split_once(':') {
+            Some(("emu", tier)) => ("emu", Some(tier)),
+            _ => (name.as_str(), None),
         };
-        Ok(Self { engine, ..Self::default() })
+        fn setting<T>(value: T) -> Setting<T> {
+            Setting { value, origin: Origin::Variable(ENGINE) }
+        }
+        Ok(Self {
+            engine: Some(setting(engine.parse().map_err(|e| anyhow!("{ENGINE}: {e}"))?)),
+            tier: match tier {
+                Some(tier) => Some(setting(tier.parse().map_err(|e| anyhow!("{ENGINE}: {e}"))?)),
+                None => None,
+            },
+            ..Self::default()
+        })
     }
 
     /// These, and what they leave open from `under`.
     fn over(self, under: Self) -> Self {
         Self {
             engine: self.engine.or(under.engine),
+            tier: self.tier.or(under.tier),
             require_hardware: self.require_hardware.or(under.require_hardware),
             cpu: self.cpu.or(under.cpu),
             cpus: self.cpus.or(under.cpus),
@@ -150,6 +161,8 @@ impl Values {
 pub struct Settings {
     /// The engine.
     pub engine: Setting<EngineChoice>,
+    /// How the emulation engine runs guest code.
+    pub tier: Setting<EmuTier>,
     /// Nothing but hardware virtualization will do.
     pub require_hardware: Setting<bool>,
     /// The processor that the guest sees.
@@ -202,6 +215,7 @@ impl Settings {
         let values = values.over(config.values.clone());
         Self {
             engine: or(values.engine, EngineChoice::Auto),
+            tier: or(values.tier, EmuTier::default()),
             require_hardware: or(values.require_hardware, false),
             cpu: option(values.cpu),
             cpus: or(values.cpus, "1".into()),
@@ -230,6 +244,7 @@ impl Settings {
         let required = &self.require_hardware;
         Wish {
             choice: self.engine.value,
+            tier: self.tier.value,
             force,
             require_hardware: required.value.then(|| required.named("require-hardware")),
         }
@@ -249,6 +264,7 @@ impl Settings {
             ("cmdline", json!(self.cmdline.value), &self.cmdline.origin),
             ("boot-timeout", json!(self.boot_timeout.value), &self.boot_timeout.origin),
             ("stop-timeout", json!(self.stop_timeout.value), &self.stop_timeout.origin),
+            ("emu.tier", json!(self.tier.value), &self.tier.origin),
         ]
     }
 }

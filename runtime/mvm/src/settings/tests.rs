@@ -51,6 +51,15 @@ fn flags_go_before_files() {
 }
 
 #[test]
+fn a_flag_names_engine_and_tier() {
+    let both = settings(&["--engine=emu:jit"], "engine = 'kvm'\nemu.tier = 'interp'");
+    assert_eq!((both.engine.value, both.tier.value), (EngineChoice::Emu, EmuTier::Jit));
+    assert_eq!(both.wish(false).tier, EmuTier::Jit);
+    let without = settings(&["--engine=emu"], "emu.tier = 'jit'");
+    assert_eq!(without.tier.value, EmuTier::Jit, "the file's where the flag says nothing");
+}
+
+#[test]
 fn the_environment_stands_between() {
     let variable = Setting { value: EngineChoice::Kvm, origin: Origin::Variable("MVM_ENGINE") };
     let environment = || Values { engine: Some(variable.clone()), ..Values::default() };

@@ -59,7 +59,7 @@ mod tests {
         write(ram.memory()).unwrap();
         let ports = Arc::new(Ports::default());
         let config = VmConfig { vcpus: 1, cpu: Default::default(), ram, io: ports.clone() };
-        let vm = EmuEngine.create_vm(config).unwrap();
+        let vm = EmuEngine::default().create_vm(config).unwrap();
         let mut vcpu = vm.create_vcpu(0).unwrap();
         // As after a far jump to f000:fff0 in real mode.
         let mut state = vcpu.state().unwrap();

@@ -98,7 +98,8 @@ fn a_machine_stands_still_while_paused() {
 
 #[test]
 fn a_machine_that_is_dropped_takes_its_threads_and_devices_along() {
-    let emulated = || Machine::new(&mvm_emu::EmuEngine, Parts::new(32 << 20, kernel())).unwrap();
+    let emulated =
+        || Machine::new(&mvm_emu::EmuEngine::default(), Parts::new(32 << 20, kernel())).unwrap();
     for (machine, events) in [machine(4, Vec::new()), emulated()] {
         machine.start();
         let control = Arc::downgrade(&machine.control);
@@ -207,10 +208,11 @@ fn a_state_of_the_hosts_own_processor_is_refused_by_name() {
         vcpu.model = CpuModel::Host;
     }
     assert!(!state.is_portable());
-    let error = restored(&mvm_emu::EmuEngine, 1, ram.clone(), &state).map(drop).unwrap_err();
+    let error =
+        restored(&mvm_emu::EmuEngine::default(), 1, ram.clone(), &state).map(drop).unwrap_err();
     assert!(error.contains("--cpu host") && error.contains("not with emu"), "{error}");
     // A processor with more than this one, as a synthetic table has it.
-    let emu = mvm_emu::EmuEngine;
+    let emu = mvm_emu::EmuEngine::default();
     let (machine, _events) = Machine::new(&emu, Parts::new(32 << 20, kernel())).unwrap();
     let (mut state, ram) = (machine.save().unwrap(), machine.ram().clone());
     drop(machine);

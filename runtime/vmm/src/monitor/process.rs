@@ -148,7 +148,7 @@ fn start(owner: &mut Owner) -> Result<Monitor, Error> {
     owner.tell(&Event::Phase(received));
 
     let engine = match config.engine {
-        EngineConfig::Emu => engines::emulation()?,
+        EngineConfig::Emu => engines::emulation_as(config.emu)?,
         EngineConfig::Kvm { device } => engines::kvm(fds.take(device)?)?,
     };
     let name = engine.name().to_owned();

@@ -37,7 +37,11 @@ impl Machine {
             ram,
             io: Arc::new(TestBus::default()),
         };
-        let vm = EmuEngine::new().expect("the engine").create_vm(config).expect("a machine");
+        let vm = EmuEngine::new()
+            .expect("the engine")
+            .with_tier(crate::testing::tier())
+            .create_vm(config)
+            .expect("a machine");
         let mut vcpus: Vec<_> = (0..count).map(|i| vm.create_vcpu(i).expect("a vCPU")).collect();
         let mut state = guest.vcpu.state().expect("a state");
         state.cpuid = Vec::new();
@@ -358,7 +362,7 @@ fn a_machine_that_stops_before_it_starts_the_others_has_stopped() {
 #[test]
 fn what_a_machine_refuses() {
     let ram = GuestRam::new(&[(0, 0x1000)]).expect("RAM");
-    let engine = EmuEngine::new().expect("the engine");
+    let engine = EmuEngine::new().expect("the engine").with_tier(crate::testing::tier());
     for vcpus in [0, crate::MAX_VCPUS + 1] {
         let config = VmConfig {
             vcpus,

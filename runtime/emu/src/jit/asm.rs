@@ -1,0 +1,255 @@
+//! A small emitter: one instruction per call, no labels but positions to patch.
+
+use super::layout::CPU;
+
+/// Host registers by number.
+#[allow(missing_docs)]
+pub mod host {
+    pub const RAX: u8 = 0;
+    pub const RCX: u8 = 1;
+    pub const RDX: u8 = 2;
+    pub const RBX: u8 = 3;
+    pub const RBP: u8 = 5;
+    pub const RSI: u8 = 6;
+    pub const RDI: u8 = 7;
+    pub const R8: u8 = 8;
+    pub const R9: u8 = 9;
+    pub const R10: u8 = 10;
+    pub const R11: u8 = 11;
+    pub const R12: u8 = 12;
+    pub const R13: u8 = 13;
+    pub const R14: u8 = 14;
+    pub const R15: u8 = 15;
+}
+use host::{RAX, RCX, RDX};
+
+/// A memory operand of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ea {
+    pub base: Option<u8>,
+    /// Register and shift.
+    pub index: Option<(u8, u8)>,
+    pub disp: i32,
+}
+
+impl Ea {
+    pub const fn at(base: u8, disp: i32) -> Self {
+        Self { base: Some(base), index: None, disp }
+    }
+    /// A field of the [`Cpu`](crate::cpu::Cpu).
+    pub const fn cpu(offset: i32) -> Self {
+        Self::at(CPU, offset)
+    }
+}
+
+/// The r/m operand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rm {
+    Reg(u8),
+    Mem(Ea),
+}
+
+/// An opcode with its prefixes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Code {
+    pub lock: bool,
+    pub p66: bool,
+    /// 0xf2, 0xf3, or none.
+    pub rep: u8,
+    pub wide: bool,
+    /// 0: one byte; 1: 0F; 2: 0F 38; 3: 0F 3A.
+    pub map: u8,
+    pub op: u8,
+    /// There are register operands of 8 bits, which need a REX from SPL on.
+    pub bytes: bool,
+}
+
+impl Code {
+    pub const fn one(op: u8) -> Self {
+        Self { lock: false, p66: false, rep: 0, wide: false, map: 0, op, bytes: false }
+    }
+    pub const fn wide(op: u8) -> Self {
+        Self { wide: true, ..Self::one(op) }
+    }
+    pub const fn sized(op: u8, size: u8) -> Self {
+        Self { wide: size == 8, p66: size == 2, ..Self::one(op) }
+    }
+}
+
+/// Code that will be at `base` in the arena.
+#[derive(Debug, Default)]
+pub struct Asm {
+    pub code: Vec<u8>,
+    pub base: usize,
+}
+
+impl Asm {
+    pub fn restart(&mut self, base: usize) {
+        self.code.clear();
+        self.base = base;
+    }
+    /// Offset of the next byte from the start.
+    pub fn here(&self) -> usize {
+        self.code.len()
+    }
+    pub fn bytes(&mut self, bytes: &[u8]) {
+        self.code.extend_from_slice(bytes);
+    }
+    pub fn imm32(&mut self, value: i32) {
+        self.bytes(&value.to_le_bytes());
+    }
+
+    /// An instruction with a ModRM byte; immediates are the caller's.
+    pub fn op(&mut self, code: Code, reg: u8, rm: Rm) {
+        if code.lock {
+            self.code.push(0xf0);
+        }
+        if code.p66 {
+            self.code.push(0x66);
+        }
+        if code.rep != 0 {
+            self.code.push(code.rep);
+        }
+        let (b, x) = match rm {
+            Rm::Reg(r) => (r, 0),
+            Rm::Mem(ea) => (ea.base.unwrap_or(0), ea.index.map_or(0, |i| i.0)),
+        };
+        let rex = 0x40 | u8::from(code.wide) << 3 | (reg >> 3) << 2 | (x >> 3) << 1 | b >> 3;
+        let byte = code.bytes && (reg >= 4 || matches!(rm, Rm::Reg(r) if r >= 4));
+        if rex != 0x40 || byte {
+            self.code.push(rex);
+        }
+        match code.map {
+            0 => {}
+            1 => self.bytes(&[0x0f]),
+            2 => self.bytes(&[0x0f, 0x38]),
+            _ => self.bytes(&[0x0f, 0x3a]),
+        }
+        self.code.push(code.op);
+        let reg = (reg & 7) << 3;
+        match rm {
+            Rm::Reg(r) => self.code.push(0xc0 | reg | r & 7),
+            Rm::Mem(ea) => self.ea(reg, ea),
+        }
+    }
+
+    fn ea(&mut self, reg: u8, ea: Ea) {
+        let Some(base) = ea.base else {
+            // SIB without base; index 4 is none.
+            let (index, scale) = ea.index.map_or((4, 0), |(i, s)| (i & 7, s));
+            self.bytes(&[reg | 4, scale << 6 | index << 3 | 5]);
+            self.imm32(ea.disp);
+            return;
+        };
+        let small = i8::try_from(ea.disp);
+        let mode = match small {
+            Ok(0) if base & 7 != 5 => 0x00,
+            Ok(_) => 0x40,
+            Err(_) => 0x80,
+        };
+        match ea.index {
+            None if base & 7 != 4 => self.code.push(mode | reg | base & 7),
+            index => {
+                let (index, scale) = index.map_or((4, 0), |(i, s)| (i & 7, s));
+                self.bytes(&[mode | reg | 4, scale << 6 | index << 3 | base & 7]);
+            }
+        }
+        match mode {
+            0x00 => {}
+            0x40 => self.code.push(small.unwrap_or(0) as u8),
+            _ => self.imm32(ea.disp),
+        }
+    }
+
+    /// `mov d, s`, 64 bits.
+    pub fn mov(&mut self, d: u8, s: u8) {
+        self.op(Code::wide(0x89), s, Rm::Reg(d));
+    }
+    /// `mov d, s`, 32 bits: clears the upper half.
+    pub fn mov32(&mut self, d: u8, s: u8) {
+        self.op(Code::one(0x89), s, Rm::Reg(d));
+    }
+    pub fn load(&mut self, d: u8, ea: Ea) {
+        self.op(Code::wide(0x8b), d, Rm::Mem(ea));
+    }
+    pub fn store(&mut self, ea: Ea, s: u8) {
+        self.op(Code::wide(0x89), s, Rm::Mem(ea));
+    }
+    pub fn lea(&mut self, d: u8, ea: Ea) {
+        self.op(Code::wide(0x8d), d, Rm::Mem(ea));
+    }
+    /// `mov d, imm` with an immediate of 64 bits.
+    pub fn mov_imm64(&mut self, d: u8, value: u64) {
+        self.bytes(&[0x48 | d >> 3, 0xb8 | d & 7]);
+        self.bytes(&value.to_le_bytes());
+    }
+    /// `mov eax, imm`.
+    pub fn mov_eax(&mut self, value: u32) {
+        self.code.push(0xb8);
+        self.bytes(&value.to_le_bytes());
+    }
+
+    /// Saves the arithmetic flags, which stay. Destroys rax.
+    pub fn save_flags(&mut self, cc: i32) {
+        self.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
+        self.op(Code::sized(0x89, 2), RAX, Rm::Mem(Ea::cpu(cc)));
+    }
+    /// Loads the arithmetic flags. Destroys rax.
+    pub fn restore_flags(&mut self, cc: i32) {
+        self.op(Code { map: 1, ..Code::one(0xb7) }, RAX, Rm::Mem(Ea::cpu(cc)));
+        self.bytes(&[0x04, 0x7f, 0x9e]);
+    }
+
+    /// A jump whose distance is to be patched: returns its position.
+    pub fn jmp(&mut self) -> usize {
+        self.code.push(0xe9);
+        self.imm32(0);
+        self.here() - 4
+    }
+    /// A conditional jump (condition as in the opcode) to be patched.
+    pub fn jcc(&mut self, condition: u8) -> usize {
+        self.bytes(&[0x0f, 0x80 | condition]);
+        self.imm32(0);
+        self.here() - 4
+    }
+    /// Makes the jump at `position` go to `target`, both from the start.
+    pub fn patch(&mut self, position: usize, target: usize) {
+        let distance = target as i64 - (position as i64 + 4);
+        self.code[position..position + 4].copy_from_slice(&(distance as i32).to_le_bytes());
+    }
+    /// Makes the jump at `position` come here.
+    pub fn land(&mut self, position: usize) {
+        let here = self.here();
+        self.patch(position, here);
+    }
+    /// A jump to `target`, from the start.
+    pub fn jmp_to(&mut self, target: usize) {
+        let position = self.jmp();
+        self.patch(position, target);
+    }
+    /// A jump (0xe9) or call (0xe8) to `offset` of the arena.
+    pub fn far(&mut self, opcode: u8, offset: u32) {
+        self.code.push(opcode);
+        let from = (self.base + self.here() + 4) as i64;
+        self.imm32((i64::from(offset) - from) as i32);
+    }
+
+    /// The slot of a table for the page of the address in rcx, in rax. Destroys flags.
+    pub fn tlb_slot(&mut self, mask: u32, table: i32) {
+        self.mov32(RAX, RCX);
+        self.bytes(&[0xc1, 0xe8, 7]); // shr eax, 7
+        self.code.push(0x25); // and eax, mask
+        self.bytes(&mask.to_le_bytes());
+        self.op(Code::wide(0x03), RAX, Rm::Mem(Ea::cpu(table)));
+    }
+    /// The page of the last of `size` bytes at rcx, in rdx.
+    pub fn last_page(&mut self, size: u8) {
+        if size > 1 {
+            self.lea(RDX, Ea::at(RCX, i32::from(size) - 1));
+        } else {
+            self.mov(RDX, RCX);
+        }
+        self.op(Code::wide(0x81), 4, Rm::Reg(RDX));
+        self.imm32(-4096);
+    }
+}

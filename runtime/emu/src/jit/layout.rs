@@ -1,0 +1,81 @@
+//! Where things are: guest registers in host registers, fields in the `Cpu` (the table of
+//! `docs/emulation-engine.md`).
+
+use std::mem::offset_of;
+
+use super::asm::host::{R8, R9, R10, R11, R12, R13, R14, R15, RBP, RBX, RDI, RSI};
+use super::env::JitEnv;
+use crate::cpu::{Cpu, SegmentReg};
+use crate::host::VectorState;
+use crate::mmu::{Mmu, TlbLayout};
+use crate::op::reg;
+
+/// The host register that points to the `Cpu`.
+pub const CPU: u8 = R15;
+
+/// The host register of guest register `guest`; `None`: it stays in [`Cpu::gpr`].
+pub const fn host_of(guest: u8) -> Option<u8> {
+    match guest {
+        0 => Some(R8),
+        1 => Some(R9),
+        2 => Some(R10),
+        3 => Some(RBX),
+        4 => Some(R11),
+        5 => Some(RBP),
+        6 => Some(RSI),
+        7 => Some(RDI),
+        12 => Some(R12),
+        13 => Some(R13),
+        14 => Some(R14),
+        _ => None,
+    }
+}
+
+/// Guest registers that are in host registers.
+pub const PINNED: [u8; 11] = [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14];
+
+/// Guest RSP, RAX, RCX, RDX in the host.
+pub const GUEST_SP: u8 = R11;
+pub const GUEST_AX: u8 = R8;
+pub const GUEST_CX: u8 = R9;
+pub const GUEST_DX: u8 = R10;
+
+pub const fn gpr(guest: u8) -> i32 {
+    (offset_of!(Cpu, gpr) + guest as usize * 8) as i32
+}
+
+pub const PAGE: i32 = gpr(reg::BLOCK);
+pub const CC: i32 = offset_of!(Cpu, cc) as i32;
+pub const RIP: i32 = offset_of!(Cpu, rip) as i32;
+
+const TLB: usize = offset_of!(Cpu, mmu) + Mmu::TLB_OFFSET;
+pub const TABLE: i32 = (TLB + TlbLayout::TABLE) as i32;
+
+/// The current context for loads or stores in a half of the address space.
+pub const fn context(write: bool, half: usize) -> i32 {
+    (TLB + if write { TlbLayout::WRITE } else { TlbLayout::READ } + half * 8) as i32
+}
+/// The tag of the jump cache for a half.
+pub const fn jump_tag(half: usize) -> i32 {
+    (TLB + TlbLayout::JUMP_TAGS + half * 8) as i32
+}
+
+/// The bits that keep vector instructions from simply running.
+pub const GUARD: i32 = (offset_of!(Cpu, vec) + offset_of!(VectorState, guard)) as i32;
+
+/// A vector register.
+pub const fn ymm(guest: u8) -> i32 {
+    (offset_of!(Cpu, vec) + offset_of!(VectorState, ymm) + guest as usize * 32) as i32
+}
+
+const ENV: usize = offset_of!(Cpu, jit);
+pub const JUMPS: i32 = (ENV + offset_of!(JitEnv, table)) as i32;
+pub const RUN: i32 = (ENV + offset_of!(JitEnv, run)) as i32;
+pub const TARGET: i32 = (ENV + offset_of!(JitEnv, target)) as i32;
+pub const TARGET_PAGE: i32 = (ENV + offset_of!(JitEnv, target_page)) as i32;
+pub const CALLED: i32 = (ENV + offset_of!(JitEnv, called)) as i32;
+
+pub const fn segment_base(index: u8) -> i32 {
+    (offset_of!(Cpu, seg) + index as usize * size_of::<SegmentReg>() + offset_of!(SegmentReg, base))
+        as i32
+}

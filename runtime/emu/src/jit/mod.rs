@@ -1,0 +1,31 @@
+//! The translator: blocks of 64-bit code as host code.
+//!
+//! Read "The translator" in `docs/emulation-engine.md` first; J1 and so on refer to its rules. `plan` says what is done
+//! with an instruction, `translate` (with `memory` and `flow`) does it by means of `asm`, `stubs` is what all
+//! blocks share, `cache` keeps them, and this module runs them.
+//!
+//! Not in scope: what instructions mean. What is not copied is done by the interpreter's handlers.
+
+mod arena;
+mod asm;
+mod cache;
+mod counters;
+mod env;
+mod flow;
+mod layout;
+mod memory;
+mod plan;
+mod raw;
+mod run;
+mod stubs;
+mod translate;
+mod vector;
+
+#[cfg(test)]
+mod tests;
+
+pub use counters::Counters;
+pub use env::Calls;
+pub(crate) use env::JitEnv;
+pub use run::{Jit, Ran};
+pub(crate) use vector::Registers;

@@ -1,0 +1,299 @@
+//! Running translated code: the part of the dispatcher that belongs to it.
+
+use std::io;
+use std::io::Write as _;
+use std::mem::transmute;
+
+use super::arena::{Arena, SIZE};
+use super::asm::Asm;
+use super::cache::{Block, Cache, Found, Link};
+use super::counters::Counters;
+use super::env::{CalledOp, JitEnv};
+use super::stubs::{Enter, Exit, Stubs, exit};
+use super::translate::{Input, MAX_BLOCK, Translator};
+use crate::apic::NEVER;
+use crate::block::{BlockDecoder, Stop};
+use crate::cpu::Cpu;
+use crate::mmu::HostAddr;
+use crate::op::{Flow, reg};
+
+/// The translator of one vCPU.
+#[derive(Debug)]
+pub struct Jit {
+    arena: Arena,
+    stubs: Stubs,
+    /// Where the blocks start, behind the stubs.
+    floor: usize,
+    used: usize,
+    /// Bytes that may be used.
+    limit: usize,
+    cache: Cache,
+    translator: Translator,
+    /// The link through which the last block was left.
+    pending: Option<u32>,
+    /// What the alarm was set to.
+    armed: u64,
+    /// What handlers get for the block they are in; none of them looks at it.
+    _block: Box<crate::block::Block>,
+    perf_map: Option<std::fs::File>,
+    /// For the metrics.
+    pub counters: Counters,
+}
+
+/// What came of a look at [`Cpu::rip`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ran {
+    /// Code was run; on at `rip`, or a stop.
+    Code(Option<Stop>),
+    /// The instruction there is none for the translator.
+    Interpret,
+}
+
+const BLOCK: usize = reg::BLOCK as usize;
+const PAGE: u64 = !0xfff;
+
+impl Jit {
+    /// A translator with an empty cache.
+    ///
+    /// # Errors
+    /// The host refuses executable memory.
+    pub fn new(cpu: &mut Cpu) -> io::Result<Self> {
+        let mut arena = Arena::new()?;
+        let block = Box::new(crate::block::Block::nothing());
+        let mut asm = Asm::default();
+        let stubs = Stubs::make(&mut asm, &raw const *block);
+        arena.write(0, &asm.code);
+        let floor = asm.here().next_multiple_of(64);
+        cpu.jit = JitEnv::with_jumps();
+        Ok(Self {
+            arena,
+            stubs,
+            floor,
+            used: floor,
+            limit: SIZE,
+            cache: Cache::default(),
+            translator: Translator::new(stubs),
+            pending: None,
+            armed: NEVER,
+            _block: block,
+            perf_map: perf_map(),
+            counters: Counters::default(),
+        })
+    }
+
+    /// Runs the block at [`Cpu::rip`], in 64-bit mode, and what follows it.
+    pub fn run(&mut self, cpu: &mut Cpu, decoder: &mut BlockDecoder) -> Ran {
+        if cpu.mmu.phys().has_changed_code(cpu.mmu.index) {
+            self.kill_changed(cpu);
+        }
+        self.set_alarm(cpu);
+        let pending = self.pending.take();
+        let host = match cpu.code_host(cpu.rip) {
+            Ok(host) => host,
+            Err(fault) => {
+                cpu.fault = Some(fault);
+                return Ran::Code(Some(Stop::Fault));
+            }
+        };
+        let Some(block) = self.find(cpu, decoder, host) else {
+            self.counters.interpreted_blocks += 1;
+            return Ran::Interpret;
+        };
+        if let Some(link) = pending {
+            self.link(link, cpu.rip, &block);
+        }
+        let tag = cpu.mmu.tlb.jump_tag(cpu.rip);
+        let code = self.arena.entry(block.memory);
+        cpu.jit.insert(cpu.rip, tag, code);
+        cpu.gpr[BLOCK] = cpu.rip & PAGE;
+        let attention = cpu.sys.attention();
+        let run = attention.run_word() as u64;
+        if !attention.clear_to_run() {
+            return Ran::Code(Some(Stop::Attention));
+        }
+        cpu.jit.run = run;
+        self.counters.entered += 1;
+        // SAFETY: the arena starts with this function; translated code accesses the `Cpu`, guest RAM through TLB
+        // entries, and the tables that `cpu.jit` owns. The `Cpu` is borrowed for the whole call.
+        let exit = unsafe {
+            let enter: Enter = transmute(self.arena.entry(self.stubs.enter));
+            enter(cpu, code)
+        };
+        Ran::Code(self.left(cpu, exit))
+    }
+
+    fn left(&mut self, cpu: &mut Cpu, exit: Exit) -> Option<Stop> {
+        let page = cpu.gpr[BLOCK];
+        match exit.kind {
+            exit::LINK => {
+                self.counters.left_unlinked += 1;
+                let number = exit.value as u32;
+                let target = self.cache.links.get(number as usize).map_or(0, |link| link.target);
+                cpu.rip = page | u64::from(target);
+                self.pending = Some(number);
+                None
+            }
+            exit::EVENT => {
+                self.counters.left_event += 1;
+                self.note_event();
+                cpu.rip = page | exit.value;
+                None
+            }
+            exit::TO => {
+                self.counters.left_to += 1;
+                None
+            }
+            _ => {
+                // SAFETY: set by the stub that called the handler: a `CalledOp` of a block that was just running,
+                // whose code is overwritten in `make` at the earliest.
+                let called = unsafe { &*(cpu.jit.called as *const CalledOp) };
+                let (start, end) = (u64::from(called.op.start), u64::from(called.op.end));
+                let flow = exit.value as u8;
+                if let Some(count) = self.counters.left_flow.get_mut(usize::from(flow)) {
+                    *count += 1;
+                }
+                if flow == Flow::Jump as u8 {
+                    None
+                } else if flow == Flow::Break as u8 {
+                    cpu.rip = page.wrapping_add(end);
+                    Some(Stop::Look)
+                } else if flow == Flow::Halt as u8 {
+                    cpu.rip = page.wrapping_add(end);
+                    Some(Stop::Halt)
+                } else {
+                    cpu.rip = page.wrapping_add(start);
+                    (flow != Flow::Again as u8).then_some(Stop::Fault)
+                }
+            }
+        }
+    }
+
+    /// The block at `host`, which is made if there is none.
+    fn find(&mut self, cpu: &mut Cpu, decoder: &mut BlockDecoder, host: HostAddr) -> Option<Block> {
+        match self.cache.find(host.addr()) {
+            Found::Block(block) => return Some(block),
+            Found::Stale => self.kill(cpu, host.addr() & PAGE),
+            Found::None => {}
+        }
+        self.make(cpu, decoder, host)
+    }
+
+    fn make(&mut self, cpu: &mut Cpu, decoder: &mut BlockDecoder, host: HostAddr) -> Option<Block> {
+        if self.used + MAX_BLOCK > self.limit {
+            self.clear(cpu);
+        }
+        let run = decoder.decode_run(cpu, host)?;
+        let life = self.cache.life(host.addr());
+        let input = Input {
+            ops: run.ops,
+            valid: run.valid,
+            inlines: run.inlines,
+            bytes: run.bytes,
+            ends: run.ends,
+            upper: cpu.rip >> 63 != 0,
+        };
+        let first = self.cache.links.len() as u32;
+        let entries = self.translator.block(&input, self.used, first);
+        let code = self.translator.code();
+        self.arena.write(self.used, code);
+        self.cache.links.extend(self.translator.links.iter().map(|l| Link {
+            site: l.site,
+            target: l.target,
+            native: l.native,
+            life,
+        }));
+        let c = &mut self.counters;
+        c.blocks += 1;
+        c.instructions += run.ops.len() as u64;
+        c.called_instructions += self.translator.called() as u64;
+        c.guest_bytes += run.bytes.len() as u64;
+        c.code_bytes += code.len() as u64;
+        if let Some(map) = &mut self.perf_map {
+            let at = self.arena.entry(self.used as u32);
+            // A map that is not complete is of use all the same.
+            let _ = writeln!(map, "{at:x} {:x} guest_{:x}", code.len(), cpu.rip);
+        }
+        self.used += code.len();
+        c.used = self.used as u64;
+        Some(self.cache.insert(host.addr(), entries.memory, entries.native, run.stamp))
+    }
+
+    /// Makes link `number` go to `block`, which is at `rip`.
+    fn link(&mut self, number: u32, rip: u64, block: &Block) {
+        let Some(link) = self.cache.links.get(number as usize) else { return };
+        // What came in between may have taken us elsewhere, or ended the page's life.
+        if link.life != block.life || u64::from(link.target) != rip & !PAGE {
+            return;
+        }
+        let target = if link.native { block.native } else { block.memory };
+        let distance = i64::from(target) - (i64::from(link.site) + 4);
+        self.arena.write(link.site as usize, &(distance as i32).to_le_bytes());
+        self.counters.links += 1;
+    }
+
+    /// Ends the blocks of all pages whose code was written to (J8).
+    fn kill_changed(&mut self, cpu: &mut Cpu) {
+        for page in cpu.mmu.phys().clone().take_changed_code(cpu.mmu.index) {
+            self.kill(cpu, page);
+        }
+    }
+
+    fn kill(&mut self, cpu: &mut Cpu, page: u64) {
+        if self.cache.kill(page) {
+            self.counters.killed_pages += 1;
+            cpu.jit.clear();
+        }
+    }
+
+    /// Empties the cache (J12).
+    fn clear(&mut self, cpu: &mut Cpu) {
+        self.cache.clear();
+        self.pending = None;
+        self.used = self.floor;
+        self.counters.emptied += 1;
+        cpu.jit.clear();
+    }
+
+    /// An alarm may have gone off: it is set again if the timer has not expired yet.
+    pub fn note_event(&mut self) {
+        self.armed = 0;
+    }
+
+    /// The APIC timer must reach a vCPU that does not look at the time.
+    fn set_alarm(&mut self, cpu: &Cpu) {
+        let deadline = cpu.sys.lapic.deadline();
+        if deadline != self.armed {
+            self.armed = deadline;
+            cpu.sys.platform.set_alarm(cpu.sys.index, deadline);
+        }
+    }
+
+    /// Room for `bytes` of code (and the largest block there can be).
+    #[cfg(test)]
+    pub(crate) fn set_limit(&mut self, bytes: usize) {
+        self.limit = self.floor + MAX_BLOCK + bytes;
+    }
+
+    /// Blocks in the cache.
+    pub fn len(&self) -> usize {
+        self.cache.len()
+    }
+
+    /// Is it empty?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// `/tmp/perf-PID.map`, which `perf report` reads, if the environment asks for it.
+fn perf_map() -> Option<std::fs::File> {
+    std::env::var_os("MVM_PERF_MAP")?;
+    let path = std::env::temp_dir().join(format!("perf-{}.map", std::process::id()));
+    match std::fs::File::options().create(true).append(true).open(&path) {
+        Ok(file) => Some(file),
+        Err(error) => {
+            tracing::warn!("cannot write {}: {error}", path.display());
+            None
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Programs on both tiers, and what only the translator has: links, the jump cache, eviction.
+
+use std::time::Duration;
+
+use iced_x86::code_asm::*;
+
+use super::Counters;
+use crate::Tier;
+use crate::fault::vector;
+use crate::testing::asm::asm;
+use crate::testing::{UserException, UserMachine, UserPage, UserState};
+
+const CODE: u64 = 0x40_0000;
+/// The page behind it, elsewhere in RAM.
+const CODE2: u64 = 0x40_1000;
+const DATA: u64 = 0x50_0000;
+
+fn machine(tier: Tier) -> UserMachine {
+    let page = |linear, physical, write| UserPage { linear, physical, write, execute: true };
+    UserMachine::with_tier(
+        &[
+            page(CODE, 0x2_0000, true),
+            page(CODE2, 0x2_6000, true),
+            page(DATA, 0x3_0000, true),
+            page(DATA + 0x1000, 0x3_4000, true),
+        ],
+        tier,
+    )
+}
+
+fn start(machine: &mut UserMachine, code: &[(u64, &[u8])], rip: u64) {
+    for (at, bytes) in code {
+        let physical = if *at < CODE2 { 0x2_0000 } else { 0x2_6000 } + (at & 0xfff);
+        machine.write(physical, bytes);
+    }
+    let mut gpr = [0; 16];
+    for (i, value) in (0u64..).zip(&mut gpr) {
+        *value = 0x1111_1111_1111_1111 * i;
+    }
+    gpr[4] = DATA + 0x1800;
+    gpr[7] = DATA;
+    let mut xsave = [0; 832];
+    (xsave[0], xsave[1]) = (0x7f, 3);
+    (xsave[24], xsave[25]) = (0x80, 0x1f);
+    machine.start(&UserState { gpr, rip, rflags: 0x8d7, gs_base: DATA, xsave }, false);
+}
+
+/// Runs code that ends with an exception on both tiers; they must agree on everything.
+fn both(code: &[(u64, &[u8])]) -> (UserException, UserState, Counters) {
+    let run = |tier| {
+        let mut machine = machine(tier);
+        start(&mut machine, code, code[0].0);
+        let (exception, state) = machine.run(None).expect("an end");
+        let mut data = [0; 0x1000];
+        machine.read(0x3_0000, &mut data);
+        let counters = machine.dispatcher().jit().map(|jit| jit.counters.clone());
+        (exception, state, data, counters.unwrap_or_default())
+    };
+    let (interpreted, translated) = (run(Tier::Interpreter), run(Tier::Translator));
+    assert_eq!(interpreted.0, translated.0);
+    let (a, b) = (&interpreted.1, &translated.1);
+    assert_eq!((a.gpr, a.rip, a.rflags), (b.gpr, b.rip, b.rflags));
+    assert!(a.xsave == b.xsave && interpreted.2 == translated.2);
+    assert!(translated.3.blocks > 0, "it was translated");
+    (translated.0, translated.1, translated.3)
+}
+
+#[test]
+fn a_loop_is_linked_and_its_flags_cross_blocks() {
+    let code = asm!(64 at CODE, [again];
+        mov(ecx, 100_000i32); xor(eax, eax); set_label(&mut again);
+        adc(eax, ecx); rcl(ebx, 1i32); dec(ecx); jnz(again); pushfq(); pop(rdx); ud2();
+    );
+    let (exception, _, counters) = both(&[(CODE, &code)]);
+    assert_eq!(exception.vector, vector::UD);
+    assert!(counters.links > 0 && counters.entered < 100, "{counters:?}");
+}
+
+#[test]
+fn calls_between_pages_go_through_the_jump_cache() {
+    let code = asm!(64 at CODE, [again];
+        mov(ecx, 10_000i32); mov(r15, CODE2); set_label(&mut again);
+        call(r15); call(CODE2); dec(ecx); jnz(again); ud2();
+    );
+    let function = asm!(64 at CODE2; add(rax, rcx); mov(qword_ptr(rdi), rax); ret(););
+    let (_, state, counters) = both(&[(CODE, &code), (CODE2, &function)]);
+    assert_eq!(state.gpr[0], 2 * (1..=10_000).sum::<u64>());
+    assert!(counters.entered < 200, "{counters:?}");
+}
+
+#[test]
+fn the_registers_without_host_registers() {
+    let code = asm!(64 at CODE;
+        mov(r8, r9); add(r8d, r9d); xchg(r10, r11); imul_3(r9, r15, 77i32); mov(r11b, r8b); cmovnz(r15d, r10d);
+        lea(r10, ptr(r8 + r9 * 4 + 5)); bswap(r9); xadd(r8, r15); shl(r8, cl); movzx(r9d, r15w); cmp(r8, r9); setb(r10b);
+        neg(r11); not(r15w); push(r15); pop(r8); mul(r9); cdq(); mov(ecx, 77i32); div(ecx); test(r8d, r8d); ud2();
+    );
+    both(&[(CODE, &code)]);
+}
+
+#[test]
+fn division_that_faults_and_that_does_not() {
+    for (high, low, divisor) in [
+        (0u64, 7u64, 2u64),
+        (1, 0, 1),
+        (0, 7, 0),
+        (u64::MAX, 1 << 63, u64::MAX),
+        (u64::MAX, 9u64.wrapping_neg(), 4),
+    ] {
+        for signed in [false, true] {
+            let divide = if signed {
+                asm!(64 at CODE; idiv(rbx); cmp(rax, rdx); ud2();)
+            } else {
+                asm!(64 at CODE; div(rbx); cmp(rax, rdx); ud2();)
+            };
+            let mut code = asm!(64 at CODE; mov(rax, low); mov(rdx, high); mov(rbx, divisor););
+            code.extend(divide);
+            both(&[(CODE, &code)]);
+        }
+    }
+}
+
+#[test]
+fn vectors_in_place() {
+    let code = asm!(64 at CODE;
+        mov(rax, 0x4000_0000_3f80_0000u64); movq(xmm1, rax); pshufd(xmm2, xmm1, 0i32); addps(xmm2, xmm1); movdqu(xmmword_ptr(rdi + 8), xmm2);
+        movdqa(xmm3, xmmword_ptr(rdi)); vaddps(ymm4, ymm2, ymmword_ptr(rdi)); vpxor(xmm5, xmm4, xmm2); vextractf128(xmm6, ymm4, 1i32);
+        cvttss2si(r9d, xmm2); pmovmskb(r10d, xmm4); comiss(xmm1, xmm2); setb(bl); movd(dword_ptr(rdi + 100), xmm2); movdqa(xmm7, xmmword_ptr(rdi + 8)); ud2();
+    );
+    // The last one is not aligned. UD2 keeps the flags alive: dead ones may be stale (J2).
+    let (exception, _, _) = both(&[(CODE, &code)]);
+    assert_eq!(exception.vector, vector::GP);
+}
+
+#[test]
+fn code_that_changes_itself() {
+    let code = asm!(64 at CODE, [again, target];
+        mov(ecx, 50i32); xor(edx, edx); lea(rbx, ptr(target)); set_label(&mut again);
+        inc(byte_ptr(rbx + 1)); set_label(&mut target); mov(eax, 5i32); add(edx, eax); dec(ecx); jnz(again); ud2();
+    );
+    let (_, state, counters) = both(&[(CODE, &code)]);
+    assert_eq!(state.gpr[2], (6..=55).sum::<u64>());
+    assert!(counters.killed_pages >= 49, "{counters:?}");
+}
+
+#[test]
+fn a_full_cache_is_emptied() {
+    let mut code = asm!(64 at CODE; mov(ebx, 30i32););
+    let top = code.len();
+    // A jump to the next instruction ends each of 400 blocks.
+    for _ in 0..400 {
+        code.extend([0x01, 0xd8, 0xeb, 0x00]);
+    }
+    code.extend([0xff, 0xcb, 0x0f, 0x85]);
+    let back = top as i32 - (code.len() as i32 + 4);
+    code.extend(back.to_le_bytes());
+    code.extend([0x0f, 0x0b]);
+    let mut machine = machine(Tier::Translator);
+    machine.dispatcher().jit_mut().unwrap().set_limit(4 << 10);
+    start(&mut machine, &[(CODE, &code)], CODE);
+    let (_, state) = machine.run(None).unwrap();
+    assert_eq!(state.gpr[0], 400 * (1..=30).sum::<u64>());
+    let counters = &machine.dispatcher().jit().unwrap().counters;
+    assert!(counters.emptied > 30, "{counters:?}");
+}
+
+#[test]
+fn a_loop_without_end_can_be_left() {
+    let mut machine = machine(Tier::Translator);
+    start(&mut machine, &[(CODE, &[0xeb, 0xfe])], CODE);
+    let platform = machine.attention();
+    let other = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        UserMachine::is_stuck(&platform);
+    });
+    assert!(machine.run(None).is_none());
+    other.join().unwrap();
+}

@@ -1,0 +1,588 @@
+//! One block into host code, in one pass over plans made beforehand.
+
+use super::asm::host::{RAX, RCX, RDX};
+use super::asm::{Asm, Code, Ea, Rm};
+use super::env::CalledOp;
+use super::layout::{self, CC, GUEST_AX, GUEST_CX, GUEST_DX, GUEST_SP, host_of};
+use super::plan::{self, ALL, Field, Flags, Kind, Mem, Operand, Plan};
+use super::stubs::Stubs;
+use crate::host::inline::Inline;
+use crate::op::Op;
+
+/// Where the guest's arithmetic flags are (J4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum At {
+    Native,
+    Memory,
+    Both,
+}
+
+/// A direct jump inside the page that goes to its exit stub until it is linked.
+#[derive(Debug, Clone, Copy)]
+pub struct LinkSite {
+    /// Position of the distance to patch, from the start of the arena.
+    pub site: u32,
+    /// Offset of the target in the page.
+    pub target: u16,
+    /// Flags are native at the jump: the target is its entry N.
+    pub native: bool,
+}
+
+/// Where a missed access or an unlinked jump goes on, after the block.
+enum Cold {
+    /// Calls op `op`; goes on at `resume`. `first` is the jump to here, `hit` where to go if the other half's
+    /// context fits.
+    Miss {
+        jump: usize,
+        op: usize,
+        resume: usize,
+        restore: bool,
+        hit: Option<(usize, bool)>,
+    },
+    Link {
+        jump: usize,
+        link: u32,
+        save: bool,
+    },
+    /// A conditional jump to another page.
+    Far {
+        jump: usize,
+        target: i64,
+        save: bool,
+    },
+}
+
+/// A translated block, from the start of its code.
+#[derive(Debug, Clone, Copy)]
+pub struct Entries {
+    pub memory: u32,
+    pub native: u32,
+}
+
+/// What a block is made of.
+pub struct Input<'a> {
+    pub ops: &'a [Op],
+    /// Which of them are valid instructions.
+    pub valid: &'a [bool],
+    /// Vector instructions.
+    pub inlines: &'a [Option<Inline>],
+    /// The bytes from the start of the first op on.
+    pub bytes: &'a [u8],
+    /// The last op ends blocks of the interpreter.
+    pub ends: bool,
+    /// Its code is in the upper half of the address space.
+    pub upper: bool,
+}
+
+/// Makes blocks. Keeps its buffers.
+#[derive(Default)]
+pub struct Translator {
+    pub(super) asm: Asm,
+    pub(super) at: Option<At>,
+    pub(super) upper: bool,
+    pub(super) stubs: Stubs,
+    /// The number of the first link of this block.
+    first_link: u32,
+    /// Links of the block.
+    pub links: Vec<LinkSite>,
+    plans: Vec<Plan>,
+    after: Vec<Flags>,
+    cold: Vec<Cold>,
+    /// Places that refer to ops: position of the distance, index.
+    references: Vec<(usize, usize)>,
+    /// Start of the running op's transfer misses.
+    pub(super) current: usize,
+    misses: Vec<(usize, Option<(usize, bool)>)>,
+}
+
+impl std::fmt::Debug for Translator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Translator").finish_non_exhaustive()
+    }
+}
+
+/// Bytes of code that a block takes at most.
+pub const MAX_BLOCK: usize = 48 << 10;
+
+impl Translator {
+    pub fn new(stubs: Stubs) -> Self {
+        Self { stubs, ..Self::default() }
+    }
+
+    /// Translates `input` for the place `base` of the arena; its links get numbers from `first_link` on. The code
+    /// is then in [`Translator::code`].
+    pub fn block(&mut self, input: &Input<'_>, base: usize, first_link: u32) -> Entries {
+        self.asm.restart(base);
+        self.links.clear();
+        self.cold.clear();
+        self.references.clear();
+        self.misses.clear();
+        self.first_link = first_link;
+        self.upper = input.upper;
+        let start = input.ops.first().map_or(0, |op| op.start);
+        let live = self.make_plans(input, start);
+        let entries = self.entry(start, live);
+        self.at = Some(At::Native);
+        for (i, op) in input.ops.iter().enumerate() {
+            self.current = i;
+            let (plan, after) = (self.plans[i], self.after[i]);
+            let from = usize::from(op.start - start);
+            let bytes = &input.bytes[from..usize::from(op.end - start)];
+            match (plan.kind, &input.inlines[i]) {
+                (Kind::Vector, Some(inline)) => self.vector(op, &plan, inline, plan.live(after)),
+                _ => self.op(op, &plan, after, bytes),
+            }
+            let resume = self.asm.here();
+            let restore = self.at() != At::Memory;
+            for (jump, hit) in std::mem::take(&mut self.misses) {
+                self.cold.push(Cold::Miss { jump, op: i, resume, restore, hit });
+            }
+        }
+        self.finish(input);
+        entries
+    }
+
+    /// Instructions of the block made last that are called.
+    pub fn called(&self) -> usize {
+        self.plans.iter().filter(|plan| plan.kind == Kind::Call).count()
+    }
+
+    /// The code made last.
+    pub fn code(&self) -> &[u8] {
+        &self.asm.code
+    }
+
+    /// Plans, and backwards what flags are live after each. Returns what is live at the start.
+    fn make_plans(&mut self, input: &Input<'_>, start: u16) -> Flags {
+        self.plans.clear();
+        for ((op, valid), inline) in input.ops.iter().zip(input.valid).zip(input.inlines) {
+            let bytes = &input.bytes[usize::from(op.start - start)..usize::from(op.end - start)];
+            self.plans.push(plan::plan(bytes, op, *valid, inline.as_ref()));
+        }
+        self.after.clear();
+        self.after.resize(self.plans.len(), 0);
+        let mut live = ALL;
+        for (after, plan) in self.after.iter_mut().zip(&self.plans).rev() {
+            *after = live;
+            live = plan.live(live);
+        }
+        live
+    }
+
+    pub(super) fn flags_are_native(&mut self) {
+        self.at = Some(At::Native);
+    }
+
+    pub(super) fn at(&self) -> At {
+        self.at.unwrap_or(At::Native)
+    }
+
+    /// Before EFLAGS are destroyed, with `live` flags in use.
+    pub(super) fn keep_flags(&mut self, live: Flags) {
+        if live != 0 && self.at() == At::Native {
+            self.asm.save_flags(CC);
+        }
+        self.at = Some(At::Memory);
+    }
+
+    /// Before EFLAGS are used.
+    pub(super) fn need_flags(&mut self, live: Flags) {
+        if live != 0 && self.at() == At::Memory {
+            self.asm.restore_flags(CC);
+            self.at = Some(At::Both);
+        }
+    }
+
+    /// Entries M and N, and the ways out for an event (J9).
+    fn entry(&mut self, start: u16, live: Flags) -> Entries {
+        let leave_native = self.asm.here();
+        self.asm.save_flags(CC);
+        let leave = self.asm.here();
+        self.asm.mov_eax(start.into());
+        self.asm.far(0xe9, self.stubs.exit_event);
+        let memory = self.asm.here();
+        self.check_run(leave);
+        if live != 0 {
+            self.asm.restore_flags(CC);
+        }
+        self.asm.bytes(&[0xeb, 0]);
+        let over = self.asm.here();
+        let native = self.asm.here();
+        self.check_run(leave_native);
+        self.asm.code[over - 1] = (self.asm.here() - over) as u8;
+        let base = self.asm.base;
+        Entries { memory: (base + memory) as u32, native: (base + native) as u32 }
+    }
+
+    /// Leaves if the run word is zero. Keeps the flags.
+    fn check_run(&mut self, leave: usize) {
+        self.asm.load(RCX, Ea::cpu(layout::RUN));
+        self.asm.op(Code::one(0x8b), RCX, Rm::Mem(Ea::at(RCX, 0)));
+        // jrcxz
+        let distance = leave as i64 - (self.asm.here() as i64 + 2);
+        self.asm.bytes(&[0xe3, distance as i8 as u8]);
+    }
+
+    fn op(&mut self, op: &Op, plan: &Plan, after: Flags, bytes: &[u8]) {
+        let live = plan.live(after);
+        match plan.kind {
+            Kind::Call => self.call(live),
+            Kind::Nop => {}
+            Kind::Copy { code, field, operand, imm } => {
+                if plan.mem != Mem::None {
+                    self.keep_flags(live);
+                    self.probe(op, plan.mem, plan.size);
+                }
+                if plan.sets || plan.reads != 0 {
+                    self.need_flags(live);
+                }
+                let imm = &bytes[bytes.len() - usize::from(imm)..];
+                self.copy(code, field, operand, imm);
+                if plan.sets {
+                    self.at = Some(At::Native);
+                }
+            }
+            Kind::ByCl { code, field, operand } => {
+                if plan.mem != Mem::None {
+                    self.keep_flags(live);
+                    self.probe(op, plan.mem, plan.size);
+                }
+                self.need_flags(live);
+                self.by_cl(code, field, operand);
+                self.at = Some(At::Native);
+            }
+            Kind::Flag(opcode) => {
+                self.need_flags(live);
+                self.asm.bytes(&[opcode]);
+                self.at = Some(At::Native);
+            }
+            Kind::MovImm { register } => self.mov_imm(register, op.imm),
+            Kind::Lea { register, size } => self.lea(op, register, size),
+            Kind::Extend { wide: true } => {
+                self.asm.op(Code::wide(0x63), GUEST_AX, Rm::Reg(GUEST_AX));
+            }
+            Kind::Extend { wide: false } => {
+                let movsx = Code { map: 1, ..Code::one(0xbf) };
+                self.asm.op(movsx, GUEST_AX, Rm::Reg(GUEST_AX));
+            }
+            Kind::Sign { wide } => {
+                self.asm.mov(RAX, GUEST_AX);
+                self.asm.bytes(if wide { &[0x48, 0x99] } else { &[0x99] });
+                self.asm.mov(GUEST_DX, RDX);
+            }
+            Kind::Push { register } => {
+                self.keep_flags(live);
+                self.asm.lea(RCX, Ea::at(GUEST_SP, -8));
+                self.probe_at(Mem::Write, 8);
+                match register {
+                    Some(register) => {
+                        let value = self.source(register, RDX);
+                        self.asm.store(Ea::at(RCX, 0), value);
+                    }
+                    None => {
+                        self.asm.op(Code::wide(0xc7), 0, Rm::Mem(Ea::at(RCX, 0)));
+                        self.asm.imm32(op.imm as i32);
+                    }
+                }
+                self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
+            }
+            Kind::Pop { register } => {
+                self.keep_flags(live);
+                self.asm.mov(RCX, GUEST_SP);
+                self.probe_at(Mem::Read, 8);
+                self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, 8));
+                let target = host_of(register).unwrap_or(RDX);
+                self.asm.load(target, Ea::at(RCX, 0));
+                self.put(register, target);
+            }
+            Kind::Leave => {
+                let frame = host_of(5).unwrap_or(RDX);
+                self.keep_flags(live);
+                self.asm.mov(RCX, frame);
+                self.probe_at(Mem::Read, 8);
+                self.asm.lea(GUEST_SP, Ea::at(frame, 8));
+                self.asm.load(frame, Ea::at(RCX, 0));
+            }
+            Kind::CompareExchange { code, register } => {
+                self.keep_flags(live);
+                self.probe(op, Mem::Write, plan.size);
+                let new = self.source(register, RDX);
+                self.asm.mov(RAX, GUEST_AX);
+                self.asm.op(code, new, Rm::Mem(Ea::at(RCX, 0)));
+                self.asm.mov(GUEST_AX, RAX);
+                self.at = Some(At::Native);
+            }
+            Kind::Multiply { operand, size, signed } => {
+                let rm = self.wide_operand(op, plan, live, operand);
+                self.need_flags(live);
+                self.asm.mov(RAX, GUEST_AX);
+                self.asm.op(Code::sized(0xf7, size), if signed { 5 } else { 4 }, rm);
+                self.asm.mov(GUEST_AX, RAX);
+                self.asm.mov(GUEST_DX, RDX);
+                self.at = Some(At::Native);
+            }
+            Kind::Divide { operand, size, signed } => {
+                self.keep_flags(live);
+                match self.wide_operand(op, plan, live, operand) {
+                    Rm::Reg(RCX) => {}
+                    rm => self.asm.op(Code::sized(0x8b, size), RCX, rm),
+                }
+                self.divide(size, signed);
+            }
+            _ => self.transfer(op, plan),
+        }
+    }
+
+    /// The op's handler does it. Flags are in memory before and after.
+    fn call(&mut self, live: Flags) {
+        self.keep_flags(live);
+        self.call_op(self.current);
+    }
+
+    fn call_op(&mut self, op: usize) {
+        // lea rdx, [rip + distance of the op]
+        self.asm.bytes(&[0x48, 0x8d, 0x15]);
+        self.asm.imm32(0);
+        self.references.push((self.asm.here() - 4, op));
+        self.asm.far(0xe8, self.stubs.call_op);
+    }
+
+    /// The host register that holds guest register `guest` for reading: its own, or `scratch`.
+    pub(super) fn source(&mut self, guest: u8, scratch: u8) -> u8 {
+        host_of(guest).unwrap_or_else(|| {
+            self.asm.load(scratch, Ea::cpu(layout::gpr(guest)));
+            scratch
+        })
+    }
+
+    /// Stores `host` if `guest` is not in a register of its own.
+    fn put(&mut self, guest: u8, host: u8) {
+        if host_of(guest).is_none() {
+            self.asm.store(Ea::cpu(layout::gpr(guest)), host);
+        }
+    }
+
+    fn field(&mut self, field: Field, scratch: u8) -> u8 {
+        match field {
+            Field::Digit(digit) => digit,
+            Field::Reg(guest, true, _) => self.source(guest, scratch),
+            Field::Reg(guest, false, _) => host_of(guest).unwrap_or(scratch),
+        }
+    }
+
+    fn operand(&mut self, operand: Operand, scratch: u8, address: u8) -> Rm {
+        match operand {
+            Operand::Reg(guest, true, _) => Rm::Reg(self.source(guest, scratch)),
+            Operand::Reg(guest, false, _) => Rm::Reg(host_of(guest).unwrap_or(scratch)),
+            Operand::Mem => Rm::Mem(Ea::at(address, 0)),
+        }
+    }
+
+    fn put_back(&mut self, field: Field, reg: u8, operand: Operand, rm: Rm) {
+        if let Field::Reg(guest, _, true) = field {
+            self.put(guest, reg);
+        }
+        if let (Operand::Reg(guest, _, true), Rm::Reg(host)) = (operand, rm) {
+            self.put(guest, host);
+        }
+    }
+
+    fn copy(&mut self, code: Code, field: Field, operand: Operand, imm: &[u8]) {
+        // One register of the guest in two scratch registers would come apart if it is written.
+        let same = match (field, operand) {
+            (Field::Reg(a, ..), Operand::Reg(b, ..)) => a == b && host_of(a).is_none(),
+            _ => false,
+        };
+        let rm = self.operand(operand, RAX, RCX);
+        let reg = match rm {
+            Rm::Reg(rm) if same => {
+                if let (Operand::Reg(guest, false, _), Field::Reg(_, true, _)) = (operand, field) {
+                    self.asm.load(rm, Ea::cpu(layout::gpr(guest)));
+                }
+                rm
+            }
+            _ => self.field(field, RDX),
+        };
+        self.asm.op(code, reg, rm);
+        self.asm.bytes(imm);
+        self.put_back(field, reg, operand, rm);
+    }
+
+    fn by_cl(&mut self, code: Code, field: Field, operand: Operand) {
+        let address = RDX;
+        if operand == Operand::Mem {
+            self.asm.mov(address, RCX);
+        }
+        self.asm.mov32(RCX, GUEST_CX);
+        let rm = self.operand(operand, RAX, address);
+        // With a register in the field, the operand is none in memory.
+        let same = match (field, operand) {
+            (Field::Reg(a, ..), Operand::Reg(b, ..)) => a == b,
+            _ => false,
+        };
+        let reg = match rm {
+            Rm::Reg(rm) if same => rm,
+            _ => self.field(field, RDX),
+        };
+        self.asm.op(code, reg, rm);
+        self.put_back(field, reg, operand, rm);
+    }
+
+    fn mov_imm(&mut self, register: u8, value: u64) {
+        let target = host_of(register).unwrap_or(RDX);
+        if let Ok(value) = u32::try_from(value) {
+            if target >= 8 {
+                self.asm.bytes(&[0x41]);
+            }
+            self.asm.bytes(&[0xb8 | target & 7]);
+            self.asm.bytes(&value.to_le_bytes());
+        } else {
+            self.asm.mov_imm64(target, value);
+        }
+        self.put(register, target);
+    }
+
+    fn lea(&mut self, op: &Op, register: u8, size: u8) {
+        let target = host_of(register).unwrap_or(RDX);
+        let ea = self.address(op);
+        self.asm.op(Code::sized(0x8d, size), target, Rm::Mem(ea));
+        self.put(register, target);
+    }
+
+    /// The operand of a multiplication or division: in memory at rcx, or in a register that is not rax or rdx.
+    fn wide_operand(&mut self, op: &Op, plan: &Plan, live: Flags, operand: Operand) -> Rm {
+        match operand {
+            Operand::Mem => {
+                self.keep_flags(live);
+                self.probe(op, Mem::Read, plan.size);
+                Rm::Mem(Ea::at(RCX, 0))
+            }
+            Operand::Reg(guest, ..) => Rm::Reg(self.source(guest, RCX)),
+        }
+    }
+
+    /// Divides by rcx, where that cannot fault; everything else is the handler's (J3). Flags are saved.
+    fn divide(&mut self, size: u8, signed: bool) {
+        let code = |op| Code::sized(op, size);
+        if signed {
+            // The dividend is the accumulator sign-extended, the divisor neither 0 nor -1.
+            self.asm.op(code(0x8b), RDX, Rm::Reg(GUEST_AX));
+            self.asm.op(code(0xc1), 7, Rm::Reg(RDX));
+            self.asm.bytes(&[if size == 8 { 63 } else { 31 }]);
+            self.asm.op(code(0x39), GUEST_DX, Rm::Reg(RDX));
+            self.miss_if(5);
+            self.asm.op(code(0x8d), RAX, Rm::Mem(Ea::at(RCX, 1)));
+            self.asm.op(code(0x83), 7, Rm::Reg(RAX));
+            self.asm.bytes(&[1]);
+            self.miss_if(6);
+            self.asm.mov(RAX, GUEST_AX);
+        } else {
+            // The high half is below the divisor, which is not 0 then.
+            self.asm.op(code(0x39), RCX, Rm::Reg(GUEST_DX));
+            self.miss_if(3);
+            self.asm.mov(RAX, GUEST_AX);
+            self.asm.mov(RDX, GUEST_DX);
+        }
+        self.asm.op(code(0xf7), if signed { 7 } else { 6 }, Rm::Reg(RCX));
+        self.asm.mov(GUEST_AX, RAX);
+        self.asm.mov(GUEST_DX, RDX);
+    }
+
+    /// On `condition`, the op's handler does it all.
+    pub(super) fn miss_if(&mut self, condition: u8) {
+        let jump = self.asm.jcc(condition);
+        self.misses.push((jump, None));
+    }
+
+    /// As above, unless the context of the other half of the address space fits.
+    pub(super) fn miss_unless_other(&mut self, write: bool) {
+        let jump = self.asm.jcc(5);
+        let hit = self.upper.then_some((self.asm.here(), write));
+        self.misses.push((jump, hit));
+    }
+
+    /// A direct jump (position of its distance: `jump`) inside the page.
+    pub(super) fn link(&mut self, jump: usize, target: u16) {
+        let at = self.at();
+        let link = self.first_link + self.links.len() as u32;
+        let native = at != At::Memory;
+        self.links.push(LinkSite { site: (self.asm.base + jump) as u32, target, native });
+        self.cold.push(Cold::Link { jump, link, save: at == At::Native });
+    }
+
+    /// A conditional jump to another page.
+    pub(super) fn far_later(&mut self, jump: usize, target: i64) {
+        self.cold.push(Cold::Far { jump, target, save: self.at() == At::Native });
+    }
+
+    fn finish(&mut self, input: &Input<'_>) {
+        let last = self.plans.last().copied();
+        let end = input.ops.last().map_or(0, |op| op.end);
+        if !last.is_some_and(|plan| plan.transfers()) {
+            if input.ends && last.is_some_and(|plan| plan.kind == Kind::Call) {
+                self.leave_to(i64::from(end));
+            } else {
+                self.go_to(i64::from(end));
+            }
+        }
+        for cold in std::mem::take(&mut self.cold) {
+            match cold {
+                Cold::Miss { jump, op, resume, restore, hit } => {
+                    self.asm.land(jump);
+                    if let Some((hit, write)) = hit {
+                        let other = layout::context(write, 0);
+                        self.asm.op(Code::wide(0x3b), RDX, Rm::Mem(Ea::cpu(other)));
+                        let back = self.asm.jcc(4);
+                        self.asm.patch(back, hit);
+                    }
+                    self.call_op(op);
+                    if self.plans[op].transfers() {
+                        // Its handler never says "next".
+                        self.asm.bytes(&[0x0f, 0x0b]);
+                        continue;
+                    }
+                    if restore {
+                        self.asm.restore_flags(CC);
+                    }
+                    self.asm.jmp_to(resume);
+                }
+                Cold::Link { jump, link, save } => {
+                    self.asm.land(jump);
+                    if save {
+                        self.asm.save_flags(CC);
+                    }
+                    self.asm.mov_eax(link);
+                    self.asm.far(0xe9, self.stubs.exit_link);
+                }
+                Cold::Far { jump, target, save } => {
+                    self.asm.land(jump);
+                    if save {
+                        self.asm.save_flags(CC);
+                    }
+                    self.jump_far(target);
+                }
+            }
+        }
+        self.place_ops(input.ops);
+    }
+
+    /// The ops that are called, behind the code.
+    fn place_ops(&mut self, ops: &[Op]) {
+        while !(self.asm.base + self.asm.here()).is_multiple_of(align_of::<CalledOp>()) {
+            self.asm.bytes(&[0xcc]);
+        }
+        let mut places: Vec<Option<usize>> = vec![None; ops.len()];
+        for (position, op) in std::mem::take(&mut self.references) {
+            let place = *places[op].get_or_insert_with(|| {
+                let place = self.asm.here();
+                let called = CalledOp { op: ops[op], opcode: self.plans[op].opcode };
+                self.asm.bytes(called.as_bytes());
+                place
+            });
+            self.asm.patch(position, place);
+        }
+        while !self.asm.here().is_multiple_of(16) {
+            self.asm.bytes(&[0xcc]);
+        }
+    }
+}
