@@ -13,6 +13,7 @@ mod core;
 mod iov;
 mod link;
 mod mmio;
+pub mod net;
 mod queue;
 pub mod rng;
 pub mod vsock;
@@ -106,6 +107,13 @@ pub enum DeviceState {
         target: u32,
         /// Pages the driver says it gave.
         actual: u32,
+    },
+    /// What the driver told a network device by its control queue.
+    Network {
+        /// Queue pairs in use.
+        pairs: u16,
+        /// Offloads of received packets in use (feature bits).
+        offloads: u64,
     },
 }
 
