@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::layout;
 
 pub use boot::{BootProtocol, CmdlineStyle};
+pub use net::NetConfig;
 
 mod boot;
+mod net;
 
 /// Place of a descriptor in the list that travels with the config.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -53,6 +55,9 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Block devices without a medium after the disks, to be filled while the guest runs.
     pub empty_block_slots: u32,
+    /// Network devices, in the order of their names in the guest.
+    #[serde(default)]
+    pub nets: Vec<NetConfig>,
     /// Sockets between host and guest.
     pub vsock: Option<VsockConfig>,
     /// The serial console.
@@ -86,6 +91,7 @@ impl MachineConfig {
             verbose: false,
             disks: Vec::new(),
             empty_block_slots: 0,
+            nets: Vec::new(),
             vsock: None,
             console: ConsoleConfig::default(),
             virtio_console: None,
@@ -114,14 +120,16 @@ impl MachineConfig {
         }
         let slots = self.disks.len() as u64 + u64::from(self.empty_block_slots);
         let fixed = FIXED_VIRTIO_DEVICES
+            + self.nets.len() as u64
             + u64::from(self.vsock.is_some())
             + u64::from(self.virtio_console.is_some());
         if slots + fixed > u64::from(layout::MAX_VIRTIO_DEVICES) {
             return Err(Error::TooManyDisks {
                 disks: slots,
-                max: u64::from(layout::MAX_VIRTIO_DEVICES) - fixed,
+                max: u64::from(layout::MAX_VIRTIO_DEVICES).saturating_sub(fixed),
             });
         }
+        self.nets.iter().try_for_each(NetConfig::validate)?;
         if let Some(disk) = self.disks.iter().find(|d| d.serial.len() > MAX_SERIAL) {
             return Err(Error::DiskSerial { serial: disk.serial.clone() });
         }
@@ -334,6 +342,12 @@ pub enum Error {
     Reason {
         /// Its length.
         len: usize,
+    },
+    /// A network device that cannot be.
+    #[error("a network device cannot be made: {what}")]
+    Net {
+        /// What is wrong with it.
+        what: String,
     },
     /// A context id that is reserved or out of range.
     #[error("vsock context id {cid} is reserved; a guest has 3 to {}", u32::MAX - 1)]

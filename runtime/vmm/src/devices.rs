@@ -1,6 +1,7 @@
 //! The devices of a machine and where they are wired to.
 
 mod hvt;
+mod net;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use mvm_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonError};
 use mvm_devices::virtio::block::{Block, BlockConfig, BlockError, Cache};
 use mvm_devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
+use mvm_devices::virtio::net::{Net, NetError};
 use mvm_devices::virtio::rng::{Rng, RngError};
 use mvm_devices::virtio::vsock::{Joined, Vsock, VsockConfig, VsockError};
 use mvm_devices::virtio::{MmioTransport, VirtioDevice};
@@ -21,6 +23,7 @@ use mvm_devices::{
 };
 
 pub(crate) use hvt::Guest as HvtGuest;
+pub use net::NetCard;
 
 use crate::boot::Attached;
 use crate::bus::VmSink;
@@ -40,6 +43,9 @@ pub enum Error {
     /// The sockets between host and guest cannot be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A network device cannot be made.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// The entropy device cannot be made.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -129,6 +135,8 @@ pub(crate) struct Parts {
     pub virtio_console: Option<VirtioConsole>,
     /// Block devices in the order of their names in the guest.
     pub disks: Vec<Disk>,
+    /// Network devices in the order of their names in the guest.
+    pub nets: Vec<NetCard>,
     /// Sockets between host and guest.
     pub vsock: Option<Sockets>,
     /// Told when the guest has dialled one of its ports.
@@ -143,6 +151,7 @@ struct VirtioParts {
     console_input: Option<OwnedFd>,
     virtio_console: Option<VirtioConsole>,
     disks: Vec<Disk>,
+    nets: Vec<NetCard>,
     vsock: Option<Sockets>,
     on_hello: Joined,
 }
@@ -156,13 +165,14 @@ pub(crate) struct Devices {
     /// In the order of their register windows and interrupts.
     pub virtio: Wired,
     pub blocks: Vec<Arc<Block>>,
+    pub nets: Vec<Arc<Net>>,
     pub vsock: Option<Arc<Vsock>>,
     pub rng: Option<Arc<Rng>>,
     pub balloon: Option<Arc<Balloon>>,
     pub console: Option<Arc<Console>>,
     /// What a Solo5 guest has in place of all but the console.
     pub hypercalls: Option<Arc<Hypercalls>>,
-    /// The thread on which all but the block devices wait.
+    /// The thread on which all but the block and network devices wait.
     events: Option<EventLoop>,
 }
 
@@ -188,6 +198,7 @@ impl Devices {
             serial,
             virtio: Wired::default(),
             blocks: Vec::new(),
+            nets: Vec::new(),
             vsock: None,
             rng: None,
             balloon: None,
@@ -198,6 +209,9 @@ impl Devices {
         if let Some(guest) = hvt {
             if parts.vsock.is_some() {
                 tracing::warn!("a Solo5 guest cannot use sockets to the host");
+            }
+            if !parts.nets.is_empty() {
+                tracing::warn!("there is no network for Solo5's guests yet");
             }
             let config = HypercallConfig {
                 ram: ram.clone(),
@@ -215,6 +229,7 @@ impl Devices {
                 console_input: parts.console_input,
                 virtio_console: parts.virtio_console,
                 disks: parts.disks,
+                nets: parts.nets,
                 vsock: parts.vsock,
                 on_hello: parts.on_hello,
             };
@@ -223,7 +238,7 @@ impl Devices {
         Ok((devices, bus))
     }
 
-    /// Disks, sockets, entropy, balloon, the second console.
+    /// Disks, networks, sockets, entropy, balloon, the second console.
     fn add_virtio_devices(
         &mut self,
         parts: VirtioParts,
@@ -244,6 +259,11 @@ impl Devices {
             })?;
             self.blocks.push(block.clone());
             self.add_virtio(block, ram, bus)?;
+        }
+        for (index, card) in parts.nets.into_iter().enumerate() {
+            let net = net::open(index, card)?;
+            self.nets.push(net.clone());
+            self.add_virtio(net, ram, bus)?;
         }
         if let Some(sockets) = parts.vsock {
             let vsock = open_vsock(sockets, &parts.on_hello, &events)?;
@@ -328,6 +348,7 @@ impl Devices {
             ];
             counters.extend(all.map(|(key, n)| (format!("mvm-block-{index}.{key}"), n)));
         }
+        counters.extend(net::counters(&self.nets));
         if let Some(stats) = self.vsock.as_ref().map(|v| v.stats()) {
             let all = [
                 ("connections", stats.connections),

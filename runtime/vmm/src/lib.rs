@@ -25,6 +25,6 @@ mod wires;
 pub use boot::Error as BootError;
 pub use devices::Error as DevicesError;
 pub use events::{Events, MachineEvent};
-pub use machine::{Disk, Error, Machine, Parts, Section, Sockets, VirtioConsole};
+pub use machine::{Disk, Error, Machine, NetCard, Parts, Section, Sockets, VirtioConsole};
 pub use outcome::{EndReason, Outcome};
 pub use wires::Error as WiresError;

@@ -24,7 +24,7 @@ use crate::vcpu_thread::{Control, VcpuThreads};
 use crate::wires;
 
 pub use crate::boot::Section;
-pub use crate::devices::{Disk, Sockets, VirtioConsole};
+pub use crate::devices::{Disk, NetCard, Sockets, VirtioConsole};
 
 /// How long the vCPUs have for coming to a stop: far more than one instruction or one host write
 /// takes, even on a crowded host.
@@ -96,6 +96,8 @@ pub struct Parts {
     pub verbose: bool,
     /// Block devices in the order of their names in the guest (`/dev/vda`, ...).
     pub disks: Vec<Disk>,
+    /// Network devices in the order of their names in the guest.
+    pub nets: Vec<NetCard>,
     /// Sockets between host and guest.
     pub vsock: Option<Sockets>,
     /// Where the serial console's output goes. Must not block for long: the guest waits.
@@ -122,6 +124,7 @@ impl Parts {
             cmdline_style: CmdlineStyle::Auto,
             verbose: false,
             disks: Vec::new(),
+            nets: Vec::new(),
             vsock: None,
             console: Box::new(io::sink()),
             console_ring: 16 * 1024,
@@ -173,6 +176,7 @@ impl Machine {
             console_input: parts.console_input,
             virtio_console: parts.virtio_console,
             disks: parts.disks,
+            nets: parts.nets,
             vsock: parts.vsock,
             on_hello: Arc::new({
                 let notifier = notifier.clone();
