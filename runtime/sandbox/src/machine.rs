@@ -12,9 +12,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mvm_agent_protocol::{hello, port};
+use mvm_net::Joined;
 use mvm_vmm::config::{
     CmdlineStyle, ConsoleConfig, CpuModel, DiskConfig, EngineConfig, GuestPort, ImageSource,
-    MachineConfig, VsockConfig,
+    MachineConfig, NetConfig, VsockConfig,
 };
 use mvm_vmm::monitor::spawn::Error as SpawnError;
 use mvm_vmm::monitor::{ControlClient, Event, FdTable, Launch, Monitor, Request, Response, spawn};
@@ -24,6 +25,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::engine::{Selected, Selection};
 use crate::error::Error;
 use crate::guest::{VSOCK_SOCKET, unix_time_ns};
+use crate::network::Card;
 use crate::registry::Place;
 use crate::timings::Timings;
 
@@ -201,6 +203,13 @@ impl Draft {
         self.config.disks.push(DiskConfig { fd: self.fds.add(file), read_only, serial });
     }
 
+    /// One more network device.
+    pub fn net(&mut self, card: Card) {
+        let Joined { interface, queues } = card.joined;
+        let queues = queues.into_iter().map(|fd| self.fds.add(fd)).collect();
+        self.config.nets.push(NetConfig { queues, mac: interface.mac, mtu: card.mtu });
+    }
+
     /// Starts it, with the monitor's own log at `place`.
     pub fn launch(self, launcher: &dyn Launcher, place: &Place) -> Result<Box<dyn Machine>, Error> {
         let mut launch = Launch::new(self.config, self.fds);
@@ -210,10 +219,11 @@ impl Draft {
 }
 
 /// Opens what the machine needs and starts it.
-pub fn launch(
+pub(crate) fn launch(
     launcher: &dyn Launcher,
     place: &Place,
     plan: MachinePlan,
+    cards: Vec<Card>,
 ) -> Result<Starting, Error> {
     let MachinePlan { vcpus, memory, engine, cpu, kernel, initramfs, .. } = plan;
     let mut draft = Draft::new(place, Hardware { vcpus, memory, engine, cpu, kernel, initramfs })?;
@@ -222,6 +232,7 @@ pub fn launch(
     draft.config.cmdline_style = CmdlineStyle::Linux;
     draft.config.verbose = plan.console.is_some();
     draft.disk(plan.rootfs, true, "rootfs".into());
+    cards.into_iter().for_each(|card| draft.net(card));
     draft.console(match plan.console {
         Some(file) => file,
         None => create(&place.logs.join(CONSOLE_LOG))?,

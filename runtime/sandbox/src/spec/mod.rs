@@ -12,6 +12,7 @@ mod limits;
 mod mounts;
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use oci_spec::OciSpecError;
@@ -22,6 +23,7 @@ use oci_spec::runtime::{
     Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 
+use crate::network::Names;
 pub use caps::parse_capability;
 pub use limits::{CpuShare, Ulimit, parse_size, signal_name, signal_number};
 pub use mounts::Tmpfs;
@@ -103,6 +105,8 @@ pub struct Options {
     pub labels: BTreeMap<String, String>,
     /// Annotations of the specification.
     pub annotations: BTreeMap<String, String>,
+    /// What the guest's files say of its network.
+    pub names: Names,
 }
 
 /// A file that the host provides in the guest.
@@ -129,10 +133,14 @@ pub struct Container {
 /// Makes the specification of the container `id`.
 pub fn container(id: &str, image: &ImageConfig, options: &Options) -> Result<Container, Error> {
     let hostname = options.hostname.clone().unwrap_or_else(|| id.to_owned());
-    let files = vec![
+    let names = &options.names;
+    let mut files = vec![
         ProvidedFile { name: "hostname", data: format!("{hostname}\n").into_bytes() },
-        ProvidedFile { name: "hosts", data: hosts(&hostname).into_bytes() },
+        ProvidedFile { name: "hosts", data: hosts(&hostname, &names.addresses).into_bytes() },
     ];
+    if let Some(text) = &names.resolv_conf {
+        files.push(ProvidedFile { name: "resolv.conf", data: text.clone().into_bytes() });
+    }
     let user = options.user.clone().or_else(|| image.user().clone()).unwrap_or_default();
     let (uid, gid, username) = user_ids(&user);
     let mut user = UserBuilder::default().uid(uid).gid(gid);
@@ -370,12 +378,18 @@ fn rlimits(ulimits: &[Ulimit]) -> Result<Vec<PosixRlimit>, Error> {
     Ok(limits)
 }
 
-fn hosts(hostname: &str) -> String {
-    format!(
+fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
+    let mut text = String::from(
         "127.0.0.1\tlocalhost\n\
-         ::1\tlocalhost ip6-localhost ip6-loopback\n\
-         127.0.1.1\t{hostname}\n"
-    )
+         ::1\tlocalhost ip6-localhost ip6-loopback\n",
+    );
+    if addresses.is_empty() {
+        text.push_str(&format!("127.0.1.1\t{hostname}\n"));
+    }
+    for address in addresses {
+        text.push_str(&format!("{address}\t{hostname}\n"));
+    }
+    text
 }
 
 #[cfg(test)]
