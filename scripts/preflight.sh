@@ -52,6 +52,10 @@ if [ "$goal" = test ]; then
     want musl-gcc musl-tools
     want sqlite3 sqlite3
     want containerd containerd
+    want ip iproute2
+    want tc iproute2
+    want iptables iptables
+    [ -x /usr/lib/cni/bridge ] || [ -x /opt/cni/bin/bridge ] || missing+=(containernetworking-plugins)
 fi
 
 # --- Rust: ours is the minimum that Cargo.toml names

@@ -19,6 +19,7 @@ mod error;
 mod info;
 mod log;
 mod mountapi;
+mod network;
 mod power;
 mod reaper;
 mod rootfs;

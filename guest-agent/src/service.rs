@@ -15,6 +15,7 @@ use crate::container::{Container, Process, Workshop};
 use crate::error::{Context, Error, Result};
 use crate::info;
 use crate::log::warning;
+use crate::network;
 use crate::power::Machine;
 use crate::streams::Streams;
 use crate::sys;
@@ -348,6 +349,10 @@ impl Agent for Service {
 
     fn stats(&self, request: StatsRequest) -> Answered<StatsResponse> {
         Ok(self.container(&request.container_id)?.cgroup().stats())
+    }
+
+    fn configure_network(&self, request: ConfigureNetworkRequest) -> Answered<Empty> {
+        empty(network::configure(&request.interfaces))
     }
 }
 

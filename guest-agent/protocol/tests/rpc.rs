@@ -56,6 +56,7 @@ impl Agent for Fake {
         pause_container(PauseContainerRequest) -> Empty;
         resume_container(ResumeContainerRequest) -> Empty;
         stats(StatsRequest) -> StatsResponse;
+        configure_network(ConfigureNetworkRequest) -> Empty;
     }
 }
 

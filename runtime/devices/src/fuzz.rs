@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
 use mvm_memory::GuestRam;
@@ -15,6 +16,7 @@ use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, BalloonConfig};
 use crate::virtio::block::{Block, BlockConfig, Cache};
 use crate::virtio::console::{Console, ConsoleConfig};
+use crate::virtio::net::{Net, NetBackend, NetConfig, PacketSocket};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockConfig};
 use crate::{
@@ -178,6 +180,29 @@ pub fn fuzz_console(data: &[u8]) {
     }
 }
 
+/// The queues of the network device, with two pairs and a packet now and then.
+pub fn fuzz_net(data: &[u8]) {
+    let network = || -> io::Result<(UnixDatagram, Box<dyn NetBackend>)> {
+        let (ours, theirs) = UnixDatagram::pair()?;
+        ours.set_nonblocking(true)?;
+        // What they are is the input's choice too.
+        for packet in data.chunks(3000).take(8) {
+            ours.send(packet)?;
+        }
+        Ok((ours, Box::new(PacketSocket::new(theirs)?)))
+    };
+    let (Ok((_a, first)), Ok((_b, second))) = (network(), network()) else { return };
+    let config = NetConfig {
+        name: "fuzz-net".into(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        backends: vec![first, second],
+    };
+    if let Ok(device) = Net::new(config) {
+        run(data, device);
+    }
+}
+
 /// The queue of the entropy device.
 pub fn fuzz_rng(data: &[u8]) {
     let Some(events) = events() else { return };
@@ -205,9 +230,10 @@ mod tests {
 
     #[test]
     fn random_inputs_find_nothing() {
-        let targets: [(&str, Fuzz); 5] = [
+        let targets: [(&str, Fuzz); 6] = [
             ("block", fuzz_block),
             ("vsock", fuzz_vsock),
+            ("net", fuzz_net),
             ("console", fuzz_console),
             ("rng", fuzz_rng),
             ("balloon", fuzz_balloon),

@@ -34,6 +34,9 @@ pub enum Error {
     /// No engine runs this guest here.
     #[error(transparent)]
     Engine(#[from] engine::Error),
+    /// There is no network for it.
+    #[error(transparent)]
+    Network(#[from] crate::network::Error),
     /// The monitor process could not be started.
     #[error(transparent)]
     Launch(#[from] spawn::Error),

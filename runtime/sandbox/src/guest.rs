@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use mvm_agent_protocol::messages::launch_failure::Kind as FailureKind;
 use mvm_agent_protocol::messages::{
-    BlockDevice, CreateContainerRequest, DeleteProcessRequest, ExecProcessRequest,
-    GuestInfoRequest, GuestInfoResponse, InlineFile, LaunchFailure, ListProcessesRequest,
-    ProcessInfo, ResizeTerminalRequest, Rootfs, SetClockRequest, Share, SignalProcessRequest,
-    StartProcessRequest, StatsRequest, StatsResponse, Stdio as StdioMessage, Tmpfs, Volume,
-    WaitProcessRequest,
+    BlockDevice, ConfigureNetworkRequest, CreateContainerRequest, DeleteProcessRequest,
+    ExecProcessRequest, GuestInfoRequest, GuestInfoResponse, InlineFile, LaunchFailure,
+    ListProcessesRequest, NetworkInterface, ProcessInfo, ResizeTerminalRequest, Rootfs,
+    SetClockRequest, Share, SignalProcessRequest, StartProcessRequest, StatsRequest, StatsResponse,
+    Stdio as StdioMessage, Tmpfs, Volume, WaitProcessRequest,
 };
 use mvm_agent_protocol::rpc::{CallError, Client};
 use mvm_agent_protocol::stream::{Header, Kind};
@@ -334,6 +334,13 @@ impl Guest {
     pub fn set_clock(&self) -> Result<(), Error> {
         let request = SetClockRequest { unix_time_ns: unix_time_ns(), ..Default::default() };
         self.client.set_clock(&request, self.limit)?;
+        Ok(())
+    }
+
+    /// Gives the guest's network devices their addresses and routes.
+    pub fn configure_network(&self, interfaces: Vec<NetworkInterface>) -> Result<(), Error> {
+        let request = ConfigureNetworkRequest { interfaces, ..Default::default() };
+        self.client.configure_network(&request, self.limit)?;
         Ok(())
     }
 

@@ -6,7 +6,7 @@
 //! * [`Sandbox`] is the life of one sandbox as its owner leads it; [`ops`] is what others do to it.
 //! * [`spec`] turns image configuration and flags into a runtime specification.
 //! * [`registry`], [`state`] and [`layout`] are what is on disk; [`recover`] repairs it.
-//! * [`engine`] chooses what runs the machine.
+//! * [`engine`] chooses what runs the machine, [`network`] what it is connected to.
 //! * [`unikernel`] recognises images that are kernels of their own.
 //! * [`machine`] starts the monitor process, [`guest`] talks to the agent, [`pump`] moves streams.
 //!
@@ -21,6 +21,7 @@ pub mod layout;
 pub mod logfile;
 pub mod machine;
 mod names;
+pub mod network;
 pub mod ops;
 pub mod procid;
 pub mod pump;

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use mvm_agent_protocol::{hello, port};
 use mvm_fs::{FileServer, NewShare};
+use mvm_net::Joined;
 use mvm_vmm::config::{
     CmdlineStyle, CpuModel, DiskConfig, EngineConfig, FsConfig, GuestPort, HugePages, ImageSource,
-    MachineConfig, ModuleConfig, VsockConfig,
+    MachineConfig, ModuleConfig, NetConfig, VsockConfig,
 };
 use mvm_vmm::monitor::spawn::Error as SpawnError;
 use mvm_vmm::monitor::{ControlClient, Event, FdTable, Launch, Monitor, Request, Response, spawn};
@@ -25,6 +26,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::engine::{Selected, Selection};
 use crate::error::Error;
 use crate::guest::{VSOCK_SOCKET, unix_time_ns};
+use crate::network::Card;
 use crate::registry::Place;
 use crate::timings::Timings;
 
@@ -271,6 +273,13 @@ impl Draft {
         Ok(server)
     }
 
+    /// One more network device.
+    pub fn net(&mut self, card: Card) {
+        let Joined { interface, queues } = card.joined;
+        let queues = queues.into_iter().map(|fd| self.fds.add(fd)).collect();
+        self.config.nets.push(NetConfig { queues, mac: interface.mac, mtu: card.mtu });
+    }
+
     /// Starts it, with the monitor's own log at `place`.
     pub fn launch(self, launcher: &dyn Launcher, place: &Place) -> Result<Box<dyn Machine>, Error> {
         let mut launch = Launch::new(self.config, self.fds);
@@ -280,10 +289,11 @@ impl Draft {
 }
 
 /// Opens what the machine needs and starts it.
-pub fn launch(
+pub(crate) fn launch(
     launcher: &dyn Launcher,
     place: &Place,
     plan: MachinePlan,
+    cards: Vec<Card>,
 ) -> Result<Starting, Error> {
     let MachinePlan { vcpus, memory, hugepages, engine, cpu, kernel, initramfs, .. } = plan;
     let hardware = Hardware { vcpus, memory, hugepages, engine, cpu, kernel, initramfs };
@@ -297,6 +307,7 @@ pub fn launch(
         Some(shares) => Some(draft.share(place, shares)?),
         None => None,
     };
+    cards.into_iter().for_each(|card| draft.net(card));
     draft.console(match plan.console {
         Some(file) => file,
         None => create(&place.logs.join(CONSOLE_LOG))?,

@@ -116,6 +116,9 @@ fn machine_gone(place: &Place, state: &State) -> Verdict {
 
 fn record(place: &Place, mut state: State, ending: &Ending) -> Result<State, Error> {
     end_monitor(&state)?;
+    if let Err(e) = crate::network::tear_down(&place.dir) {
+        tracing::warn!("the network of sandbox {}: {e}", state.id);
+    }
     state.finish(ending);
     state.save(&place.dir)?;
     ending::announce(&place.dir, ending).map_err(Error::io(place.dir.display().to_string()))?;

@@ -246,6 +246,10 @@ impl Registry {
 
     /// Removes every trace of a sandbox. One that is gone already is no error.
     pub fn remove(&self, place: &Place) -> Result<(), Error> {
+        // Of a sandbox that was never looked at since its owner was killed.
+        if let Err(e) = crate::network::tear_down(&place.dir) {
+            tracing::warn!("the network of sandbox {}: {e}", place.id);
+        }
         let _lock = self.lock()?;
         self.forget(place)
     }

@@ -16,6 +16,7 @@ use crate::engine::Selection;
 use crate::error::{EXIT_FAILURE, Error};
 use crate::guest::{Exit, Guest, Stdio, Streams, program};
 use crate::machine::{self, LAST_WORDS, Launcher, Machine, MachinePlan};
+use crate::network::{self, Names, Network, Wish};
 use crate::procid::{ProcessId, boot_id};
 use crate::registry::{Place, Registry};
 use crate::spec::{self, Container};
@@ -57,6 +58,7 @@ pub struct Sandbox {
     state: State,
     machine: Option<Box<dyn Machine>>,
     guest: Option<Guest>,
+    network: Option<Network>,
     finished: bool,
 }
 
@@ -83,6 +85,7 @@ impl Sandbox {
             vcpus: about.vcpus,
             memory: about.memory,
             bare: false,
+            network: Vec::new(),
             tty: about.tty,
             detached: about.detached,
             auto_remove: about.auto_remove,
@@ -98,6 +101,7 @@ impl Sandbox {
             state,
             machine: None,
             guest: None,
+            network: None,
             finished: false,
         };
         let path = sandbox.place.dir.display().to_string();
@@ -120,6 +124,17 @@ impl Sandbox {
         &self.state
     }
 
+    /// Makes the network that the machine will have, before it is started. Returns what the guest's
+    /// files say of it.
+    pub fn connect(&mut self, wish: &Wish) -> Result<Option<Names>, Error> {
+        self.network = Network::set_up(&self.place, wish, self.state.vcpus)?;
+        let Some(network) = &self.network else { return Ok(None) };
+        self.state.network = network.summary();
+        let names = network.names();
+        self.save()?;
+        Ok(Some(names))
+    }
+
     /// Starts the machine and waits until its agent is ready. `interrupt` ends the wait when it
     /// becomes readable.
     pub fn boot(
@@ -130,12 +145,17 @@ impl Sandbox {
         interrupt: Option<BorrowedFd<'_>>,
     ) -> Result<(), Error> {
         self.note_engine(&plan.engine);
-        let starting = machine::launch(launcher, &self.place, plan)?;
+        let cards = self.network.as_mut().map(Network::take_cards).unwrap_or_default();
+        let starting = machine::launch(launcher, &self.place, plan, cards)?;
         self.state.monitor = ProcessId::of(starting.pid()).ok();
         self.save()?;
         let machine = starting.wait_ready(timings, interrupt)?;
         self.machine = Some(machine);
-        self.guest = Some(Guest::connect(&self.place.dir, &self.state.id)?);
+        let guest = Guest::connect(&self.place.dir, &self.state.id)?;
+        if let Some(network) = &self.network {
+            guest.configure_network(network.messages())?;
+        }
+        self.guest = Some(guest);
         Ok(())
     }
 
@@ -257,6 +277,11 @@ impl Sandbox {
             Some(machine) => machine.end(),
             None => Ok(()),
         };
+        // Tap devices that no machine has taken go with it.
+        self.network = None;
+        if let Err(e) = network::tear_down(&self.place.dir) {
+            tracing::warn!("the network of sandbox {}: {e}", self.state.id);
+        }
         self.state.finish(ending);
         let recorded = self.record(ending, remove || self.state.auto_remove);
         ended.map_err(Error::io("cannot end the monitor process"))?;

@@ -94,6 +94,9 @@ pub struct State {
     /// The machine is all there is: no agent in it, no process that could be told from it.
     #[serde(default)]
     pub bare: bool,
+    /// The machine's interfaces besides loopback.
+    #[serde(default)]
+    pub network: Vec<crate::network::Summary>,
     /// Whether the process has a terminal.
     pub tty: bool,
     /// Whether it was started in the background.
@@ -245,6 +248,7 @@ pub(crate) fn sample(id: &str, name: &str) -> State {
         vcpus: 1,
         memory: 512 << 20,
         bare: false,
+        network: Vec::new(),
         tty: false,
         detached: false,
         auto_remove: false,

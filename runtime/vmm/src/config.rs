@@ -14,11 +14,13 @@ pub use boot::{BootProtocol, CmdlineStyle};
 pub use emu::{EmuConfig, EmuTier};
 pub use fs::FsConfig;
 pub use hugepages::{HugePages, UnknownHugePages};
+pub use net::NetConfig;
 
 mod boot;
 mod emu;
 mod fs;
 mod hugepages;
+mod net;
 
 /// Place of a descriptor in the list that travels with the config.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -68,6 +70,9 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Block devices without a medium after the disks, to be filled while the guest runs.
     pub empty_block_slots: u32,
+    /// Network devices, in the order of their names in the guest.
+    #[serde(default)]
+    pub nets: Vec<NetConfig>,
     /// Sockets between host and guest.
     pub vsock: Option<VsockConfig>,
     /// The serial console.
@@ -107,6 +112,7 @@ impl MachineConfig {
             verbose: false,
             disks: Vec::new(),
             empty_block_slots: 0,
+            nets: Vec::new(),
             vsock: None,
             console: ConsoleConfig::default(),
             virtio_console: None,
@@ -136,18 +142,20 @@ impl MachineConfig {
         }
         let slots = self.disks.len() as u64 + u64::from(self.empty_block_slots);
         let fixed = FIXED_VIRTIO_DEVICES
+            + self.nets.len() as u64
             + u64::from(self.vsock.is_some())
             + u64::from(self.virtio_console.is_some())
             + u64::from(self.fs.is_some());
         if slots + fixed > u64::from(layout::MAX_VIRTIO_DEVICES) {
             return Err(Error::TooManyDisks {
                 disks: slots,
-                max: u64::from(layout::MAX_VIRTIO_DEVICES) - fixed,
+                max: u64::from(layout::MAX_VIRTIO_DEVICES).saturating_sub(fixed),
             });
         }
         if self.emu.tier == EmuTier::Jit && self.fs.is_some() {
             return Err(Error::TranslatedAndShared);
         }
+        self.nets.iter().try_for_each(NetConfig::validate)?;
         if let Some(disk) = self.disks.iter().find(|d| d.serial.len() > MAX_SERIAL) {
             return Err(Error::DiskSerial { serial: disk.serial.clone() });
         }
@@ -402,6 +410,12 @@ pub enum Error {
     Reason {
         /// Its length.
         len: usize,
+    },
+    /// A network device that cannot be.
+    #[error("a network device cannot be made: {what}")]
+    Net {
+        /// What is wrong with it.
+        what: String,
     },
     /// A context id that is reserved or out of range.
     #[error("vsock context id {cid} is reserved; a guest has 3 to {}", u32::MAX - 1)]

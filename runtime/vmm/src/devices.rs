@@ -3,6 +3,7 @@
 mod emulators;
 mod fs;
 mod hvt;
+mod net;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -15,6 +16,7 @@ use mvm_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonError};
 use mvm_devices::virtio::block::{Block, BlockConfig, BlockError, Cache};
 use mvm_devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
 use mvm_devices::virtio::fs::{Fs, FsError, Gone};
+use mvm_devices::virtio::net::{Net, NetError};
 use mvm_devices::virtio::rng::{Rng, RngError};
 use mvm_devices::virtio::vsock::{Joined, Vsock, VsockConfig, VsockError};
 use mvm_devices::virtio::{MmioTransport, VirtioDevice};
@@ -26,6 +28,7 @@ use mvm_devices::{
 
 pub use fs::SharedFiles;
 pub(crate) use hvt::Guest as HvtGuest;
+pub use net::NetCard;
 
 use crate::boot::Attached;
 use crate::bus::VmSink;
@@ -45,6 +48,9 @@ pub enum Error {
     /// The sockets between host and guest cannot be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A network device cannot be made.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// The entropy device cannot be made.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -140,6 +146,8 @@ pub(crate) struct Parts {
     pub virtio_console: Option<VirtioConsole>,
     /// Block devices in the order of their names in the guest.
     pub disks: Vec<Disk>,
+    /// Network devices in the order of their names in the guest.
+    pub nets: Vec<NetCard>,
     /// Sockets between host and guest.
     pub vsock: Option<Sockets>,
     /// The file system that the host shares.
@@ -158,6 +166,7 @@ struct VirtioParts {
     console_input: Option<OwnedFd>,
     virtio_console: Option<VirtioConsole>,
     disks: Vec<Disk>,
+    nets: Vec<NetCard>,
     vsock: Option<Sockets>,
     fs: Option<SharedFiles>,
     on_lost: Gone,
@@ -184,6 +193,7 @@ pub(crate) struct Devices {
     /// In the order of their register windows and interrupts.
     pub virtio: Wired,
     pub blocks: Vec<Arc<Block>>,
+    pub nets: Vec<Arc<Net>>,
     pub vsock: Option<Arc<Vsock>>,
     pub rng: Option<Arc<Rng>>,
     pub balloon: Option<Arc<Balloon>>,
@@ -193,7 +203,7 @@ pub(crate) struct Devices {
     pub hypercalls: Option<Arc<Hypercalls>>,
     /// Tells kernels made for PC emulators of their machine.
     pub fw_cfg: Option<Arc<FwCfg>>,
-    /// The thread on which all but the block devices wait.
+    /// The thread on which all but the block and network devices wait.
     events: Option<EventLoop>,
 }
 
@@ -219,6 +229,7 @@ impl Devices {
             serial,
             virtio: Wired::default(),
             blocks: Vec::new(),
+            nets: Vec::new(),
             vsock: None,
             rng: None,
             balloon: None,
@@ -234,6 +245,9 @@ impl Devices {
             }
             if parts.console_input.is_some() {
                 return Err(Error::NoInput);
+            }
+            if !parts.nets.is_empty() {
+                tracing::warn!("there is no network for Solo5's guests yet");
             }
             let config = HypercallConfig {
                 ram: ram.clone(),
@@ -254,6 +268,7 @@ impl Devices {
                 console_input: parts.console_input,
                 virtio_console: parts.virtio_console,
                 disks: parts.disks,
+                nets: parts.nets,
                 vsock: parts.vsock,
                 fs: parts.fs,
                 on_lost: parts.on_lost,
@@ -264,7 +279,7 @@ impl Devices {
         Ok((devices, bus))
     }
 
-    /// Disks, sockets, entropy, balloon, the second console.
+    /// Disks, networks, sockets, entropy, balloon, the second console.
     fn add_virtio_devices(
         &mut self,
         parts: VirtioParts,
@@ -285,6 +300,11 @@ impl Devices {
             })?;
             self.blocks.push(block.clone());
             self.add_virtio(block, ram, bus)?;
+        }
+        for (index, card) in parts.nets.into_iter().enumerate() {
+            let net = net::open(index, card)?;
+            self.nets.push(net.clone());
+            self.add_virtio(net, ram, bus)?;
         }
         if let Some(sockets) = parts.vsock {
             let vsock = open_vsock(sockets, &parts.on_hello, &events)?;
@@ -374,6 +394,7 @@ impl Devices {
             ];
             counters.extend(all.map(|(key, n)| (format!("mvm-block-{index}.{key}"), n)));
         }
+        counters.extend(net::counters(&self.nets));
         if let Some(stats) = self.vsock.as_ref().map(|v| v.stats()) {
             let all = [
                 ("connections", stats.connections),

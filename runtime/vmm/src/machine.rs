@@ -26,7 +26,7 @@ use crate::wires;
 mod state;
 
 pub use crate::boot::{Module, Section};
-pub use crate::devices::{Disk, SharedFiles, Sockets, VirtioConsole};
+pub use crate::devices::{Disk, NetCard, SharedFiles, Sockets, VirtioConsole};
 pub use state::{MachineState, Pauser};
 
 /// How long the vCPUs have for coming to a stop: far more than one instruction or one host write
@@ -109,6 +109,8 @@ pub struct Parts {
     pub verbose: bool,
     /// Block devices in the order of their names in the guest (`/dev/vda`, ...).
     pub disks: Vec<Disk>,
+    /// Network devices in the order of their names in the guest.
+    pub nets: Vec<NetCard>,
     /// Sockets between host and guest.
     pub vsock: Option<Sockets>,
     /// Where the serial console's output goes. Must not block for long: the guest waits.
@@ -139,6 +141,7 @@ impl Parts {
             cmdline_style: CmdlineStyle::Auto,
             verbose: false,
             disks: Vec::new(),
+            nets: Vec::new(),
             vsock: None,
             console: Box::new(io::sink()),
             console_ring: 16 * 1024,
@@ -340,6 +343,7 @@ impl Frame {
             console_input: parts.console_input,
             virtio_console: parts.virtio_console,
             disks: parts.disks,
+            nets: parts.nets,
             vsock: parts.vsock,
             fs: parts.fs,
             on_lost,

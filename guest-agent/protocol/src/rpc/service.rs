@@ -95,4 +95,6 @@ service! {
     "ResumeContainer" resume_container(ResumeContainerRequest) -> Empty;
     /// Control-group figures.
     "Stats" stats(StatsRequest) -> StatsResponse;
+    /// Gives the guest's network devices their addresses and routes.
+    "ConfigureNetwork" configure_network(ConfigureNetworkRequest) -> Empty;
 }

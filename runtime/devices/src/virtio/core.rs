@@ -30,12 +30,17 @@ impl<T> Core<T> {
     /// # Errors
     /// The host has no more descriptors.
     pub fn new(name: &str, queue_sizes: &[u16]) -> io::Result<Self> {
-        Ok(Self {
+        Ok(Self::with_slots(name, QueueSlot::several(queue_sizes)?))
+    }
+
+    /// A part of a device, which works on some of its queues.
+    pub fn with_slots(name: &str, slots: Vec<QueueSlot>) -> Self {
+        Self {
             name: name.into(),
-            slots: QueueSlot::several(queue_sizes)?,
+            slots,
             link: OnceLock::new(),
             work: Mutex::new(Slot { work: None, paused: false }),
-        })
+        }
     }
 
     /// What log lines call the device.

@@ -14,6 +14,7 @@ pub mod fs;
 mod iov;
 mod link;
 mod mmio;
+pub mod net;
 mod queue;
 pub mod rng;
 pub mod vsock;
@@ -112,6 +113,13 @@ pub enum DeviceState {
         target: u32,
         /// Pages the driver says it gave.
         actual: u32,
+    },
+    /// What the driver told a network device by its control queue.
+    Network {
+        /// Queue pairs in use.
+        pairs: u16,
+        /// Offloads of received packets in use (feature bits).
+        offloads: u64,
     },
 }
 

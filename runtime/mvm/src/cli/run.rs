@@ -98,6 +98,21 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value_t = Pull::Missing)]
     pub pull: Pull,
 
+    /// What the container is connected to: none, ns:PATH (the interfaces of a network namespace) or
+    /// cni:NAME (a network of the CNI configuration)
+    #[arg(
+        long,
+        visible_alias = "net",
+        value_name = "NETWORK",
+        default_value = "none",
+        help_heading = "Network"
+    )]
+    pub network: String,
+
+    /// Publish a port, with a network by CNI whose plugins do that
+    #[arg(short, long, value_name = "[IP:]HOST:GUEST[/PROTOCOL]", help_heading = "Network")]
+    pub publish: Vec<String>,
+
     /// Number of CPUs: 1.5 is two vCPUs of which one and a half may be used [default: 1]
     #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = "Resources")]
     pub cpus: Option<String>,

@@ -179,6 +179,8 @@ pub(super) fn refuse_what_does_not_hold(
         (args.workdir.is_some(), "--workdir", "it has no working directory"),
         (file && args.entrypoint.is_some(), "--entrypoint", "its kernel is the program"),
         (args.hostname.is_some(), "--hostname", "nothing in it takes one"),
+        (args.network != "none", "--network", "nobody could tell it its address yet"),
+        (!args.publish.is_empty(), "--publish", "it has no network"),
         (args.stop_signal.is_some(), "--stop-signal", "it takes no signals"),
         (args.console.is_some(), "--console", "its console is what it prints"),
         (!args.tmpfs.is_empty(), "--tmpfs", "it has no file systems of mvm's"),

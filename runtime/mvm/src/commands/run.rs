@@ -12,6 +12,7 @@ use mvm_sandbox::ending::Ending;
 use mvm_sandbox::guest::Stdio;
 use mvm_sandbox::logfile::LogWriter;
 use mvm_sandbox::machine::{MachinePlan, MonitorLauncher};
+use mvm_sandbox::network::Wish;
 use mvm_sandbox::spec::volumes::Volume;
 use mvm_sandbox::spec::{self, Container, CpuShare, parse_size, signal_name, signal_number};
 use mvm_sandbox::timings::Timings;
@@ -56,6 +57,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     if let Some(name) = &args.name {
         mvm_sandbox::registry::check_name(name).map_err(Error::from)?;
     }
+    let wish = network(args)?;
     let outlook = engine::look(&context.layout, settings.wish(args.force)).map_err(Error::from)?;
     let ready = images::ready(&images::store(&context.layout)?, args.image())?;
     timings.mark("image");
@@ -100,7 +102,14 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         stop_signal,
         stop_timeout: settings.stop_timeout.value,
     };
-    let sandbox = Sandbox::create(&registry, about)?;
+    let mut sandbox = Sandbox::create(&registry, about)?;
+    match sandbox.connect(&wish) {
+        Ok(names) => options.names = names.unwrap_or_default(),
+        Err(e) => return give_up(sandbox, e),
+    }
+    if wish != Wish::None {
+        timings.mark("network");
+    }
     let container = spec::container(sandbox.id(), &config, &options).map_err(Error::from)?;
     let plan = MachinePlan {
         vcpus: resources.cpus.vcpus(),
@@ -120,6 +129,13 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     };
     let code = Run { args, signals, sandbox, timings }.lead(plan, &container)?;
     Ok(code)
+}
+
+/// The network that the flags ask for.
+fn network(args: &RunArgs) -> anyhow::Result<Wish> {
+    let wish: Wish = args.network.parse().map_err(Error::from).context("--network")?;
+    let wish = wish.publishing(&args.publish).map_err(Error::from);
+    wish.context("--publish")
 }
 
 fn ready_rootfs(ready: Ready) -> File {

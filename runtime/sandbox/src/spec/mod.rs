@@ -14,6 +14,7 @@ pub mod volumes;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use oci_spec::OciSpecError;
@@ -24,6 +25,7 @@ use oci_spec::runtime::{
     Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 
+use crate::network::Names;
 pub use caps::parse_capability;
 pub use limits::{CpuShare, Ulimit, parse_size, signal_name, signal_number};
 pub use mounts::Tmpfs;
@@ -107,6 +109,8 @@ pub struct Options {
     pub labels: BTreeMap<String, String>,
     /// Annotations of the specification.
     pub annotations: BTreeMap<String, String>,
+    /// What the guest's files say of its network.
+    pub names: Names,
 }
 
 /// A file that the host provides in the guest.
@@ -142,7 +146,14 @@ pub fn container(id: &str, image: &ImageConfig, options: &Options) -> Result<Con
         data: text.into_bytes(),
         mode: 0o644,
     };
-    let files = vec![file("hostname", format!("{hostname}\n")), file("hosts", hosts(&hostname))];
+    let names = &options.names;
+    let mut files = vec![
+        file("hostname", format!("{hostname}\n")),
+        file("hosts", hosts(&hostname, &names.addresses)),
+    ];
+    if let Some(text) = &names.resolv_conf {
+        files.push(file("resolv.conf", text.clone()));
+    }
     let user = options.user.clone().or_else(|| image.user().clone()).unwrap_or_default();
     let (uid, gid, username) = user_ids(&user);
     let mut user = UserBuilder::default().uid(uid).gid(gid);
@@ -380,12 +391,18 @@ fn rlimits(ulimits: &[Ulimit]) -> Result<Vec<PosixRlimit>, Error> {
     Ok(limits)
 }
 
-fn hosts(hostname: &str) -> String {
-    format!(
+fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {
+    let mut text = String::from(
         "127.0.0.1\tlocalhost\n\
-         ::1\tlocalhost ip6-localhost ip6-loopback\n\
-         127.0.1.1\t{hostname}\n"
-    )
+         ::1\tlocalhost ip6-localhost ip6-loopback\n",
+    );
+    if addresses.is_empty() {
+        text.push_str(&format!("127.0.1.1\t{hostname}\n"));
+    }
+    for address in addresses {
+        text.push_str(&format!("{address}\t{hostname}\n"));
+    }
+    text
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use super::fds::FdTable;
 use super::process::Error;
 use crate::config::{ImageSource, MachineConfig};
-use crate::machine::{Disk, Module, Parts, Section, SharedFiles, Sockets, VirtioConsole};
+use crate::machine::{Disk, Module, NetCard, Parts, Section, SharedFiles, Sockets, VirtioConsole};
 
 /// Takes the descriptors that `config` names and makes the machine's parts from them.
 pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, Error> {
@@ -38,6 +38,11 @@ pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, 
     for slot in 0..config.empty_block_slots {
         let serial = format!("slot{slot}");
         parts.disks.push(Disk { file: None, read_only: false, serial });
+    }
+    for net in &config.nets {
+        let queues = net.queues.iter().map(|&index| fds.take(index));
+        let queues = queues.collect::<Result<_, _>>()?;
+        parts.nets.push(NetCard { queues, mac: net.mac, mtu: net.mtu });
     }
     if let Some(vsock) = &config.vsock {
         let listener = vsock.listener.map(|index| fds.take(index)).transpose()?;

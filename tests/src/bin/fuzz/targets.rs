@@ -48,6 +48,7 @@ pub const TARGETS: &[Target] = &[
     queue("block", mvm_devices::fuzz::fuzz_block),
     queue("vsock", mvm_devices::fuzz::fuzz_vsock),
     queue("console", mvm_devices::fuzz::fuzz_console),
+    queue("net", mvm_devices::fuzz::fuzz_net),
     queue("rng", mvm_devices::fuzz::fuzz_rng),
     queue("balloon", mvm_devices::fuzz::fuzz_balloon),
     queue("hvt", mvm_devices::fuzz::fuzz_hvt),

@@ -143,6 +143,14 @@ impl QueueSlot {
         unsafe { BorrowedFd::borrow_raw(self.doorbell.as_raw_fd()) }
     }
 
+    /// The same slot once more: notifications reach both, and are taken by whoever looks first.
+    ///
+    /// # Errors
+    /// The host has no more descriptors.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { max_size: self.max_size, doorbell: self.doorbell.try_clone()? })
+    }
+
     /// Notifies the device as the driver would.
     pub fn ring(&self) {
         // A full counter is a pending notification already.
@@ -180,6 +188,8 @@ pub struct VirtQueue {
     ring: Queue,
     memory: GuestMemory,
     indirect: bool,
+    /// The used index when the driver's wish was last looked at.
+    signalled: u16,
 }
 
 impl VirtQueue {
@@ -215,7 +225,8 @@ impl VirtQueue {
         ring.set_next_used(state.next_used);
         ring.set_event_idx(features & super::feature::EVENT_IDX != 0);
         ring.set_ready(true);
-        Ok(Self { ring, memory, indirect: features & super::feature::INDIRECT_DESC != 0 })
+        let indirect = features & super::feature::INDIRECT_DESC != 0;
+        Ok(Self { ring, memory, indirect, signalled: state.next_used })
     }
 
     /// Guest memory, where the buffers are.
@@ -292,20 +303,44 @@ impl VirtQueue {
         self.ring.add_used(&self.memory, head, len).map_err(QueueError::Access)
     }
 
+    /// Returns several chains at once: the driver sees all of them or none, as it must where one
+    /// message is spread over them.
+    ///
+    /// # Errors
+    /// [`QueueError`]: the ring cannot be written.
+    pub fn push_used_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some((&(head, len), others)) = used.split_last() else { return Ok(()) };
+        let mut next = self.ring.next_used();
+        for &(head, len) in others {
+            let slot = u64::from(next % self.ring.size());
+            let element = u64::from(head) | u64::from(len) << 32;
+            // The ring was checked to be in RAM, so this does not wrap.
+            let at = GuestAddress(self.ring.used_ring() + 4 + 8 * slot);
+            self.memory.write_slice(&element.to_le_bytes(), at)?;
+            next = next.wrapping_add(1);
+        }
+        self.ring.set_next_used(next);
+        self.push_used(head, len)
+    }
+
     /// Whether the driver wants an interrupt for what was used since the last call (2.7.7.2).
     ///
     /// # Errors
     /// [`QueueError`]: the ring cannot be read.
     pub fn needs_interrupt(&mut self) -> Result<bool, QueueError> {
         const NO_INTERRUPT: u16 = 1;
+        // Orders the write of the used index before the read of what the driver wants.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let available = self.ring.avail_ring();
         if !self.ring.event_idx_enabled() {
-            // Orders the write of the used index before the read of the flags.
-            std::sync::atomic::fence(Ordering::SeqCst);
-            let flags: u16 =
-                self.memory.load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)?;
+            let flags: u16 = self.memory.load(GuestAddress(available), Ordering::Relaxed)?;
             return Ok(u16::from_le(flags) & NO_INTERRUPT == 0);
         }
-        self.ring.needs_notification(&self.memory).map_err(QueueError::Access)
+        let at = GuestAddress(available + 4 + 2 * u64::from(self.ring.size()));
+        let event = u16::from_le(self.memory.load(at, Ordering::Relaxed)?);
+        let new = self.ring.next_used();
+        let old = std::mem::replace(&mut self.signalled, new);
+        Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
     /// Asks the driver for a notification of the next chain. Returns true if one has come in

@@ -1,0 +1,208 @@
+//! Running one plugin.
+
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::Error;
+use super::config::find_plugin;
+
+/// How long a plugin may take: it may wait for others who change the same firewall.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Most bytes of an answer.
+const MAX_ANSWER: u64 = 1 << 20;
+
+/// What a plugin is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    Add,
+    Delete,
+    Check,
+}
+
+impl Command {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Add => "ADD",
+            Self::Delete => "DEL",
+            Self::Check => "CHECK",
+        }
+    }
+}
+
+/// One call of one plugin.
+#[derive(Debug)]
+pub struct Call<'a> {
+    pub command: Command,
+    pub container: &'a str,
+    pub namespace: &'a Path,
+    pub interface: &'a str,
+    pub directories: &'a [PathBuf],
+    pub plugin: &'a str,
+    pub config: Value,
+}
+
+impl Call<'_> {
+    /// Runs it and returns its result, which only ADD has.
+    pub fn run(&self) -> Result<Value, Error> {
+        let path = find_plugin(self.directories, self.plugin)?;
+        let failed = |source| Error::Run { path: path.clone(), source };
+        let child = std::process::Command::new(&path)
+            .env("CNI_COMMAND", self.command.name())
+            .env("CNI_CONTAINERID", self.container)
+            .env("CNI_NETNS", self.namespace)
+            .env("CNI_IFNAME", self.interface)
+            .env("CNI_PATH", std::env::join_paths(self.directories).unwrap_or_default())
+            .env("PATH", search_path())
+            .env_remove("CNI_ARGS")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        let answered = talk(child, self.config.to_string()).map_err(failed)?;
+        let Answer { success, output, errors } = answered;
+        if !success {
+            let message = message(&output, &errors);
+            let (plugin, command) = (self.plugin.to_owned(), self.command.name());
+            return Err(Error::Failed { plugin, command, message });
+        }
+        if self.command != Command::Add {
+            return Ok(Value::Null);
+        }
+        serde_json::from_slice(&output)
+            .map_err(|e| Error::Answer { plugin: self.plugin.into(), what: e.to_string() })
+    }
+}
+
+/// Plugins call iptables and the like, which a user's search path may leave out.
+fn search_path() -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    if !path.is_empty() {
+        path.push(":");
+    }
+    path.push("/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin");
+    path
+}
+
+struct Answer {
+    success: bool,
+    output: Vec<u8>,
+    errors: Vec<u8>,
+}
+
+/// Gives a plugin its input and takes what it says until it ends, which it does in time or not at all.
+fn talk(mut child: Child, input: String) -> io::Result<Answer> {
+    let stdin = child.stdin.take();
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let collect = |pipe: Option<Box<dyn Read + Send>>| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            // As much as there is before it ends: half an answer is told as such.
+            let _ = pipe.map(|pipe| pipe.take(MAX_ANSWER).read_to_end(&mut bytes));
+            bytes
+        })
+    };
+    let output = collect(stdout.map(|p| Box::new(p) as Box<dyn Read + Send>));
+    let errors = collect(stderr.map(|p| Box::new(p) as Box<dyn Read + Send>));
+    thread::spawn(move || {
+        // A plugin may end without reading.
+        let _ = stdin.map(|mut pipe| pipe.write_all(input.as_bytes()));
+    });
+    let (tell, ended) = mpsc::channel();
+    let reader = thread::spawn(move || {
+        let output = output.join().unwrap_or_default();
+        let _ = tell.send(());
+        output
+    });
+    if ended.recv_timeout(PATIENCE).is_err() {
+        child.kill()?;
+        child.wait()?;
+        let what = format!("it did not end within {} seconds", PATIENCE.as_secs());
+        return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+    }
+    let success = child.wait()?.success();
+    let output = reader.join().unwrap_or_default();
+    Ok(Answer { success, output, errors: errors.join().unwrap_or_default() })
+}
+
+/// A plugin's own words: the error object of the specification, or else whatever it printed.
+fn message(output: &[u8], errors: &[u8]) -> String {
+    if let Ok(error) = serde_json::from_slice::<Value>(output)
+        && let Some(message) = error.get("msg").and_then(Value::as_str)
+    {
+        let details = error.get("details").and_then(Value::as_str).unwrap_or_default();
+        let separator = if details.is_empty() { "" } else { ": " };
+        return clean(&format!("{message}{separator}{details}"));
+    }
+    let text = if errors.is_empty() { output } else { errors };
+    let text = clean(&String::from_utf8_lossy(text));
+    if text.is_empty() { "it said nothing".into() } else { text }
+}
+
+fn clean(text: &str) -> String {
+    let printable = |c: char| if c.is_control() { ' ' } else { c };
+    text.trim().chars().map(printable).take(2000).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn call(script: &str, command: Command) -> Result<Value, Error> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("plug");
+        fs::write(&file, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        let call = Call {
+            command,
+            container: "c1",
+            namespace: Path::new("/run/netns/x"),
+            interface: "eth0",
+            directories: &[dir.path().to_owned()],
+            plugin: "plug",
+            config: json!({ "name": "n" }),
+        };
+        loop {
+            match call.run() {
+                // Another test's child has inherited the file, still open for writing, for a moment.
+                Err(Error::Run { source, .. })
+                    if source.kind() == io::ErrorKind::ExecutableFileBusy => {}
+                done => return done,
+            }
+        }
+    }
+
+    #[test]
+    fn a_plugin_hears_what_it_must_and_its_result_is_taken() {
+        let script = r#"read -r input || true
+            printf '{"got":%s,"env":"%s %s %s %s"}' "$input" \
+            $CNI_COMMAND $CNI_CONTAINERID $CNI_NETNS $CNI_IFNAME"#;
+        let answer = call(script, Command::Add).unwrap();
+        assert_eq!(answer["got"]["name"], "n");
+        assert_eq!(answer["env"], "ADD c1 /run/netns/x eth0");
+        assert_eq!(call("true", Command::Delete).unwrap(), Value::Null);
+    }
+
+    #[test]
+    fn failures_are_told_in_the_plugins_words() {
+        let told = |script: &str| call(script, Command::Add).unwrap_err().to_string();
+        let script =
+            r#"echo '{"code":11,"msg":"no more addresses","details":"10.0.0.0/30"}'; exit 1"#;
+        assert!(told(script).contains("plug failed (ADD): no more addresses: 10.0.0.0/30"));
+        assert!(told("echo oops >&2; exit 3").contains("oops"));
+        assert!(told("exit 3").contains("said nothing"));
+        assert!(matches!(call("echo hm", Command::Add), Err(Error::Answer { .. })));
+    }
+}

@@ -1,0 +1,366 @@
+//! `mvm run --network`: namespaces made by the tests, and CNI's plugins where they are installed.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use mvm_net::Namespace;
+use mvm_tests::{Finished, Running, World, run_with};
+use nix::sys::signal::{Signal, kill};
+
+/// Longer than anything that is not stuck takes.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// Two namespaces with a cable between them: `eth0` in the one for the guest, `peer0` in the other.
+struct Cable {
+    names: [String; 2],
+}
+
+impl Cable {
+    fn new(test: &str) -> Self {
+        let names = ["a", "b"].map(|end| format!("mvme2e-{}-{test}-{end}", std::process::id()));
+        for name in &names {
+            Namespace::create(name).expect("a network namespace; this needs root");
+        }
+        let cable = Self { names };
+        cable.ip(0, "link add eth0 mtu 1400 type veth peer name peer0 mtu 1400");
+        cable.ip(0, &format!("link set peer0 netns {}", cable.names[1]));
+        for (end, device, host) in [(0, "eth0", 2), (1, "peer0", 1)] {
+            cable.ip(end, "link set lo up");
+            cable.ip(end, &format!("addr add 10.89.0.{host}/24 dev {device}"));
+            cable.ip(end, &format!("addr add fd00:89::{host}/64 dev {device} nodad"));
+            cable.ip(end, &format!("link set {device} up"));
+        }
+        cable.ip(1, "addr add 10.91.0.1/32 dev lo");
+        cable.ip(0, "route add default via 10.89.0.1");
+        cable.ip(0, "-6 route add default via fd00:89::1");
+        cable
+    }
+
+    fn path(&self, end: usize) -> PathBuf {
+        Path::new(Namespace::DIRECTORY).join(&self.names[end])
+    }
+
+    /// What `--network` takes.
+    fn network(&self) -> String {
+        format!("ns:{}", self.path(0).display())
+    }
+
+    fn run(&self, end: usize, program: &str, arguments: &str) -> String {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.names[end], program]);
+        let out = command.args(arguments.split_whitespace()).output().expect("iproute2");
+        let error = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success(), "{program} {arguments}: {error}");
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    fn ip(&self, end: usize, arguments: &str) -> String {
+        self.run(end, "ip", arguments)
+    }
+
+    /// A socket at the guest's peer.
+    fn at_peer<R: Send>(&self, make: impl FnOnce() -> std::io::Result<R> + Send) -> R {
+        Namespace::open(&self.path(1)).unwrap().enter(make).unwrap().expect("a socket")
+    }
+
+    /// Runs a script in a container of busybox at the cable.
+    #[track_caller]
+    fn sh(&self, script: &str) -> Finished {
+        World::small().mvm(&[
+            "run",
+            "--rm",
+            "--network",
+            &self.network(),
+            "busybox",
+            "sh",
+            "-ec",
+            script,
+        ])
+    }
+
+    fn nothing_is_left(&self) {
+        let links = self.ip(0, "-o link show");
+        assert!(!links.contains("mvm0"), "{links}");
+        let disciplines = self.run(0, "tc", "qdisc show dev eth0");
+        assert!(!disciplines.contains("ingress"), "{disciplines}");
+    }
+}
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        for name in &self.names {
+            let _ = Namespace::remove(name);
+            let _ = fs::remove_dir_all(Path::new("/etc/netns").join(name));
+        }
+    }
+}
+
+#[test]
+fn without_a_network_there_is_loopback_alone() {
+    let run = World::small()
+        .mvm(&[
+            "run",
+            "--rm",
+            "--network",
+            "none",
+            "busybox",
+            "sh",
+            "-c",
+            "ls /sys/class/net; ip route",
+        ])
+        .expect_code(0);
+    assert!(!run.out().contains("eth0"), "{}", run.out());
+    assert!(run.out().lines().any(|line| line == "lo"), "{}", run.out());
+    assert!(!run.out().contains(" via "), "{}", run.out());
+}
+
+#[test]
+fn the_guest_has_what_the_interface_has() {
+    let cable = Cable::new("has");
+    let netns = Path::new("/etc/netns").join(&cable.names[0]);
+    fs::create_dir_all(&netns).unwrap();
+    fs::write(netns.join("resolv.conf"), "nameserver 127.0.0.1\nnameserver 10.89.0.1\n").unwrap();
+    // A server for one question: UDP, by the name server that was handed down.
+    let socket = cable.at_peer(|| UdpSocket::bind("10.89.0.1:53"));
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    thread::spawn(move || {
+        let mut question = [0; 512];
+        while let Ok((len, from)) = socket.recv_from(&mut question) {
+            // RFC 1035, 4.1: the question again, and for an address (type 1) one answer.
+            let wants_v4 = question[len - 4..len] == [0, 1, 0, 1];
+            let mut answer = question[..len].to_vec();
+            answer[2..4].copy_from_slice(&[0x81, 0x80]);
+            answer[7] = u8::from(wants_v4);
+            if wants_v4 {
+                answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 10, 1, 2, 3]);
+            }
+            socket.send_to(&answer, from).unwrap();
+        }
+    });
+    let script = "
+        ip addr show eth0; echo MTU $(cat /sys/class/net/eth0/mtu)
+        echo MAC $(cat /sys/class/net/eth0/address)
+        ip route; ip -6 route; cat /etc/resolv.conf /etc/hosts
+        ping -c 2 -W 60 10.89.0.1; ping -c 1 -W 60 10.91.0.1; ping6 -c 2 -W 60 fd00:89::1
+        ping -c 1 -W 60 -s 20000 10.89.0.1
+        nslookup host.test. || true";
+    let out = cable.sh(script).expect_code(0).out();
+    let mac = cable.run(0, "cat", "/sys/class/net/eth0/address");
+    for want in [
+        "inet 10.89.0.2/24",
+        "inet6 fd00:89::2/64",
+        "MTU 1400",
+        &format!("MAC {mac}"),
+        "default via 10.89.0.1",
+        "default via fd00:89::1",
+        "nameserver 10.89.0.1\n",
+        "10.89.0.2\t",
+        "2 packets transmitted, 2 packets received",
+        "20008 bytes from 10.89.0.1",
+        "10.1.2.3",
+    ] {
+        assert!(out.contains(want), "no {want:?} in\n{out}");
+    }
+    assert!(!out.contains("127.0.0.1\n") && !out.contains("127.0.1.1"), "{out}");
+    cable.nothing_is_left();
+}
+
+/// Sends everything back that comes by the next connection.
+fn echo(listener: TcpListener) -> JoinHandle<()> {
+    thread::spawn(move || {
+        let (stream, _) = listener.accept().expect("a connection");
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        let (mut from, mut to) = (stream.try_clone().unwrap(), stream);
+        std::io::copy(&mut from, &mut to).expect("both ways");
+        to.shutdown(std::net::Shutdown::Write).unwrap();
+    })
+}
+
+#[test]
+fn megabytes_go_both_ways_unchanged() {
+    let cable = Cable::new("bulk");
+    for (address, at) in
+        [("10.89.0.1:5000", "10.89.0.1 5000"), ("[fd00:89::1]:5000", "fd00:89::1 5000")]
+    {
+        let echo = echo(cable.at_peer(|| TcpListener::bind(address)));
+        let script = format!(
+            "dd if=/dev/urandom of=/tmp/sent bs=65536 count=96 2>/dev/null
+             nc {at} < /tmp/sent > /tmp/got
+             cmp /tmp/sent /tmp/got && echo same $(wc -c < /tmp/got)"
+        );
+        assert_eq!(cable.sh(&script).expect_code(0).out(), "same 6291456\n", "{at}");
+        echo.join().unwrap();
+    }
+    cable.nothing_is_left();
+}
+
+#[test]
+fn the_guest_is_reached_from_outside() {
+    let cable = Cable::new("serve");
+    let script = "echo ready; nc -l -p 7000 > /tmp/got; sha256sum < /tmp/got";
+    let network = cable.network();
+    let world = World::small();
+    let args = ["run", "--rm", "--network", &network, "busybox", "sh", "-c", script];
+    let mut guest = Running::start(world.command(&args));
+    guest.wait_for("ready");
+    let sent: Vec<u8> =
+        (0..4u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let start = Instant::now();
+    let mut stream = loop {
+        // It does not say when it listens.
+        let address = "10.89.0.2:7000".parse().unwrap();
+        let namespace = Namespace::open(&cable.path(1)).unwrap();
+        match namespace.enter(|| TcpStream::connect_timeout(&address, PATIENCE)).unwrap() {
+            Ok(stream) => break stream,
+            Err(e) => assert!(start.elapsed() < PATIENCE, "nobody listens: {e}"),
+        }
+        thread::sleep(Duration::from_millis(50));
+    };
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(&sent).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut rest = Vec::new();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let _ = stream.read_to_end(&mut rest);
+    let done = guest.finish().expect_code(0);
+    let digest = run_with(Command::new("sha256sum"), &sent, PATIENCE).expect_code(0).out();
+    assert!(done.out().contains(&digest), "{} instead of {digest}", done.out());
+    cable.nothing_is_left();
+}
+
+#[test]
+fn a_namespace_serves_one_machine_at_a_time_and_survives_kills() {
+    let cable = Cable::new("kill");
+    let world = World::with_images(&["busybox"]);
+    let network = cable.network();
+    let run = |name: &str| {
+        let args = ["run", "-d", "--name", name, "--network", &network, "busybox", "sleep", "1000"];
+        world.mvm(&args)
+    };
+    run("one").expect_code(0);
+    let about = world.inspect("one");
+    assert_eq!(about["network"][0]["addresses"][0], "10.89.0.2/24", "{about}");
+    let second = run("two").expect_code(125);
+    assert!(second.err().contains("joined to another machine"), "{}", second.err());
+    // The owner first, so that nobody is there to clean up.
+    let owner = about["owner"]["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+    kill(nix::unistd::Pid::from_raw(owner.expect("an owner")), Signal::SIGKILL).unwrap();
+    world.kill_monitor("one");
+    world.mvm(&["ps", "-a"]).expect_code(0);
+    mvm_tests::eventually("the interface to be free", || {
+        world.mvm(&["ps", "-a"]);
+        !cable.run(0, "tc", "qdisc show dev eth0").contains("ingress")
+    });
+    cable.nothing_is_left();
+    world.mvm(&["rm", "-f", "one"]).expect_code(0);
+    run("three").expect_code(0);
+    world.mvm(&["rm", "-f", "three"]).expect_code(0);
+    cable.nothing_is_left();
+}
+
+#[test]
+fn networks_that_there_are_not_are_told_plainly() {
+    let world = World::small();
+    for (network, want) in [
+        ("host", "invalid network \"host\""),
+        ("ns:/no/such", "/no/such"),
+        ("ns:/etc/passwd", "it is no network namespace"),
+        ("cni:nope", "there is no network \"nope\""),
+    ] {
+        let run = world.mvm(&["run", "--rm", "--network", network, "busybox", "true"]);
+        let run = run.expect_code(125);
+        assert!(run.err().contains(want), "{network}: {}", run.err());
+    }
+    let run = world.mvm(&["run", "--rm", "-p", "80:80", "busybox", "true"]).expect_code(125);
+    assert!(run.err().contains("--network cni:NAME"), "{}", run.err());
+    assert_eq!(world.mvm(&["ps", "-aq"]).expect_code(0).out(), "", "nothing is left of them");
+}
+
+/// CNI's plugins, if the host has them.
+fn plugins() -> Option<&'static str> {
+    let found = ["/usr/lib/cni", "/opt/cni/bin"].into_iter().find(|dir| {
+        ["bridge", "host-local", "portmap"].iter().all(|p| Path::new(dir).join(p).exists())
+    });
+    if found.is_none() {
+        eprintln!("SKIPPED: there are no CNI plugins here (Debian: containernetworking-plugins)");
+    }
+    found
+}
+
+#[test]
+fn plugins_make_a_network_and_take_it_away_again() {
+    let Some(plugins) = plugins() else { return };
+    let world = World::with_images(&["busybox"]);
+    // mvm runs in a namespace of its own: bridge and rules are not the host's.
+    let host = format!("mvme2e-{}-cni", std::process::id());
+    Namespace::create(&host).expect("a network namespace; this needs root");
+    struct Guard<'a>(&'a str);
+    impl Drop for Guard<'_> {
+        fn drop(&mut self) {
+            let _ = Namespace::remove(self.0);
+        }
+    }
+    let _guard = Guard(&host);
+    let config = world.root().join("net.d");
+    let leases = world.root().join("leases");
+    fs::create_dir_all(&config).unwrap();
+    let list = serde_json::json!({
+        "cniVersion": "1.0.0", "name": "e2e", "plugins": [
+            { "type": "bridge", "bridge": "mvmbr0", "isGateway": true, "ipam": {
+                "type": "host-local", "dataDir": leases,
+                "ranges": [[{ "subnet": "10.92.0.0/24" }], [{ "subnet": "fd00:92::/64" }]],
+                "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] } },
+            { "type": "portmap", "capabilities": { "portMappings": true } } ] });
+    fs::write(config.join("10-e2e.conflist"), list.to_string()).unwrap();
+    let mvm = |args: &[&str]| {
+        let inner = world.command(args);
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &host]).arg(inner.get_program()).args(inner.get_args());
+        for (key, value) in inner.get_envs() {
+            match value {
+                Some(value) => command.env(key, value),
+                None => command.env_remove(key),
+            };
+        }
+        command.env("NETCONFPATH", &config).env("CNI_PATH", plugins);
+        run_with(command, b"", PATIENCE)
+    };
+    let script = "echo hello > /tmp/index.html; exec httpd -f -p 80 -h /tmp";
+    let args = ["run", "-d", "--name", "web", "--network", "cni:e2e", "-p", "8080:80", "busybox"];
+    mvm(&[&args[..], &["sh", "-c", script]].concat()).expect_code(0);
+    let about = world.inspect("web");
+    assert_eq!(about["network"][0]["addresses"][0], "10.92.0.2/24", "{about}");
+    let namespace = format!("mvm-{}", about["id"].as_str().unwrap());
+    assert!(Path::new(Namespace::DIRECTORY).join(&namespace).exists());
+    let fetch = |url: &str| {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &host, "busybox", "wget", "-T", "60", "-qO-", url]);
+        run_with(command, b"", PATIENCE)
+    };
+    mvm_tests::eventually("an answer by the bridge", || {
+        fetch("http://10.92.0.2/index.html").out() == "hello\n"
+    });
+    let ping = mvm(&["exec", "web", "ping6", "-c", "1", "-W", "60", "fd00:92::1"]);
+    ping.expect_code(0);
+    // The published port, at the bridge's own address.
+    let published = fetch("http://10.92.0.1:8080/index.html");
+    assert_eq!(published.out(), "hello\n", "{}", published.err());
+
+    mvm(&["rm", "-f", "web"]).expect_code(0);
+    assert!(!Path::new(Namespace::DIRECTORY).join(&namespace).exists());
+    let left: Vec<_> = fs::read_dir(leases.join("e2e")).unwrap().flatten().collect();
+    let left: Vec<_> = left
+        .iter()
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("10.") || name.starts_with("fd00"))
+        .collect();
+    assert!(left.is_empty(), "addresses are still given away: {left:?}");
+    let refused = mvm(&["run", "--rm", "--network", "cni:other", "busybox", "true"]);
+    assert!(refused.expect_code(125).err().contains("there are e2e"));
+}
