@@ -49,6 +49,17 @@ impl Running {
         Self::begin(command, deadline)
     }
 
+    /// Starts `command` with an input that ends when it is dropped.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn start_with_input(mut command: Command) -> (Self, ChildStdin) {
+        command.stdin(Stdio::piped());
+        let mut running = Self::begin(command, DEADLINE);
+        let input = running.stdin.take().expect("its input");
+        (running, input)
+    }
+
     fn begin(mut command: Command, deadline: Duration) -> Self {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("a program");
