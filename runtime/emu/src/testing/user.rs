@@ -225,6 +225,8 @@ impl UserMachine {
         let flat = SegmentReg { selector: USER_DS, access: data, base: 0, limit: u32::MAX };
         let null = SegmentReg { selector: 0, access: access::UNUSABLE, base: 0, limit: 0 };
         let cpu = &mut self.cpu;
+        // A run that was ended for another machine's sake.
+        cpu.sys.attention().take();
         cpu.sys.activity = MpState::Running;
         cpu.sys.dr6 = 0xffff_0ff0;
         cpu.seg[seg::SS] = flat;
