@@ -68,7 +68,7 @@ pub enum Error {
     },
     /// A namespace of the host's.
     #[error("linux.namespaces: a {0} namespace of the host cannot be joined by a machine")]
-    Namespace(String),
+    Namespace(&'static str),
 }
 
 /// Which network namespace the specification asks for.
@@ -154,7 +154,8 @@ fn namespaces(linux: &mut Linux, named: bool) -> Result<(), Error> {
         match (namespace.typ(), path) {
             // The guest's whole network is the container's.
             (Network, _) => {}
-            (kind @ (User | Mount), Some(_)) => return Err(Error::Namespace(kind.to_string())),
+            (User, Some(_)) => return Err(Error::Namespace("user")),
+            (Mount, Some(_)) => return Err(Error::Namespace("mount")),
             // Sharing the process ids of others: those of the whole guest.
             (Pid, Some(_)) => {}
             (_, Some(_)) => {
@@ -267,7 +268,7 @@ mod tests {
         );
         assert_eq!(network(&spec), Network::Join("/proc/1/ns/net".into()));
         let guest = for_guest(&spec).unwrap().spec;
-        assert_eq!(kinds(&guest), ["pid", "ipc", "mount", "uts"]);
+        assert_eq!(kinds(&guest), ["pid", "ipc", "mnt", "uts"]);
         assert!(guest.hooks().is_none());
         let linux = guest.linux().as_ref().unwrap();
         assert!(linux.cgroups_path().is_none());
@@ -289,10 +290,10 @@ mod tests {
         for kind in ["user", "mount"] {
             let linux = json!({ "namespaces": [{ "type": kind, "path": "/proc/1/ns/x" }] });
             let error = for_guest(&parse(linux, json!([]))).unwrap_err();
-            assert_eq!(error, Error::Namespace(kind.into()));
+            assert_eq!(error, Error::Namespace(kind));
         }
         let linux = json!({ "namespaces": [{ "type": "pid", "path": "/proc/1/ns/pid" }] });
-        assert_eq!(kinds(&for_guest(&parse(linux, json!([]))).unwrap().spec), ["mount", "uts"]);
+        assert_eq!(kinds(&for_guest(&parse(linux, json!([]))).unwrap().spec), ["mnt", "uts"]);
     }
 
     #[test]
