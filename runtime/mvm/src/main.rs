@@ -100,9 +100,8 @@ fn instead_of(word: &str) -> Option<&'static str> {
         "--volumes-from" | "--volume-driver" => {
             "there are no named volumes; --volume shows directories and files of the host"
         }
-        "-p" | "-P" | "--publish" | "--network" | "--net" | "--dns" => {
-            "there are no networks yet; a container has a loopback interface alone"
-        }
+        "-P" | "--publish-all" => "ports are published one by one: -p HOST:GUEST",
+        "--dns" => "names are looked up as the network's configuration says",
         "--platform" => "images are for linux/amd64",
         "pull" => {
             "there are no registries yet: `skopeo copy docker://IMAGE oci-archive:image.tar`, then \
@@ -142,7 +141,7 @@ mod tests {
     fn dockers_words_are_answered() {
         for (args, want) in [
             (&["mvm", "run", "--volumes-from", "x", "i"][..], "no named volumes"),
-            (&["mvm", "run", "--network=host", "i"], "no networks yet"),
+            (&["mvm", "run", "--dns=10.0.0.1", "i"], "the network's configuration"),
             (&["mvm", "pull", "busybox"], "skopeo copy"),
         ] {
             let error = cli::Cli::try_parse_from(args).unwrap_err();
@@ -165,8 +164,8 @@ mod tests {
             (&["qqq"], "unrecognized subcommand 'qqq'; see `mvm --help`"),
             (
                 &["run", "--engine", "tcg", "i"],
-                "invalid value 'tcg' for '--engine <ENGINE>' [possible values: auto, kvm, emu]; \
-                 see `mvm --help`",
+                "invalid value 'tcg' for '--engine <ENGINE>' [possible values: auto, kvm, emu, \
+                 emu:interp, emu:jit]; see `mvm --help`",
             ),
         ] {
             let all = ["mvm"].iter().chain(args);
