@@ -23,6 +23,8 @@ pub struct Container {
     paused: Mutex<bool>,
     /// Held by whatever changes the state: one step after the other.
     turn: Mutex<()>,
+    /// Held from a process's end until that is told, so that nothing which follows is told before it.
+    telling: Mutex<()>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -40,12 +42,18 @@ impl Container {
             execs: Mutex::default(),
             paused: Mutex::new(false),
             turn: Mutex::new(()),
+            telling: Mutex::new(()),
         }
     }
 
     /// Taken for a step from one state to another.
     pub fn turn(&self) -> MutexGuard<'_, ()> {
         lock(&self.turn)
+    }
+
+    /// Held by whoever tells of the end of one of its processes.
+    pub fn telling(&self) -> MutexGuard<'_, ()> {
+        lock(&self.telling)
     }
 
     /// Its process of that id; the first one for an empty id.

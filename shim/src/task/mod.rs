@@ -254,6 +254,7 @@ impl Tasks {
         if process.exec.is_empty() {
             self.end_execs(container, &exit);
         }
+        let _telling = container.telling();
         if process.ended(exit.clone()) {
             self.tell_end(container, process, &exit);
         }
@@ -269,7 +270,10 @@ impl Tasks {
                 // Without such a namespace they are not.
                 let _ = self.backend.signal(container.target(&process), SIGKILL);
             }
-            if process.wait_for(EXECS_END).is_none() {
+            let over = process.wait_for(EXECS_END).is_some();
+            // Who saw it end may be about to tell.
+            let _telling = container.telling();
+            if !over {
                 let exit = Exit { status: 128 + SIGKILL.unsigned_abs(), ..exit.clone() };
                 if process.ended(exit.clone()) {
                     self.tell_end(container, &process, &exit);
@@ -317,6 +321,7 @@ impl Tasks {
         }
         process.io.finish();
         let exit = process.wait();
+        drop(container.telling());
         let deleted = Deleted { pid: container.pid, exit };
         if !exec.is_empty() {
             container.forget(exec);

@@ -133,10 +133,13 @@ impl PhysMemory {
         let lists = (0..vcpus).map(|_| Changed::default()).collect();
         let changes = Arc::new(Changes { guards: guards.clone(), lists });
         for region in ram.regions() {
-            let (changes, base) = (changes.clone(), region.host as u64);
-            region
-                .tracker
-                .on_stale_code(move |page| changes.tell(base + ((page as u64) << PAGE_SHIFT)));
+            // The tracker belongs to the RAM, which devices keep, and who is nudged may keep the devices.
+            let (changes, base) = (Arc::downgrade(&changes), region.host as u64);
+            region.tracker.on_stale_code(move |page| {
+                if let Some(changes) = changes.upgrade() {
+                    changes.tell(base + ((page as u64) << PAGE_SHIFT));
+                }
+            });
         }
         let (watching, split) = (Mutex::default(), Mutex::default());
         Self { ram, io, writers, guards, changes, watching, split }
