@@ -15,7 +15,7 @@ pub mod wire;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use mvm_memory::GuestRam;
@@ -169,6 +169,21 @@ impl Fs {
         if server.gone {
             return Err("the file server is gone".into());
         }
+        // The answer is ours to read; the event loop has other devices to serve meanwhile.
+        let _ = self.registrar.modify(&server.channel, CHANNEL, Interest::NONE);
+        let answer = self.wait_for_answer(server, ask, fds);
+        if !server.gone {
+            let _ = self.registrar.modify(&server.channel, CHANNEL, Interest::READ);
+        }
+        answer
+    }
+
+    fn wait_for_answer(
+        &self,
+        server: &mut Server,
+        ask: &ToServer,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), String> {
         let deadline = Instant::now() + ANSWER;
         let mut answer = server.channel.send(ask, fds, ANSWER).map(|()| None);
         loop {
@@ -204,9 +219,13 @@ impl Fs {
         message
     }
 
-    /// What the server says without being asked.
+    /// What the server says without being asked. While it is being asked, that is for the asker.
     fn listen(&self) {
-        let mut server = self.lock();
+        let mut server = match self.server.try_lock() {
+            Ok(server) => server,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
         if server.gone {
             return;
         }
@@ -286,10 +305,13 @@ impl VirtioDevice for Fs {
             self.attach(&mut server, &activation.ram).map_err(ActivateError::Backend)?;
         }
         let ask = ToServer::Activate { queues, features: activation.features };
-        self.ask(&mut server, &ask).map_err(ActivateError::Backend)?;
-        drop(server);
+        // The server may have used buffers before its answer is here: those interrupts are not to
+        // be lost.
         self.core.start(());
-        Ok(())
+        self.ask(&mut server, &ask).map_err(|message| {
+            self.core.stop();
+            ActivateError::Backend(message)
+        })
     }
 
     fn reset(&self) {

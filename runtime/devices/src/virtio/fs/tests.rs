@@ -5,6 +5,8 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, channel};
 
+use nix::poll::{PollFd, PollFlags, poll};
+
 use super::*;
 use crate::testing::{Guest, PATIENCE, reg};
 
@@ -91,6 +93,29 @@ fn the_server_gets_ram_queues_and_the_end() {
     rig.guest.start();
     drop(other_side.join().unwrap());
     assert!(rig.gone.recv_timeout(PATIENCE).unwrap().contains("lost the file server"));
+}
+
+#[test]
+fn an_interrupt_before_the_answer_is_not_lost() {
+    let mut rig = rig();
+    let server = std::mem::replace(&mut rig.server, Packets::pair().unwrap().0);
+    let other_side = std::thread::spawn(move || {
+        let (_, fds) = answer(&server, 1);
+        server.receive::<ToServer>(Some(Instant::now() + PATIENCE)).unwrap();
+        let mut call = File::from(fds.into_iter().next().unwrap());
+        call.write_all(&1u64.to_ne_bytes()).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        let counted = || poll(&mut [PollFd::new(call.as_fd(), PollFlags::POLLIN)], 0u8).unwrap();
+        while counted() != 0 {
+            assert!(Instant::now() < deadline, "nobody takes the interrupt");
+            std::thread::yield_now();
+        }
+        server.send(&FromServer::Done { queues: Vec::new() }, &[], PATIENCE).unwrap();
+        server
+    });
+    rig.guest.start();
+    rig.guest.line.wait_beyond(0, Instant::now() + PATIENCE).expect("an interrupt");
+    drop(other_side.join().unwrap());
 }
 
 #[test]
