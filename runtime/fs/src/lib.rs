@@ -20,7 +20,9 @@ mod process;
 mod protocol;
 mod queue;
 #[cfg(any(test, feature = "fuzzing"))]
-mod rig;
+#[doc(hidden)]
+#[allow(missing_docs, missing_debug_implementations, clippy::missing_panics_doc)]
+pub mod rig;
 mod seccomp;
 mod server;
 mod shares;

@@ -21,13 +21,13 @@ use crate::tree;
 const RAM: u64 = 8 << 20;
 
 /// Bytes of each of the two buffers for a request.
-pub(crate) const BUFFER: u64 = 1 << 20;
+pub const BUFFER: u64 = 1 << 20;
 
 /// Number of the root directory.
-pub(crate) const ROOT: u64 = 1;
+pub const ROOT: u64 = 1;
 
 /// The guest's side of the file system.
-pub(crate) struct Rig {
+pub struct Rig {
     pub guest: Guest,
     pub queues: Vec<DriverQueue>,
     pub request: u64,
@@ -35,8 +35,6 @@ pub(crate) struct Rig {
     _events: EventLoop,
 }
 
-// The fuzz target needs less of it than the tests.
-#[cfg_attr(not(test), allow(dead_code))]
 impl Rig {
     /// A driver that has started, with `dirs` shared under their names.
     pub fn new(dirs: &[(&str, &Path, ShareOptions)], listener: Option<OwnedFd>) -> Self {
@@ -48,11 +46,16 @@ impl Rig {
         let (ours, theirs) = Packets::pair().expect("a socket");
         let service = FileService::new(shares.clone(), theirs, listener).expect("a service");
         std::thread::spawn(move || service.run().expect("it serves to the end"));
+        Self::over(ours)
+    }
+
+    /// A driver of the device whose server is at the other end of `channel`.
+    pub fn over(channel: Packets) -> Self {
         let events = EventLoop::start("rig").expect("a thread");
         let config = FsConfig {
             name: "fs".into(),
             tag: "mvm".into(),
-            channel: ours,
+            channel,
             on_gone: Arc::new(|why: &str| panic!("{why}")),
         };
         let device = Fs::new(config, &events).expect("a device");
@@ -166,7 +169,7 @@ impl Drop for Rig {
 const ENTRY: usize = 128;
 
 /// `struct fuse_in_header` and what follows it.
-pub(crate) fn message(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+pub fn message(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.extend((40 + body.len() as u32).to_le_bytes());
     bytes.extend(opcode.to_le_bytes());
@@ -187,7 +190,7 @@ fn io_body(handle: u64, at: u64, size: u32) -> Vec<u8> {
 }
 
 /// Names, each with its end.
-pub(crate) fn with_nul(names: &[&str]) -> Vec<u8> {
+pub fn with_nul(names: &[&str]) -> Vec<u8> {
     names.iter().flat_map(|name| name.bytes().chain([0])).collect()
 }
 

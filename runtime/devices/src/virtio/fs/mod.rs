@@ -308,10 +308,13 @@ impl VirtioDevice for Fs {
         // The server may have used buffers before its answer is here: those interrupts are not to
         // be lost.
         self.core.start(());
-        self.ask(&mut server, &ask).map_err(|message| {
+        if let Err(message) = self.ask(&mut server, &ask) {
             self.core.stop();
-            ActivateError::Backend(message)
-        })
+            return Err(ActivateError::Backend(message));
+        }
+        // A doorbell that was rung before then was nobody's.
+        self.core.slots().iter().for_each(QueueSlot::ring);
+        Ok(())
     }
 
     fn reset(&self) {
