@@ -52,6 +52,8 @@ if [ "$goal" = test ]; then
     want musl-gcc musl-tools
     want sqlite3 sqlite3
     want containerd containerd
+    want docker-registry docker-registry
+    want openssl openssl
     want ip iproute2
     want tc iproute2
     want iptables iptables

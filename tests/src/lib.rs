@@ -9,6 +9,7 @@ mod chroot;
 mod containerd;
 mod engine;
 mod pty;
+pub mod registry;
 mod run;
 mod running;
 mod world;

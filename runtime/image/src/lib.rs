@@ -21,7 +21,7 @@
 //!
 //! Everything here works as an ordinary user. Nothing of an image is ever unpacked into the host's
 //! file system: owners, devices and attributes exist in the EROFS image only. Out of scope:
-//! registries (`skopeo` and others fetch), and what a container is.
+//! registries (`mvm-registry` fills an [`Incoming`] layout from them), and what a container is.
 
 mod annotations;
 mod compress;
@@ -50,9 +50,10 @@ pub use limits::Limits;
 pub use platform::{Platform, PlatformError};
 pub use progress::{Progress, Silent};
 pub use reference::{Reference, ReferenceError};
-pub use source::{ImageSource, SourceError};
+pub use source::{Blob, ImageSource, SourceError, needed};
 pub use store::{
-    ImageSummary, ImportError, PruneOptions, Pruned, Removed, RootfsLease, Store, StoreError, Usage,
+    ImageSummary, ImportError, Incoming, PruneOptions, Pruned, Removed, RootfsLease, Store,
+    StoreError, Usage,
 };
 pub use tarball::TarError;
 pub use unpack::UnpackError;

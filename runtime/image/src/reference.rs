@@ -64,6 +64,11 @@ impl Reference {
         self.digest.as_ref()?.parse().ok()
     }
 
+    /// The registry, `docker.io` where the name has none.
+    pub fn registry(&self) -> &str {
+        &self.registry
+    }
+
     /// The name without registry and repository where they are Docker's defaults, without tag.
     pub fn repository(&self) -> String {
         match (&*self.registry, &*self.repository) {

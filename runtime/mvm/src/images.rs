@@ -1,11 +1,14 @@
-//! Finding the image that the user means: by name in the store, or a path that is imported first.
+//! Finding the image that the user means: by name in the store or a registry, or a path that
+//! is imported first.
 
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use mvm_image::{Image, ImageSource, RootfsLease, Store};
+use mvm_image::{Image, ImageSource, Reference, RootfsLease, Store, StoreError};
+use mvm_registry::PullOptions;
 use mvm_sandbox::layout::Layout;
 
+use crate::cli::Pull;
 use crate::progress::Bar;
 
 /// The store of this layout.
@@ -22,15 +25,42 @@ pub struct Ready {
     pub rootfs: RootfsLease,
 }
 
-/// Finds `name`, importing it first if it is a path.
-pub fn ready(store: &Store, name: &str) -> anyhow::Result<Ready> {
+/// Finds `name`, importing it first if it is a path, and pulling it if `policy` says so.
+pub fn ready(store: &Store, name: &str, policy: Pull) -> anyhow::Result<Ready> {
     let bar = Bar::new()?;
-    bar.judge(prepare(store, name, &bar))
+    bar.judge(prepare(store, name, policy, &bar))
 }
 
-fn prepare(store: &Store, name: &str, bar: &Bar) -> anyhow::Result<Ready> {
-    let image =
-        if is_path(name) { import(store, Path::new(name), bar)? } else { store.resolve(name)? };
+/// Pulls `name` from its registry.
+pub fn pull(
+    store: &Store,
+    name: &str,
+    options: PullOptions,
+    bar: &Bar,
+) -> anyhow::Result<Vec<Image>> {
+    let reference: Reference = name.parse()?;
+    mvm_registry::pull(store, &reference, options, bar)
+        .with_context(|| format!("cannot pull {reference}"))
+}
+
+fn prepare(store: &Store, name: &str, policy: Pull, bar: &Bar) -> anyhow::Result<Ready> {
+    let image = match policy {
+        _ if is_path(name) => import(store, Path::new(name), bar)?,
+        Pull::Never => store.resolve(name)?,
+        Pull::Always => {
+            pull(store, name, PullOptions::default(), bar)?;
+            store.resolve(name)?
+        }
+        Pull::Missing => match store.resolve(name) {
+            Err(missing @ StoreError::NotFound { .. }) if !name.starts_with("sha256:") => {
+                if let Err(error) = pull(store, name, PullOptions::default(), bar) {
+                    bail!("{error:#}; {missing}");
+                }
+                store.resolve(name)?
+            }
+            found => found?,
+        },
+    };
     let platform = image.platform();
     if platform.rank().is_none() {
         bail!("image {name} is for {platform}; mvm runs images for linux/amd64");

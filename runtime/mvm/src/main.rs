@@ -103,10 +103,6 @@ fn instead_of(word: &str) -> Option<&'static str> {
         "-P" | "--publish-all" => "ports are published one by one: -p HOST:GUEST",
         "--dns" => "names are looked up as the network's configuration says",
         "--platform" => "images are for linux/amd64",
-        "pull" => {
-            "there are no registries yet: `skopeo copy docker://IMAGE oci-archive:image.tar`, then \
-             `mvm image import image.tar`"
-        }
         "images" => "images are listed by `mvm image ls`",
         "rmi" => "images are removed by `mvm image rm`",
         "load" => "images come in by `mvm image import FILE`",
@@ -142,7 +138,7 @@ mod tests {
         for (args, want) in [
             (&["mvm", "run", "--volumes-from", "x", "i"][..], "no named volumes"),
             (&["mvm", "run", "--dns=10.0.0.1", "i"], "the network's configuration"),
-            (&["mvm", "pull", "busybox"], "skopeo copy"),
+            (&["mvm", "load"], "mvm image import"),
         ] {
             let error = cli::Cli::try_parse_from(args).unwrap_err();
             let instead = docker_word(&error).and_then(|word| instead_of(&word));

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 pub(crate) use self::archive::Archive;
+pub(crate) use self::oci::is_index_document as is_index;
+pub use self::oci::{Blob, needed};
 use crate::annotations::Annotations;
 use crate::compress::Compression;
 use crate::digest::{Digest, DigestError};

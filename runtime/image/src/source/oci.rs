@@ -92,21 +92,9 @@ impl Source<'_> {
         if depth > NESTING_MAX {
             return Err(SourceError::Nested);
         }
-        let candidates: Vec<_> = descriptors
-            .iter()
-            .filter(|descriptor| annotation(descriptor, ATTESTATION).is_none())
-            .map(|descriptor| (platform(descriptor), descriptor))
-            .collect();
-        // A descriptor that does not say what it is for (the usual case for a single image) is
-        // asked when its configuration is read.
-        let rank = |platform: &Option<Platform>| platform.as_ref().map_or(Some(0), Platform::rank);
-        let Some(best) = candidates.iter().filter_map(|(platform, _)| rank(platform)).min() else {
-            let available = candidates.into_iter().filter_map(|(platform, _)| platform).collect();
-            return Err(PlatformError { available }.into());
-        };
+        let best = best(descriptors)?;
         let mut images = Vec::new();
-        let best = candidates.iter().filter(|(platform, _)| rank(platform) == Some(best));
-        for (_, descriptor) in best {
+        for descriptor in best {
             let (digest, bytes) = self.document(descriptor, INDEX)?;
             let said = annotations::merged(said, descriptor.annotations());
             if is_index(descriptor) {
@@ -168,6 +156,69 @@ impl Source<'_> {
             found => Err(SourceError::Mismatch { name: member(&digest), found }),
         }
     }
+}
+
+/// Those of `descriptors` that suit this host best.
+fn best(descriptors: &[Descriptor]) -> Result<Vec<&Descriptor>, PlatformError> {
+    let candidates: Vec<_> = descriptors
+        .iter()
+        .filter(|descriptor| annotation(descriptor, ATTESTATION).is_none())
+        .map(|descriptor| (platform(descriptor), descriptor))
+        .collect();
+    // A descriptor that does not say what it is for (the usual case for a single image) is
+    // asked when its configuration is read.
+    let rank = |platform: &Option<Platform>| platform.as_ref().map_or(Some(0), Platform::rank);
+    let Some(best) = candidates.iter().filter_map(|(platform, _)| rank(platform)).min() else {
+        let available = candidates.into_iter().filter_map(|(platform, _)| platform).collect();
+        return Err(PlatformError { available });
+    };
+    let best = candidates.into_iter().filter(|(platform, _)| rank(platform) == Some(best));
+    Ok(best.map(|(_, descriptor)| descriptor).collect())
+}
+
+/// What a document refers to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blob {
+    /// Its digest.
+    pub digest: Digest,
+    /// Bytes, as stated.
+    pub size: u64,
+    /// True for a manifest or index, which refers to more.
+    pub is_document: bool,
+}
+
+/// Whether a document is an index rather than a manifest. It need not say so: what it is shows in
+/// what it has.
+pub(crate) fn is_index_document(document: &[u8]) -> bool {
+    serde_json::from_slice::<serde_json::Value>(document)
+        .is_ok_and(|value| value.get("manifests").is_some())
+}
+
+/// What must be there besides `document`, a manifest or an index, for the image to be complete on
+/// this host: the manifests that suit it best, or configuration and layers.
+///
+/// # Errors
+///
+/// [`SourceError`] if it is neither, or for another platform.
+pub fn needed(document: &[u8], limits: &Limits) -> Result<Vec<Blob>, SourceError> {
+    let name = Digest::of(document).to_string();
+    let blob = |descriptor: &Descriptor, is_document| {
+        let digest = parse(descriptor, &name)?;
+        Ok(Blob { digest, size: descriptor.size(), is_document })
+    };
+    if is_index_document(document) {
+        let index: ImageIndex = json(&name, document)?;
+        if index.manifests().len() > limits.manifests {
+            return Err(SourceError::Manifests(limits.manifests));
+        }
+        return best(index.manifests())?.into_iter().map(|d| blob(d, true)).collect();
+    }
+    let manifest: ImageManifest = json(&name, document)?;
+    if !is_image_config(manifest.config().media_type().as_ref()) {
+        return Err(SourceError::Artifact(name));
+    }
+    let config = std::iter::once(manifest.config());
+    config.chain(manifest.layers()).map(|descriptor| blob(descriptor, false)).collect()
 }
 
 fn parse(descriptor: &Descriptor, document: &str) -> Result<Digest, SourceError> {

@@ -4,6 +4,7 @@
 //! oci-layout, index.json   the store is itself an OCI layout: `skopeo inspect oci:DIR:NAME` works
 //! blobs/sha256/HEX         manifests, configurations and layers
 //! rootfs/HEX.erofs         root file systems, named by what they are made from
+//! incoming/                what has come of images that are being pulled
 //! tmp/                     what is being written; everything is renamed when it is complete
 //! lock                     shared: somebody adds to the store; exclusive: somebody removes
 //! index.lock               held while index.json is replaced
@@ -13,6 +14,7 @@
 //! that the next one who has the store to himself removes.
 
 mod import;
+mod incoming;
 mod index;
 mod lock;
 mod prune;
@@ -28,6 +30,7 @@ use tempfile::NamedTempFile;
 use thiserror::Error;
 
 pub use self::import::ImportError;
+pub use self::incoming::Incoming;
 pub use self::prune::{PruneOptions, Pruned, Removed};
 pub use self::query::{ImageSummary, Usage};
 pub use self::rootfs::RootfsLease;
@@ -66,8 +69,8 @@ pub enum StoreError {
     Reference(#[from] ReferenceError),
     /// No image of that name.
     #[error(
-        "no image `{name}` in the store; to get it in: `skopeo copy docker://{source_name} \
-         oci-archive:image.tar:{name}`, then `mvm image import image.tar`"
+        "no image `{name}` in the store; to get it in: `mvm pull {source_name}`, or `skopeo copy \
+         docker://{source_name} oci-archive:image.tar:{name}` and `mvm image import image.tar`"
     )]
     NotFound {
         /// The name that was asked for.
@@ -125,7 +128,7 @@ pub enum StoreError {
 
 impl StoreError {
     /// An I/O error with what it was about; a full disk is told from everything else.
-    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |error| match is_full(&error) {
             true => Self::NoSpace { path },

@@ -126,8 +126,39 @@ impl Store {
                 self.write_records(&records, &index)?;
             }
         }
-        let collected = self.collect(&removing)?;
+        let mut collected = self.collect(&removing)?;
+        self.prune_incoming(&mut collected)?;
         Ok(Pruned { images: pruned, ..collected })
+    }
+
+    /// Removes what has come of images that nobody is pulling just now.
+    fn prune_incoming(&self, pruned: &mut Pruned) -> Result<(), StoreError> {
+        let dir = self.incoming_dir();
+        let entries = match fs::read_dir(&dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(StoreError::io("read", &dir))?,
+        };
+        for entry in entries {
+            let lock_path = entry.map_err(StoreError::io("read", &dir))?.path();
+            if lock_path.extension().is_none_or(|extension| extension != "lock") {
+                continue;
+            }
+            let file = File::open(&lock_path).map_err(StoreError::io("open", &lock_path))?;
+            // The lock file stays: somebody may be waiting for it.
+            let Some(_lock) = try_lock(file, &lock_path)? else { continue };
+            let layout = lock_path.with_extension("");
+            let blobs = layout.join("blobs/sha256");
+            if blobs.exists() {
+                remove_others(&blobs, &HashSet::new(), pruned)?;
+            }
+            match fs::remove_dir_all(&layout) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(StoreError::io("remove", &layout)(e));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// [`Store::collect`], unless somebody is using the store: the next one will do it.

@@ -10,6 +10,8 @@ use super::Format;
 pub enum ImageCommand {
     /// Import an image from an OCI layout directory, an OCI archive or a `docker save` archive
     Import(ImportArgs),
+    /// Pull images from registries
+    Pull(PullArgs),
     /// List images
     #[command(visible_alias = "list")]
     Ls(LsArgs),
@@ -41,6 +43,20 @@ pub struct ImportArgs {
     /// Name the image; otherwise it is named as its source says
     #[arg(short = 't', long, visible_alias = "name", value_name = "REFERENCE")]
     pub tag: Option<String>,
+}
+
+/// Pull images from registries.
+///
+/// Credentials are those of `docker login`. What has come is kept when a pull is interrupted, and
+/// the next one goes on from there.
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// Names as Docker reads them: `debian:12`, `registry.example/team/app@sha256:...`
+    #[arg(required = true)]
+    pub images: Vec<String>,
+    /// Ask without TLS (registries on this host are asked so by themselves if they have none)
+    #[arg(long)]
+    pub plain_http: bool,
 }
 
 #[derive(Debug, Args)]

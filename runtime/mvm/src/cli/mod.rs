@@ -11,8 +11,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 pub use exec::ExecArgs;
-pub use image::ImageCommand;
-pub use run::{Engine, RunArgs, TimingsFormat};
+pub use image::{ImageCommand, PullArgs};
+pub use run::{Engine, Pull, RunArgs, TimingsFormat};
 
 /// Run OCI images, each in its own microVM.
 ///
@@ -66,6 +66,8 @@ pub enum Command {
     Inspect(NamesArgs),
     /// Show what containers cost
     Stats(StatsArgs),
+    /// Pull images from registries
+    Pull(PullArgs),
     /// Manage images
     Image {
         #[command(subcommand)]

@@ -93,9 +93,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "SECONDS")]
     pub stop_timeout: Option<u32>,
 
-    /// Where to look for an image that is not in the store; there are no registries yet, so `never`
-    /// and `missing` are the same
-    #[arg(long, value_enum, default_value_t = Pull::Missing)]
+    /// When to pull the image from its registry
+    #[arg(long, value_enum, default_value_t = Pull::Missing, value_name = "WHEN")]
     pub pull: Pull,
 
     /// What the container is connected to: none, ns:PATH (the interfaces of a network namespace) or
@@ -393,13 +392,15 @@ pub enum UnikernelKind {
     Linux,
 }
 
-/// When to look for an image elsewhere.
+/// When an image is pulled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Pull {
-    /// Only what is in the store
-    Never,
-    /// What is not in the store
+    /// If the store has none of that name
     Missing,
+    /// Always, so that it is the newest one
+    Always,
+    /// Never
+    Never,
 }
 
 /// A form of `--timings`.

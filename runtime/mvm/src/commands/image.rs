@@ -1,13 +1,15 @@
 //! `mvm image`.
 
 use anyhow::Context as _;
-use mvm_image::{ImageSummary, PruneOptions, Store};
+use mvm_image::{Image, ImageSummary, PruneOptions, Store};
+use mvm_registry::PullOptions;
 use mvm_sandbox::EXIT_FAILURE;
 use mvm_sandbox::state::{human_duration, now_ms};
 
 use super::Context;
-use crate::cli::{Format, ImageCommand};
+use crate::cli::{Format, ImageCommand, Pull, PullArgs};
 use crate::images;
+use crate::interrupt::Interrupted;
 use crate::output::{complain, line, print, size, table};
 use crate::progress::Bar;
 
@@ -19,17 +21,9 @@ pub fn image(context: &Context, command: &ImageCommand) -> anyhow::Result<i32> {
             let imported = store
                 .import_path(&args.source, args.tag.as_deref(), &bar)
                 .with_context(|| format!("cannot import {}", args.source.display()));
-            for image in bar.judge(imported)? {
-                match image.names() {
-                    [] => line(&image.id().to_string())?,
-                    names => {
-                        for name in names {
-                            line(&name.to_string())?;
-                        }
-                    }
-                }
-            }
+            tell(&bar.judge(imported)?)?;
         }
+        ImageCommand::Pull(args) => return pull(context, args),
         ImageCommand::Ls(args) => list(&store, args.quiet, args.format)?,
         ImageCommand::Rm(args) => return remove(&store, &args.images, args.force),
         ImageCommand::Inspect { images } => {
@@ -45,11 +39,45 @@ pub fn image(context: &Context, command: &ImageCommand) -> anyhow::Result<i32> {
             line(&format!("{} files removed, {} freed", pruned.files, size(pruned.freed)))?;
         }
         ImageCommand::BuildRootfs { image } => {
-            let ready = images::ready(&store, image)?;
+            let ready = images::ready(&store, image, Pull::Missing)?;
             line(&ready.rootfs.path().display().to_string())?;
         }
     }
     Ok(0)
+}
+
+/// `mvm pull`: one after the other; those that cannot be had do not keep the others away.
+pub fn pull(context: &Context, args: &PullArgs) -> anyhow::Result<i32> {
+    let store = images::store(&context.layout)?;
+    let options = PullOptions { plain_http: args.plain_http };
+    let mut code = 0;
+    for name in &args.images {
+        let bar = Bar::new()?;
+        match bar.judge(images::pull(&store, name, options, &bar)) {
+            Ok(images) => tell(&images)?,
+            Err(error) if error.is::<Interrupted>() => return Err(error),
+            Err(error) => {
+                complain(&format!("{error:#}"));
+                code = EXIT_FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}
+
+/// What has come in, by its names.
+fn tell(images: &[Image]) -> anyhow::Result<()> {
+    for image in images {
+        match image.names() {
+            [] => line(&image.id().to_string())?,
+            names => {
+                for name in names {
+                    line(&name.to_string())?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 fn list(store: &Store, quiet: bool, format: Format) -> anyhow::Result<()> {

@@ -70,6 +70,7 @@ pub fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Command::Wait(args) => return life::wait(&context()?, args),
         Command::Rm(args) => return life::rm(&context()?, args),
         Command::Stats(args) => stats::stats(&context()?, args)?,
+        Command::Pull(args) => return image::pull(&context()?, args),
         Command::Image { command } => return image::image(&context()?, command),
         Command::Doctor(args) => return doctor::doctor(&context()?, args),
         Command::Version(args) => version::version(args)?,

@@ -59,7 +59,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     }
     let wish = network(args)?;
     let outlook = engine::look(&context.layout, settings.wish(args.force)).map_err(Error::from)?;
-    let ready = images::ready(&images::store(&context.layout)?, args.image())?;
+    let ready = images::ready(&images::store(&context.layout)?, args.image(), args.pull)?;
     timings.mark("image");
     let size = match unikernel::recognise(args, &options, &ready)? {
         Recognised::Unikernel(plan) => {
