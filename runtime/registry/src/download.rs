@@ -63,7 +63,8 @@ async fn walk(
     limits: &Limits,
     top: &[u8],
 ) -> Result<Vec<Blob>, PullError> {
-    let too_much = |limit, what| PullError::TooMuch { name: connection.name.clone(), limit, what };
+    let too_much =
+        |limit, what| PullError::TooMuch { name: connection.name.to_string(), limit, what };
     let (mut blobs, mut seen) = (Vec::new(), HashSet::new());
     let (mut bytes, mut documents) = (0_u64, 0);
     let mut level = vec![top.to_vec()];
@@ -114,7 +115,7 @@ async fn document(
         match connection.document(reference).await {
             Ok(bytes) if bytes.len() as u64 > limits.document_bytes => {
                 return Err(PullError::DocumentSize {
-                    name: connection.name.clone(),
+                    name: connection.name.to_string(),
                     size: bytes.len() as u64,
                     limit: limits.document_bytes,
                 });

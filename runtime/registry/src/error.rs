@@ -41,7 +41,7 @@ pub enum PullError {
         /// The registry.
         registry: String,
         /// The image.
-        name: Reference,
+        name: String,
     },
     /// We may not have it; some registries say so of what does not exist, too.
     #[error(
@@ -52,7 +52,7 @@ pub enum PullError {
         /// The registry.
         registry: String,
         /// The image.
-        name: Reference,
+        name: String,
     },
     /// The registry has had enough of us.
     #[error("registry {registry} allows no more requests for now: {reason}")]
@@ -94,7 +94,7 @@ pub enum PullError {
     #[error("a document of `{name}` has {size} bytes, the limit is {limit}")]
     DocumentSize {
         /// The image.
-        name: Reference,
+        name: String,
         /// Bytes.
         size: u64,
         /// Most bytes.
@@ -104,7 +104,7 @@ pub enum PullError {
     #[error("`{name}` refers to more than {limit} {what}")]
     TooMuch {
         /// The image.
-        name: Reference,
+        name: String,
         /// Most of them.
         limit: u64,
         /// Of what.
@@ -112,17 +112,29 @@ pub enum PullError {
     },
     /// The image is malformed, or none for this host.
     #[error(transparent)]
-    Source(#[from] SourceError),
+    Source(Box<SourceError>),
     /// The store failed.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(Box<StoreError>),
     /// All came, and it is no image that can be run.
     #[error(transparent)]
-    Import(#[from] ImportError),
+    Import(Box<ImportError>),
     /// Nobody wants it any more.
     #[error("the pull was cancelled; what has come is kept")]
     Cancelled,
 }
+
+macro_rules! boxed {
+    ($($variant:ident($error:ty))*) => { $(
+        impl From<$error> for PullError {
+            fn from(error: $error) -> Self {
+                Self::$variant(Box::new(error))
+            }
+        }
+    )* };
+}
+
+boxed! { Source(SourceError) Store(StoreError) Import(ImportError) }
 
 /// What came of a request that failed.
 pub(crate) struct Failure {
@@ -140,7 +152,7 @@ impl Failure {
 /// What the client says, in our words.
 pub(crate) fn classify(registry: &str, name: &Reference, error: OciDistributionError) -> Failure {
     let registry = registry.to_owned();
-    let name = name.clone();
+    let name = name.to_string();
     let lasting = |error| Failure { error, passing: false };
     match error {
         OciDistributionError::RequestError(error) if let Some(reason) = distrust(&error) => {
