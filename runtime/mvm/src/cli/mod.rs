@@ -3,6 +3,7 @@
 
 mod exec;
 mod image;
+mod install;
 mod run;
 
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use clap_complete::Shell;
 
 pub use exec::ExecArgs;
 pub use image::{ImageCommand, PullArgs};
+pub use install::InstallArgs;
 pub use run::{Engine, Pull, RunArgs, TimingsFormat};
 
 /// Run OCI images, each in its own microVM.
@@ -75,6 +77,8 @@ pub enum Command {
     },
     /// Tell what this host can do, and what to do where it cannot
     Doctor(DoctorArgs),
+    /// Install mvm on this host, for containerd too
+    Install(InstallArgs),
     /// Show versions
     Version(VersionArgs),
     /// Print the completions for a shell

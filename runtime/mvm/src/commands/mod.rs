@@ -6,6 +6,7 @@ mod docs;
 mod doctor;
 mod exec;
 mod image;
+mod install;
 mod life;
 mod list;
 mod logs;
@@ -73,6 +74,7 @@ pub fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Command::Pull(args) => return image::pull(&context()?, args),
         Command::Image { command } => return image::image(&context()?, command),
         Command::Doctor(args) => return doctor::doctor(&context()?, args),
+        Command::Install(args) => install::install(args)?,
         Command::Version(args) => version::version(args)?,
         Command::Completions { shell } => {
             let mut text = Vec::new();
