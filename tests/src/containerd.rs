@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::shim::NAME as SHIM;
 use crate::{Finished, eventually, run_with};
 
 /// Long enough for anything that is not stuck, on a slow and busy machine.
@@ -20,8 +21,16 @@ const DEADLINE: Duration = Duration::from_secs(300);
 /// The image's name in it.
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 
-/// The name under which the binary is the shim.
-const SHIM: &str = "containerd-shim-mvm-v1";
+/// Starts containerd, or ends the test where the machine cannot run any.
+#[macro_export]
+macro_rules! containerd {
+    () => {
+        match $crate::Containerd::start() {
+            Some(containerd) => containerd,
+            None => return,
+        }
+    };
+}
 
 /// containerd with the busybox image. Dropping it ends it and whatever it started.
 #[derive(Debug)]
@@ -30,6 +39,8 @@ pub struct Containerd {
     daemon: Option<Child>,
     snapshotter: &'static str,
     mvm: PathBuf,
+    /// containerd's, in which `ctr` works: CRI has one of its own.
+    namespace: &'static str,
 }
 
 impl Containerd {
@@ -39,6 +50,20 @@ impl Containerd {
     /// If it should work here and does not.
     #[track_caller]
     pub fn start() -> Option<Self> {
+        Self::start_with(false)
+    }
+
+    /// The same with CRI, mvm as its runtime, and a network of its own for pods.
+    ///
+    /// # Panics
+    /// If it should work here and does not.
+    #[track_caller]
+    pub fn with_cri() -> Option<Self> {
+        Self::start_with(true)
+    }
+
+    #[track_caller]
+    fn start_with(cri: bool) -> Option<Self> {
         if let Some(reason) = obstacle() {
             eprintln!("\n*** SKIPPED: {reason} ***\n");
             return None;
@@ -54,21 +79,34 @@ impl Containerd {
         let link = dir.path().join("bin").join(SHIM);
         std::os::unix::fs::symlink(&mvm, link).expect("a link to the binary");
         let at = |name: &str| dir.path().join(name).display().to_string();
-        let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+        let disabled = if cri { "" } else { "\"io.containerd.grpc.v1.cri\"" };
+        let mut config = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [{disabled}]\n\
              [grpc]\naddress = {:?}\n[ttrpc]\naddress = {:?}\n",
             at("root"),
             at("state"),
             at("grpc.sock"),
             at("ttrpc.sock")
         );
+        if cri {
+            config.push_str(&cri_config(dir.path()));
+        }
         fs::write(dir.path().join("config.toml"), config).expect("a config");
-        let mut this = Self { dir, daemon: None, snapshotter: "overlayfs", mvm };
+        let namespace = if cri { "k8s.io" } else { "default" };
+        let mut this = Self { dir, daemon: None, snapshotter: "overlayfs", mvm, namespace };
         this.run_daemon();
         let plugins = this.ctr(&["plugins", "ls"]).expect_code(0).out();
         let works = |line: &str| line.contains(" overlayfs ") && line.trim_end().ends_with("ok");
         if !plugins.lines().any(works) {
             this.snapshotter = "native";
+            if cri {
+                this.kill_daemon();
+                let path = this.path("config.toml");
+                let text = fs::read_to_string(&path).expect("the config");
+                let text = text.replace("\"overlayfs\"", "\"native\"");
+                fs::write(path, text).expect("the config");
+                this.run_daemon();
+            }
         }
         let image = image.display().to_string();
         let import =
@@ -121,7 +159,8 @@ impl Containerd {
     /// A command line of `ctr`, not yet started.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(self.path("grpc.sock")).args(args);
+        command.arg("--address").arg(self.path("grpc.sock"));
+        command.args(["--namespace", self.namespace]).args(args);
         command
     }
 
@@ -299,6 +338,38 @@ impl Drop for Containerd {
             let _ = umount2(&mount, MntFlags::MNT_DETACH);
         }
     }
+}
+
+/// CRI with mvm as a runtime, the test image as its sandbox image, which is not pulled, and a network
+/// between each pod and the host.
+fn cri_config(dir: &Path) -> String {
+    let network = dir.join("net.d");
+    fs::create_dir(&network).expect("a directory");
+    let list = serde_json::json!({
+        "cniVersion": "0.4.0",
+        "name": "mvm-tests",
+        "plugins": [{
+            "type": "ptp",
+            "ipam": {
+                "type": "host-local",
+                "dataDir": dir.join("addresses"),
+                "ranges": [[{ "subnet": "10.99.77.0/24" }]],
+                "routes": [{ "dst": "0.0.0.0/0" }],
+            },
+        }],
+    });
+    fs::write(network.join("10-tests.conflist"), list.to_string()).expect("a network");
+    let plugins = ["/usr/lib/cni", "/opt/cni/bin"].into_iter().find(|d| Path::new(d).is_dir());
+    format!(
+        "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {IMAGE:?}\n\
+         restrict_oom_score_adj = true\nstream_server_port = \"0\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = {:?}\nconf_dir = {:?}\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"overlayfs\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.mvm]\n\
+         runtime_type = \"io.containerd.mvm.v1\"\n",
+        plugins.unwrap_or("/usr/lib/cni"),
+        network.display().to_string(),
+    )
 }
 
 fn tail(text: &str) -> String {
