@@ -364,7 +364,7 @@ fn cri_config(dir: &Path) -> String {
         "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {IMAGE:?}\n\
          restrict_oom_score_adj = true\nstream_server_port = \"0\"\n\
          [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = {:?}\nconf_dir = {:?}\n\
-         [plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"overlayfs\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"overlayfs\"\ndefault_runtime_name = \"mvm\"\n\
          [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.mvm]\n\
          runtime_type = \"io.containerd.mvm.v1\"\n",
         plugins.unwrap_or("/usr/lib/cni"),

@@ -45,11 +45,11 @@ fn containers_of_a_pod_are_in_one_machine() {
         config
     };
     // A server on the pod's loopback, and whoever asks it.
-    let server = "echo from the server >/data/f; echo shared >/dev/shm/s; \
-                  while :; do echo hello over localhost | nc -l -p 8080 -s 127.0.0.1; done";
+    let server = "echo from the server >/data/f; echo shared >/dev/shm/s; mkdir /www; \
+                  echo hello over localhost >/www/index.html; httpd -f -p 127.0.0.1:8080 -h /www";
     let first = cri.start(&pod, with_volume("first", server));
-    let client = "until nc 127.0.0.1 8080; do sleep 0.1; done; cat /data/f /dev/shm/s; hostname; \
-                  cat /proc/sys/kernel/shmmax; echo $$";
+    let client = "until wget -qO- http://127.0.0.1:8080/; do sleep 0.1; done; \
+                  cat /data/f /dev/shm/s; hostname; cat /proc/sys/kernel/shmmax; echo $$";
     let second = cri.start(&pod, with_volume("second", client));
     assert_eq!(cri.wait(&second), 0);
     let said = "hello over localhost\nfrom the server\nshared\nweb-1\n12345678\n1\n";
@@ -58,7 +58,7 @@ fn containers_of_a_pod_are_in_one_machine() {
     assert_eq!(ctd.mvm(&["ps", "-q"]).expect_code(0).out(), machines, "the same machine");
     assert_eq!(fs::read_to_string(volume.join("f")).expect("a file"), "from the server\n");
     // Processes are the containers' own.
-    assert_eq!(cri.exec(&first, "ps | grep -c 'nc 127'; exit 3").code, 3);
+    assert_eq!(cri.exec(&first, "ps | grep -q '[w]get' || exit 3").code, 3);
     let shm = cri
         .exec(&first, "df -k /dev/shm | awk 'NR == 2 { print $2 }'; grep -c /dev/shm /proc/mounts");
     assert_eq!(shm.out(), "65536\n1\n");
