@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::cri::Cri;
 use crate::shim::NAME as SHIM;
 use crate::{Finished, eventually, run_with};
 
@@ -20,6 +21,9 @@ const DEADLINE: Duration = Duration::from_secs(300);
 
 /// The image's name in it.
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
+
+/// The namespace in which CRI works.
+const CRI_NAMESPACE: &str = "k8s.io";
 
 /// Starts containerd, or ends the test where the machine cannot run any.
 #[macro_export]
@@ -92,7 +96,7 @@ impl Containerd {
             config.push_str(&cri_config(dir.path()));
         }
         fs::write(dir.path().join("config.toml"), config).expect("a config");
-        let namespace = if cri { "k8s.io" } else { "default" };
+        let namespace = if cri { CRI_NAMESPACE } else { "default" };
         let mut this = Self { dir, daemon: None, snapshotter: "overlayfs", mvm, namespace };
         this.run_daemon();
         let plugins = this.ctr(&["plugins", "ls"]).expect_code(0).out();
@@ -320,6 +324,9 @@ impl Drop for Containerd {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("--- containerd's log\n{}", tail(&self.log()));
+        }
+        if self.namespace == CRI_NAMESPACE && self.daemon.is_some() {
+            Cri::clear(self);
         }
         // First whoever would start others.
         self.kill_daemon();

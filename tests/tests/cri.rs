@@ -1,6 +1,7 @@
 //! Pods, as the kubelet asks for them: CRI of the distribution's containerd.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mvm_tests::cri::messages::{LinuxContainerResources, Mount};
@@ -209,4 +210,93 @@ fn ctr_makes_pods_by_annotations() {
     ctd.ctr(&["task", "kill", "-s", "SIGKILL", "pod1"]).expect_code(0);
     ctd.remove("pod1");
     ctd.expect_nothing_left();
+}
+
+#[test]
+fn a_pods_machine_is_in_the_pods_control_group() {
+    let ctd = pods!();
+    let Some(parent) = Group::new() else { return };
+    let cri = Cri::new(&ctd);
+    let mut config = cri.pod_config("grouped");
+    config.linux.mut_or_insert_default().cgroup_parent = format!("/{}", parent.name);
+    let pod = cri.run_pod(config);
+    let group = parent.path.join(&pod.id);
+    let inside = || {
+        let pids = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+        let names = pids.lines().filter_map(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok());
+        names.map(|name| String::from_utf8_lossy(&name).into_owned()).collect::<Vec<_>>()
+    };
+    let has = |what: &str| inside().iter().any(|name| name.contains(what));
+    assert!(has("mvm-monitor") && has("mvm-files"), "{:?}", inside());
+    let id = cri.start(&pod, cri.container_config("burner", "while :; do :; done"));
+    parent.limit_cpu();
+    eventually("the limit to be felt", || parent.throttled() > 0);
+    cri.stop(&id, 0);
+    cri.remove_pod(&pod);
+    assert!(!group.exists(), "{:?}", inside());
+    ctd.expect_nothing_left();
+}
+
+/// A control group of the test's own, in the hierarchy that limits processors.
+struct Group {
+    name: String,
+    path: PathBuf,
+    unified: bool,
+}
+
+impl Group {
+    /// One, unless the machine does not allow it, which is said.
+    fn new() -> Option<Self> {
+        let name = format!("mvm-tests-{}", std::process::id());
+        let hierarchies = [
+            ("/sys/fs/cgroup/cpu", false),
+            ("/sys/fs/cgroup/cpu,cpuacct", false),
+            ("/sys/fs/cgroup", true),
+        ];
+        let at = hierarchies.into_iter().find(|(at, unified)| {
+            Path::new(at).join(if *unified { "cgroup.controllers" } else { "cpu.shares" }).exists()
+        });
+        let Some((at, unified)) = at else {
+            eprintln!("\n*** SKIPPED: no hierarchy of control groups limits processors here ***\n");
+            return None;
+        };
+        let path = Path::new(at).join(&name);
+        if unified {
+            // It may be on already.
+            let _ = fs::write(Path::new(at).join("cgroup.subtree_control"), "+cpu");
+        }
+        if let Err(e) = fs::create_dir(&path) {
+            eprintln!("\n*** SKIPPED: {} cannot be made: {e} ***\n", path.display());
+            return None;
+        }
+        Some(Self { name, path, unified })
+    }
+
+    /// A tenth of a processor.
+    fn limit_cpu(&self) {
+        if self.unified {
+            fs::write(self.path.join("cpu.max"), "10000 100000").expect("a limit");
+        } else {
+            fs::write(self.path.join("cpu.cfs_period_us"), "100000").expect("a period");
+            fs::write(self.path.join("cpu.cfs_quota_us"), "10000").expect("a limit");
+        }
+    }
+
+    /// How often the limit has held somebody up.
+    fn throttled(&self) -> u64 {
+        let stat = fs::read_to_string(self.path.join("cpu.stat")).unwrap_or_default();
+        let value = stat.lines().find_map(|line| line.strip_prefix("nr_throttled "));
+        value.and_then(|v| v.parse().ok()).unwrap_or(0)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // In the other hierarchies the shim has made it, on the way to its own.
+        let roots = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+        let others = roots.map(|entry| entry.path().join(&self.name));
+        for path in others.chain([self.path.clone()]) {
+            let _ = fs::remove_dir(path);
+        }
+    }
 }

@@ -204,7 +204,7 @@ impl Asked {
 
     fn read_only(&self) -> std::io::Result<ReadOnly> {
         // The last word counts.
-        let top = self.words.iter().filter(|w| matches!(w.as_str(), "ro" | "rw")).next_back();
+        let top = self.words.iter().rfind(|w| matches!(w.as_str(), "ro" | "rw"));
         let all = self.words.iter().any(|w| w == "rro");
         Ok(match top.map(String::as_str) {
             _ if all => ReadOnly::All,

@@ -12,6 +12,7 @@ use mvm_sandbox::guest::Guest;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::cgroup::Cgroups;
 use crate::error::{Error, Result};
 
 /// How long a guest may take to write out its disks.
@@ -23,6 +24,8 @@ pub struct Machine {
     /// `None` once it has been ended.
     sandbox: Mutex<Option<Sandbox>>,
     guest: Guest,
+    /// Where its processes are counted. Left when they have ended.
+    groups: Mutex<Option<Cgroups>>,
     /// How many containers have been given a name for their shares.
     named: AtomicU32,
 }
@@ -37,13 +40,17 @@ pub enum Awaited {
 }
 
 impl Machine {
-    /// The machine of a booted sandbox.
+    /// The machine of a booted sandbox, whose processes are in `groups`.
     ///
     /// # Errors
     /// It is not booted.
-    pub fn new(sandbox: Sandbox) -> Result<Self> {
-        let guest = sandbox.guest()?.clone();
-        Ok(Self { sandbox: Mutex::new(Some(sandbox)), guest, named: AtomicU32::new(1) })
+    pub fn new(sandbox: Sandbox, groups: Cgroups) -> Result<Self> {
+        Ok(Self {
+            guest: sandbox.guest()?.clone(),
+            sandbox: Mutex::new(Some(sandbox)),
+            groups: Mutex::new(Some(groups)),
+            named: AtomicU32::new(1),
+        })
     }
 
     fn sandbox(&self) -> MutexGuard<'_, Option<Sandbox>> {
@@ -150,7 +157,9 @@ impl Machine {
             tracing::warn!("the guest has not written out its disks: {e}");
         }
         let ending = Ending { exit_code: 0, oom_killed: false, reason: None };
-        Ok(sandbox.finish(&ending)?)
+        let ended = sandbox.finish(&ending);
+        drop(self.groups.lock().unwrap_or_else(PoisonError::into_inner).take());
+        Ok(ended?)
     }
 }
 

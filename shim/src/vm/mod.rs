@@ -7,6 +7,7 @@
 //! of its sandbox.
 
 mod binds;
+pub mod cgroup;
 pub mod holder;
 mod hooks;
 mod machine;
@@ -33,6 +34,7 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use crate::backend::{Backend, Exit, NewContainer, NewExec, Target};
 use crate::error::{Error, Result};
 use crate::host::{Hardware, Host};
+use cgroup::Cgroups;
 use holder::Holder;
 use hooks::Told;
 use machine::{Awaited, Machine, root_share};
@@ -176,6 +178,8 @@ impl Machines {
             tracing::warn!(container = container.id, "{reason}: running on {name} (slower)");
         }
         let about = self.describe(container, spec, &hardware);
+        // What is started from now on is there too.
+        let groups = Cgroups::join(spec).map_err(|e| Error::InvalidArgument(e.to_string()))?;
         let mut sandbox = Sandbox::create(&self.registry, about)?;
         let booted = plan(hardware).and_then(|plan| {
             let interrupt = Some(container.interrupt.as_fd());
@@ -183,7 +187,7 @@ impl Machines {
             start(&mut sandbox)
         });
         match booted {
-            Ok(started) => Ok((Machine::new(sandbox)?, started)),
+            Ok(started) => Ok((Machine::new(sandbox, groups)?, started)),
             Err(e) => {
                 // Why it did not start is what matters.
                 if let Err(left) = sandbox.abandon(&e.to_string()) {

@@ -90,7 +90,7 @@ pub fn disk(mounts: &[RootMount]) -> Option<Disk> {
     if !guests || !(file_type.is_file() || file_type.is_block_device()) {
         return None;
     }
-    let last = one.options.iter().filter(|w| matches!(w.as_str(), "ro" | "rw")).next_back();
+    let last = one.options.iter().rfind(|w| matches!(w.as_str(), "ro" | "rw"));
     let read_only = one.kind == "erofs" || last.is_some_and(|w| w == "ro");
     Some(Disk { path: one.source.clone().into(), kind: one.kind.clone(), read_only })
 }

@@ -121,6 +121,26 @@ impl<'a> Cri<'a> {
         let _: Nothing = self.must("RemovePodSandbox", &pod_request(pod));
     }
 
+    /// Removes all pods there are, as far as that goes: what a test leaves that has failed. Networks
+    /// outside of containerd's own directories are among it.
+    pub(crate) fn clear(ctd: &'a Containerd) {
+        let limit = Duration::from_secs(30);
+        let socket = ctd.path("grpc.sock");
+        let list = ListPodSandboxRequest::new();
+        let pods: Result<ListPodSandboxResponse, _> =
+            grpc::call(&socket, SERVICE, "ListPodSandbox", &list, limit);
+        for pod in pods.map(|list| list.items).unwrap_or_default() {
+            let request = PodSandboxRequest { pod_sandbox_id: pod.id, ..Default::default() };
+            for method in ["StopPodSandbox", "RemovePodSandbox"] {
+                let done: Result<Nothing, _> =
+                    grpc::call(&socket, SERVICE, method, &request, limit);
+                if let Err(e) = done {
+                    eprintln!("{method}: {e}");
+                }
+            }
+        }
+    }
+
     /// What a container that runs a shell script is made with, before a test changes it. Its log is
     /// `NAME.log`.
     pub fn container_config(&self, name: &str, script: &str) -> ContainerConfig {
