@@ -68,7 +68,8 @@ impl Containerd {
 
     #[track_caller]
     fn start_with(cri: bool) -> Option<Self> {
-        if let Some(reason) = obstacle() {
+        let reason = obstacle().or_else(|| if cri { network_obstacle() } else { None });
+        if let Some(reason) = reason {
             eprintln!("\n*** SKIPPED: {reason} ***\n");
             return None;
         }
@@ -112,11 +113,21 @@ impl Containerd {
                 this.run_daemon();
             }
         }
-        let image = image.display().to_string();
-        let import =
-            ["image", "import", "--snapshotter", this.snapshotter, "--index-name", IMAGE, &image];
-        this.ctr(&import).expect_code(0);
+        this.import(&image, IMAGE, this.snapshotter);
         Some(this)
+    }
+
+    /// Imports an image from a file.
+    #[track_caller]
+    pub fn import(&self, file: &Path, name: &str, snapshotter: &str) {
+        let file = file.display().to_string();
+        let import = ["image", "import", "--snapshotter", snapshotter, "--index-name", name, &file];
+        self.ctr(&import).expect_code(0);
+    }
+
+    /// The snapshotter that is used unless flags say otherwise.
+    pub fn snapshotter(&self) -> &str {
+        self.snapshotter
     }
 
     /// Starts the daemon, after [`Self::kill_daemon`] once more.
@@ -176,12 +187,23 @@ impl Containerd {
 
     /// A command line of `ctr run FLAGS busybox ID ARGS`, not yet started.
     pub fn run_command(&self, flags: &[&str], id: &str, args: &[&str]) -> Command {
+        self.run_image_command(flags, IMAGE, id, args)
+    }
+
+    /// The same with another image.
+    pub fn run_image_command(
+        &self,
+        flags: &[&str],
+        image: &str,
+        id: &str,
+        args: &[&str],
+    ) -> Command {
         let fifos = self.path("fifo").display().to_string();
         let mut all =
             vec!["run", "--runtime", "io.containerd.mvm.v1", "--snapshotter", self.snapshotter];
         all.extend(["--fifo-dir", &fifos]);
         all.extend(flags);
-        all.extend([IMAGE, id]);
+        all.extend([image, id]);
         all.extend(args);
         self.command(&all)
     }
@@ -382,6 +404,24 @@ fn cri_config(dir: &Path) -> String {
 fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(60)..].join("\n")
+}
+
+/// Why this machine cannot have networks for pods; what can be installed is no reason.
+fn network_obstacle() -> Option<String> {
+    // What the plugin for a network between pod and host does.
+    let forward = "/proc/sys/net/ipv4/ip_forward";
+    if let Err(e) = File::options().write(true).open(forward) {
+        return Some(format!("pods need a network, and {forward} cannot be written: {e}"));
+    }
+    let made = Command::new("unshare").args(["--net", "ip", "link", "set", "lo", "up"]).output();
+    match made {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => {
+            let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            Some(format!("pods need a network namespace, which is not to be had here: {why}"))
+        }
+        Err(e) => Some(format!("unshare(1) cannot be run: {e}")),
+    }
 }
 
 /// Why this machine cannot run containerd; what can be installed is no reason.

@@ -7,9 +7,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use mvm_tests::{Chroot, Containerd, Shim, World, containerd, eventually, run_with};
+use mvm_tests::{Chroot, Containerd, IMAGE, Shim, World, containerd, eventually, run_with};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::TempDir;
+
+const POSIX: &str = include_str!("volumes/posix.py");
 
 /// Enough for anything that the host does.
 const HOST: Duration = Duration::from_secs(120);
@@ -57,6 +59,42 @@ fn a_root_is_the_snapshot_itself() {
     assert_eq!(other.out(), "4\n");
     ctd.ctr(&["task", "kill", "-s", "SIGKILL", "c1"]).expect_code(0);
     ctd.remove("c1");
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn snapshots_that_are_plain_directories() {
+    let ctd = containerd!();
+    let image = World::new().image_file("busybox");
+    ctd.import(&image, IMAGE, "native");
+    let flags = ["--snapshotter", "native"];
+    let script = "rm /etc/group; echo x >/f; mv /home /house; ls -d /f /house; echo $(ls /etc)";
+    let run = ctd.sh(&flags, "c1", script).expect_code(0);
+    assert_eq!(run.out(), "/f\n/house\npasswd\n", "{}", run.err());
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn posix_behaviour_of_a_root_is_the_hosts_own() {
+    let ctd = containerd!();
+    let image = World::new().image_file("debian");
+    let name = "docker.io/library/debian:latest";
+    ctd.import(&image, name, ctd.snapshotter());
+    let dir = dir();
+    fs::write(dir.path().join("posix.py"), POSIX).expect("the script");
+    let chroot = Chroot::new(&image);
+    fs::create_dir(chroot.path().join("work")).expect("a directory");
+    fs::write(chroot.path().join("work/posix.py"), POSIX).expect("the script");
+    let host = chroot.sh("cd /work && python3 posix.py").expect_code(0).out();
+    let mount = bind(dir.path(), "/script", "rbind:ro");
+    let script = "mkdir /work && cd /work && cp /script/posix.py . && python3 posix.py";
+    let flags = ["--rm", "--mount", &mount];
+    let command = ctd.run_image_command(&flags, name, "c1", &["sh", "-c", script]);
+    let guest = run_with(command, b"", Duration::from_secs(300)).expect_code(0).out();
+    assert!(host.lines().count() > 60, "{host}");
+    let differing: Vec<_> = host.lines().zip(guest.lines()).filter(|(h, g)| h != g).collect();
+    assert!(differing.is_empty(), "host and guest differ: {differing:#?}");
+    assert_eq!(host.lines().count(), guest.lines().count(), "{host}\n---\n{guest}");
     ctd.expect_nothing_left();
 }
 

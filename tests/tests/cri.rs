@@ -66,6 +66,18 @@ fn containers_of_a_pod_are_in_one_machine() {
     end(&cri, &ctd, &pod);
 }
 
+/// How many files the file server of a machine has open.
+fn open_files(machine: &str) -> usize {
+    let name = format!("mvm-files: {machine}");
+    let processes = fs::read_dir("/proc").expect("/proc").flatten().map(|entry| entry.path());
+    let mut servers = processes.filter(|process| {
+        let line = fs::read(process.join("cmdline")).unwrap_or_default();
+        line.split(|b| *b == 0).next().is_some_and(|first| first.starts_with(name.as_bytes()))
+    });
+    let server = servers.next().unwrap_or_else(|| panic!("no {name}"));
+    fs::read_dir(server.join("fd")).expect("its descriptors").count()
+}
+
 /// Stops and removes a pod, and looks for what is left.
 #[track_caller]
 fn end(cri: &Cri<'_>, ctd: &Containerd, pod: &Pod) {
@@ -79,6 +91,8 @@ fn containers_come_and_go_in_a_machine_that_stays() {
     let cri = Cri::new(&ctd);
     let pod = cri.run_pod(cri.pod_config("again"));
     let machines = ctd.mvm(&["ps", "-q"]).expect_code(0).out();
+    let held = || open_files(machines.trim());
+    let before = held();
     for (attempt, code) in [(0, 3), (1, 0), (2, 137)] {
         let script = if code == 137 { "kill -9 $$" } else { "echo $0; exit $CODE" };
         let mut config = cri.container_config("crash", script);
@@ -97,6 +111,8 @@ fn containers_come_and_go_in_a_machine_that_stays() {
         // With no container in it the machine goes on.
         assert_eq!(ctd.mvm(&["ps", "-q"]).expect_code(0).out(), machines);
         assert!(cri.is_ready(&pod));
+        // Nothing of the container's files is held any more.
+        eventually("its files to be closed", || held() == before);
     }
     let id = cri.start(&pod, cri.container_config("polite", IDLE));
     eventually("its output", || cri.log(&pod, "polite") == "up\n");
@@ -181,6 +197,22 @@ fn containerd_may_be_restarted_under_a_pod() {
     assert_eq!(cri.exec(&id, "echo still here").expect_code(0).out(), "still here\n");
     let second = cri.start(&pod, cri.container_config("second", "echo new"));
     assert_eq!(cri.wait(&second), 0);
+    end(&cri, &ctd, &pod);
+}
+
+#[test]
+fn a_killed_shim_takes_its_pod_along() {
+    let ctd = pods!();
+    let cri = Cri::new(&ctd);
+    let pod = cri.run_pod(cri.pod_config("orphan"));
+    let id = cri.start(&pod, cri.container_config("first", IDLE));
+    eventually("its output", || cri.log(&pod, "first") == "up\n");
+    for shim in ctd.shims() {
+        kill(shim, Signal::SIGKILL).expect("a shim to be killed");
+    }
+    eventually("the end of the pod", || !cri.is_ready(&pod));
+    eventually("the end of the container", || cri.status(&id).state == EXITED);
+    eventually("the end of the machine", || ctd.mvm(&["ps", "-aq"]).out().is_empty());
     end(&cri, &ctd, &pod);
 }
 
