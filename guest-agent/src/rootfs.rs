@@ -4,6 +4,7 @@ use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use mvm_agent_protocol::messages::{
     BlockDevice, Rootfs, Tmpfs, Volume, rootfs::Lower, rootfs::Upper, volume::Source,
@@ -60,7 +61,7 @@ impl Mounted {
 
     fn mount_root(&mut self, rootfs: &Rootfs, map: Option<BorrowedFd<'_>>) -> Result<()> {
         if rootfs.direct {
-            return self.mount_direct(rootfs, map);
+            return self.mount_direct(rootfs);
         }
         let lower = self.dir.join("lower");
         match &rootfs.lower {
@@ -118,21 +119,23 @@ impl Mounted {
         Ok(())
     }
 
-    /// A share that is the root itself.
-    fn mount_direct(&mut self, rootfs: &Rootfs, map: Option<BorrowedFd<'_>>) -> Result<()> {
-        let Some(Lower::Share(share)) = &rootfs.lower else {
-            return Err(Error::Invalid("rootfs: only a share can be the root itself".into()));
-        };
+    /// A share or a disk that is the root itself. Its owners are what they are: whoever made it for a
+    /// user namespace made them so.
+    fn mount_direct(&mut self, rootfs: &Rootfs) -> Result<()> {
         if rootfs.upper.is_some() {
             return Err(Error::Invalid("rootfs: the root itself has no upper layer".into()));
         }
         let root = self.root();
-        shares::attach_at(&shares::tree(share)?, &root)?;
-        self.mounts.push(root.clone());
-        if let Some(namespace) = map {
-            map_ids(&root, namespace)?;
-            self.mounts.push(root);
+        match &rootfs.lower {
+            Some(Lower::Share(share)) => shares::attach_at(&shares::tree(share)?, &root)?,
+            Some(Lower::Block(device)) => mount_block(&root, device, "ext4", false)?,
+            _ => {
+                return Err(Error::Invalid(
+                    "rootfs: only a share or a block device can be the root itself".into(),
+                ));
+            }
         }
+        self.mounts.push(root);
         Ok(())
     }
 
@@ -141,6 +144,9 @@ impl Mounted {
             return Err(Error::Invalid(format!("volume {:?}: not a valid name", volume.name)));
         }
         let path = Path::new(VOLUMES_DIR).join(&volume.name);
+        if volume.kept {
+            return keep(volume, &path);
+        }
         if path.exists() {
             return Err(Error::Exists(format!("volume {:?} exists already", volume.name)));
         }
@@ -169,6 +175,21 @@ impl Mounted {
             change(&mount, false, READ_ONLY, 0, 0, &path)?;
         }
         Ok(())
+    }
+}
+
+/// Provides a volume that outlives its container.
+fn keep(volume: &Volume, path: &Path) -> Result<()> {
+    // Containers may be made at the same time.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    if volume.readonly {
+        return Err(Error::Invalid(format!("volume {:?}: kept, and read-only", volume.name)));
+    }
+    match &volume.source {
+        Some(Source::Tmpfs(_)) if path.exists() => Ok(()),
+        Some(Source::Tmpfs(size)) => mount_tmpfs_as(path, size, "1777"),
+        _ => Err(Error::Invalid(format!("volume {:?}: only memory can be kept", volume.name))),
     }
 }
 
@@ -204,7 +225,11 @@ fn mount_block(
 }
 
 fn mount_tmpfs(path: &Path, size: &Tmpfs) -> Result<()> {
-    let mode = "mode=0755".to_owned();
+    mount_tmpfs_as(path, size, "0755")
+}
+
+fn mount_tmpfs_as(path: &Path, size: &Tmpfs, mode: &str) -> Result<()> {
+    let mode = format!("mode={mode}");
     let options = match size.size_bytes {
         0 => vec![mode],
         bytes => vec![mode, format!("size={bytes}")],

@@ -8,9 +8,11 @@ use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::MessageField;
 use mvm_sandbox::recover;
 use mvm_sandbox::registry::Registry;
+use oci_spec::runtime::Spec;
 
 use crate::cli::Flags;
 use crate::host::Host;
+use crate::vm::cgroup::Cgroups;
 use crate::vm::{LABEL_BUNDLE, rootfs};
 
 /// Exit status of whatever ran: it was killed.
@@ -36,6 +38,9 @@ pub fn delete(host: &dyn Host, flags: &Flags) -> anyhow::Result<DeleteResponse> 
         }
     }
     rootfs::unmount(&bundle.join("rootfs"));
+    if let Ok(spec) = Spec::load(bundle.join("config.json")) {
+        Cgroups::remove(&spec);
+    }
     // The group is written in the bundle, which may be gone: then so is whatever listened.
     let group = crate::launch::group(&bundle, &flags.id).unwrap_or_else(|_| flags.id.clone());
     let socket = crate::launch::socket(&layout, flags, &group)?;

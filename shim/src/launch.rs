@@ -19,8 +19,8 @@ use crate::host::Host;
 /// The file in a bundle in which containerd looks for the shim after a restart.
 const ADDRESS_FILE: &str = "address";
 
-/// Annotations whose value says which containers belong together: CRI's pods.
-const GROUPS: [&str; 1] = ["io.kubernetes.cri.sandbox-id"];
+/// Annotations whose value says which containers belong together: CRI's pods, by containerd and CRI-O.
+const GROUPS: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
 
 /// Longest path of a socket, without the terminating zero.
 const MAX_PATH: usize = 107;

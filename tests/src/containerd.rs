@@ -12,6 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::cri::Cri;
+use crate::shim::NAME as SHIM;
 use crate::{Finished, eventually, run_with};
 
 /// Long enough for anything that is not stuck, on a slow and busy machine.
@@ -20,8 +22,19 @@ const DEADLINE: Duration = Duration::from_secs(300);
 /// The image's name in it.
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 
-/// The name under which the binary is the shim.
-const SHIM: &str = "containerd-shim-mvm-v1";
+/// The namespace in which CRI works.
+const CRI_NAMESPACE: &str = "k8s.io";
+
+/// Starts containerd, or ends the test where the machine cannot run any.
+#[macro_export]
+macro_rules! containerd {
+    () => {
+        match $crate::Containerd::start() {
+            Some(containerd) => containerd,
+            None => return,
+        }
+    };
+}
 
 /// containerd with the busybox image. Dropping it ends it and whatever it started.
 #[derive(Debug)]
@@ -30,6 +43,8 @@ pub struct Containerd {
     daemon: Option<Child>,
     snapshotter: &'static str,
     mvm: PathBuf,
+    /// containerd's, in which `ctr` works: CRI has one of its own.
+    namespace: &'static str,
 }
 
 impl Containerd {
@@ -39,7 +54,22 @@ impl Containerd {
     /// If it should work here and does not.
     #[track_caller]
     pub fn start() -> Option<Self> {
-        if let Some(reason) = obstacle() {
+        Self::start_with(false)
+    }
+
+    /// The same with CRI, mvm as its runtime, and a network of its own for pods.
+    ///
+    /// # Panics
+    /// If it should work here and does not.
+    #[track_caller]
+    pub fn with_cri() -> Option<Self> {
+        Self::start_with(true)
+    }
+
+    #[track_caller]
+    fn start_with(cri: bool) -> Option<Self> {
+        let reason = obstacle().or_else(|| if cri { network_obstacle() } else { None });
+        if let Some(reason) = reason {
             eprintln!("\n*** SKIPPED: {reason} ***\n");
             return None;
         }
@@ -54,27 +84,50 @@ impl Containerd {
         let link = dir.path().join("bin").join(SHIM);
         std::os::unix::fs::symlink(&mvm, link).expect("a link to the binary");
         let at = |name: &str| dir.path().join(name).display().to_string();
-        let config = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+        let disabled = if cri { "" } else { "\"io.containerd.grpc.v1.cri\"" };
+        let mut config = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [{disabled}]\n\
              [grpc]\naddress = {:?}\n[ttrpc]\naddress = {:?}\n",
             at("root"),
             at("state"),
             at("grpc.sock"),
             at("ttrpc.sock")
         );
+        if cri {
+            config.push_str(&cri_config(dir.path()));
+        }
         fs::write(dir.path().join("config.toml"), config).expect("a config");
-        let mut this = Self { dir, daemon: None, snapshotter: "overlayfs", mvm };
+        let namespace = if cri { CRI_NAMESPACE } else { "default" };
+        let mut this = Self { dir, daemon: None, snapshotter: "overlayfs", mvm, namespace };
         this.run_daemon();
         let plugins = this.ctr(&["plugins", "ls"]).expect_code(0).out();
         let works = |line: &str| line.contains(" overlayfs ") && line.trim_end().ends_with("ok");
         if !plugins.lines().any(works) {
             this.snapshotter = "native";
+            if cri {
+                this.kill_daemon();
+                let path = this.path("config.toml");
+                let text = fs::read_to_string(&path).expect("the config");
+                let text = text.replace("\"overlayfs\"", "\"native\"");
+                fs::write(path, text).expect("the config");
+                this.run_daemon();
+            }
         }
-        let image = image.display().to_string();
-        let import =
-            ["image", "import", "--snapshotter", this.snapshotter, "--index-name", IMAGE, &image];
-        this.ctr(&import).expect_code(0);
+        this.import(&image, IMAGE, this.snapshotter);
         Some(this)
+    }
+
+    /// Imports an image from a file.
+    #[track_caller]
+    pub fn import(&self, file: &Path, name: &str, snapshotter: &str) {
+        let file = file.display().to_string();
+        let import = ["image", "import", "--snapshotter", snapshotter, "--index-name", name, &file];
+        self.ctr(&import).expect_code(0);
+    }
+
+    /// The snapshotter that is used unless flags say otherwise.
+    pub fn snapshotter(&self) -> &str {
+        self.snapshotter
     }
 
     /// Starts the daemon, after [`Self::kill_daemon`] once more.
@@ -121,7 +174,8 @@ impl Containerd {
     /// A command line of `ctr`, not yet started.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("ctr");
-        command.arg("--address").arg(self.path("grpc.sock")).args(args);
+        command.arg("--address").arg(self.path("grpc.sock"));
+        command.args(["--namespace", self.namespace]).args(args);
         command
     }
 
@@ -133,12 +187,23 @@ impl Containerd {
 
     /// A command line of `ctr run FLAGS busybox ID ARGS`, not yet started.
     pub fn run_command(&self, flags: &[&str], id: &str, args: &[&str]) -> Command {
+        self.run_image_command(flags, IMAGE, id, args)
+    }
+
+    /// The same with another image.
+    pub fn run_image_command(
+        &self,
+        flags: &[&str],
+        image: &str,
+        id: &str,
+        args: &[&str],
+    ) -> Command {
         let fifos = self.path("fifo").display().to_string();
         let mut all =
             vec!["run", "--runtime", "io.containerd.mvm.v1", "--snapshotter", self.snapshotter];
         all.extend(["--fifo-dir", &fifos]);
         all.extend(flags);
-        all.extend([IMAGE, id]);
+        all.extend([image, id]);
         all.extend(args);
         self.command(&all)
     }
@@ -282,6 +347,9 @@ impl Drop for Containerd {
         if std::thread::panicking() {
             eprintln!("--- containerd's log\n{}", tail(&self.log()));
         }
+        if self.namespace == CRI_NAMESPACE && self.daemon.is_some() {
+            Cri::clear(self);
+        }
         // First whoever would start others.
         self.kill_daemon();
         for pid in self.shims() {
@@ -301,9 +369,59 @@ impl Drop for Containerd {
     }
 }
 
+/// CRI with mvm as a runtime, the test image as its sandbox image, which is not pulled, and a network
+/// between each pod and the host.
+fn cri_config(dir: &Path) -> String {
+    let network = dir.join("net.d");
+    fs::create_dir(&network).expect("a directory");
+    let list = serde_json::json!({
+        "cniVersion": "0.4.0",
+        "name": "mvm-tests",
+        "plugins": [{
+            "type": "ptp",
+            "ipam": {
+                "type": "host-local",
+                "dataDir": dir.join("addresses"),
+                "ranges": [[{ "subnet": "10.99.77.0/24" }]],
+                "routes": [{ "dst": "0.0.0.0/0" }],
+            },
+        }],
+    });
+    fs::write(network.join("10-tests.conflist"), list.to_string()).expect("a network");
+    let plugins = ["/usr/lib/cni", "/opt/cni/bin"].into_iter().find(|d| Path::new(d).is_dir());
+    format!(
+        "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {IMAGE:?}\n\
+         restrict_oom_score_adj = true\nstream_server_port = \"0\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = {:?}\nconf_dir = {:?}\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"overlayfs\"\ndefault_runtime_name = \"mvm\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.mvm]\n\
+         runtime_type = \"io.containerd.mvm.v1\"\n",
+        plugins.unwrap_or("/usr/lib/cni"),
+        network.display().to_string(),
+    )
+}
+
 fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(60)..].join("\n")
+}
+
+/// Why this machine cannot have networks for pods; what can be installed is no reason.
+fn network_obstacle() -> Option<String> {
+    // What the plugin for a network between pod and host does.
+    let forward = "/proc/sys/net/ipv4/ip_forward";
+    if let Err(e) = File::options().write(true).open(forward) {
+        return Some(format!("pods need a network, and {forward} cannot be written: {e}"));
+    }
+    let made = Command::new("unshare").args(["--net", "ip", "link", "set", "lo", "up"]).output();
+    match made {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => {
+            let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            Some(format!("pods need a network namespace, which is not to be had here: {why}"))
+        }
+        Err(e) => Some(format!("unshare(1) cannot be run: {e}")),
+    }
 }
 
 /// Why this machine cannot run containerd; what can be installed is no reason.

@@ -7,11 +7,13 @@
 
 mod chroot;
 mod containerd;
+pub mod cri;
 mod engine;
 mod pty;
 pub mod registry;
 mod run;
 mod running;
+mod shim;
 mod world;
 
 pub use chroot::Chroot;
@@ -20,4 +22,5 @@ pub use engine::{TEST_ENGINE, engine};
 pub use pty::Terminal;
 pub use run::{Finished, eventually, is_running, run_with};
 pub use running::Running;
+pub use shim::Shim;
 pub use world::World;

@@ -5,18 +5,8 @@ use std::io::Write;
 use std::process::Stdio;
 use std::thread;
 
-use mvm_tests::{Chroot, Containerd, IMAGE, Running, Terminal, World, eventually, is_running};
+use mvm_tests::{Chroot, IMAGE, Running, Terminal, World, containerd, eventually, is_running};
 use nix::sys::signal::{Signal, kill};
-
-/// Starts containerd, or ends the test where the machine cannot run any.
-macro_rules! containerd {
-    () => {
-        match Containerd::start() {
-            Some(containerd) => containerd,
-            None => return,
-        }
-    };
-}
 
 #[test]
 fn output_input_and_exit_codes() {
@@ -46,19 +36,15 @@ fn flags_and_limits_hold() {
     assert!(run.out().starts_with("hello /home "), "{}", run.out());
     let run = ctd.sh(&["--read-only"], "c2", "touch /x || echo refused").expect_code(0);
     assert_eq!(run.out(), "refused\n");
-    // The root can be written otherwise, and nothing of that comes back to the host.
+    // The root can be written otherwise.
     assert_eq!(ctd.sh(&[], "c3", "echo y >/x; cat /x").expect_code(0).out(), "y\n");
     let mount = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro";
     let limited = ["--memory-limit", "67108864", "--mount", mount];
     // Without a namespace of its own for control groups it sees the guest's, with its own path.
     let script = "cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max; \
-                  dd if=/dev/zero of=/x bs=1M count=100";
+                  dd if=/dev/zero of=/dev/null bs=100M count=1";
     let run = ctd.sh(&limited, "c4", script).expect_code(137);
     assert_eq!(run.out(), "67108864\n");
-    // What cannot be done is refused in words.
-    let mount = "type=bind,src=/etc,dst=/host,options=rbind:ro";
-    let run = ctd.sh(&["--mount", mount], "c5", "true");
-    assert!(run.code != 0 && run.err().contains("/host"), "{}", run.err());
     ctd.expect_nothing_left();
 }
 

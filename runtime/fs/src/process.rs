@@ -137,5 +137,9 @@ fn prepare(owner: &Packets) -> Result<(FileService, Vec<Layer>), Error> {
 
 fn open(path: Vec<u8>, read_only: bool, standing: Standing) -> Result<Tree, TreeError> {
     let path = PathBuf::from(std::ffi::OsString::from_vec(path));
-    if standing.own_mounts { tree::detach_here(&path, read_only) } else { tree::plain(&path) }
+    if standing.own_mounts {
+        tree::detach_here(&path, tree::Extent::whole(read_only))
+    } else {
+        tree::plain(&path)
+    }
 }

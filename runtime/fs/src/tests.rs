@@ -12,6 +12,7 @@ use vm_memory::bitmap::Bitmap;
 
 use crate::protocol::{Cache, ShareOptions};
 use crate::rig::{ROOT, Rig, with_nul};
+use crate::tree::Extent;
 use crate::{ShareClient, fuzz};
 
 const READ_ONLY: ShareOptions = ShareOptions { read_only: true, cache: Cache::Exclusive };
@@ -247,7 +248,7 @@ fn a_few_inputs_of_the_fuzz_target() {
 #[test]
 fn a_detached_tree_has_nothing_above_it() {
     let dir = tree();
-    let tree = match crate::tree::detach(&dir.path().join("shared"), true) {
+    let tree = match crate::tree::detach(&dir.path().join("shared"), Extent::whole(true)) {
         Ok(tree) => OwnedFd::from(tree),
         Err(error) => {
             eprintln!("SKIPPED: cannot clone mounts here: {error}");
@@ -261,7 +262,9 @@ fn a_detached_tree_has_nothing_above_it() {
     let made = rustix::fs::openat(&tree, "new", create, rustix::fs::Mode::from_raw_mode(0o600));
     assert_eq!(made.unwrap_err(), rustix::io::Errno::ROFS);
     // Of a file, a directory with it alone.
-    let tree = OwnedFd::from(crate::tree::detach(&dir.path().join("secret"), false).unwrap());
+    let tree = OwnedFd::from(
+        crate::tree::detach(&dir.path().join("secret"), Extent::whole(false)).unwrap(),
+    );
     let inside = format!("/proc/self/fd/{}/{}", tree.as_raw_fd(), crate::FILE);
     assert_eq!(fs::read(&inside).unwrap(), b"secret");
     fs::write(&inside, b"changed").unwrap();

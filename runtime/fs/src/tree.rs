@@ -45,18 +45,47 @@ impl AsFd for Tree {
     }
 }
 
-/// Clones the mount tree at `path`, mounts below it included, cut off from what the host mounts later.
-/// Of a file it makes a directory with that file alone, called [`FILE`].
+/// What of a tree cannot be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReadOnly {
+    /// Nothing is kept from being written.
+    #[default]
+    No,
+    /// The tree itself; mounts below it can be written (`ro` of a recursive bind mount).
+    Top,
+    /// All of it.
+    All,
+}
+
+/// How much of a mount tree is cloned, and what of it can be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// With the mounts below it; without, what they cover is seen.
+    pub recursive: bool,
+    /// What cannot be written.
+    pub read_only: ReadOnly,
+}
+
+impl Extent {
+    /// A tree with all that is mounted below it.
+    pub fn whole(read_only: bool) -> Self {
+        let read_only = if read_only { ReadOnly::All } else { ReadOnly::No };
+        Self { recursive: true, read_only }
+    }
+}
+
+/// Clones the mount tree at `path`, cut off from what the host mounts later. Of a file it makes a
+/// directory with that file alone, called [`FILE`].
 ///
 /// Works in a thread with a mount namespace of its own, and leaves nothing in the caller's.
 ///
 /// # Errors
 /// The path is not there, or the caller has no CAP_SYS_ADMIN.
-pub fn detach(path: &Path, read_only: bool) -> Result<Tree, TreeError> {
+pub fn detach(path: &Path, extent: Extent) -> Result<Tree, TreeError> {
     let failed = |what| move |source| TreeError { path: path.into(), what, source };
     let work = || {
         enter_private_namespace().map_err(failed("enter a mount namespace"))?;
-        detach_here(path, read_only)
+        detach_here(path, extent)
     };
     std::thread::scope(|scope| match scope.spawn(work).join() {
         Ok(done) => done,
@@ -73,13 +102,13 @@ pub(crate) fn enter_private_namespace() -> io::Result<()> {
 }
 
 /// [`detach`] in the calling thread's mount namespace, which nobody else may be in.
-pub(crate) fn detach_here(path: &Path, read_only: bool) -> Result<Tree, TreeError> {
+pub(crate) fn detach_here(path: &Path, extent: Extent) -> Result<Tree, TreeError> {
     let failed =
         |what| move |e: rustix::io::Errno| TreeError { path: path.into(), what, source: e.into() };
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let source = openat(CWD, path, flags, Mode::empty()).map_err(failed("open"))?;
     let stat = fstat(&source).map_err(failed("look at it"))?;
-    let clone = clone_tree(source.as_fd()).map_err(failed("clone its mounts"))?;
+    let clone = clone_tree(source.as_fd(), extent.recursive).map_err(failed("clone its mounts"))?;
     let private = |tree: &OwnedFd, recursive, read_only| {
         sys::set_mount(tree.as_fd(), recursive, read_only).map_err(|source| TreeError {
             path: path.into(),
@@ -87,7 +116,10 @@ pub(crate) fn detach_here(path: &Path, read_only: bool) -> Result<Tree, TreeErro
             source,
         })
     };
-    private(&clone, true, read_only)?;
+    private(&clone, true, extent.read_only == ReadOnly::All)?;
+    if extent.read_only == ReadOnly::Top {
+        private(&clone, false, true)?;
+    }
     if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
         return Ok(Tree(clone));
     }
@@ -112,11 +144,13 @@ pub(crate) fn plain(path: &Path) -> Result<Tree, TreeError> {
     }
 }
 
-fn clone_tree(source: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> rustix::io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::AT_EMPTY_PATH;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
     open_tree(source, "", flags)
 }
 
@@ -129,7 +163,7 @@ fn around_file(file: &OwnedFd) -> rustix::io::Result<OwnedFd> {
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
         let target = openat(&directory, FILE, flags, Mode::from_raw_mode(0o644))?;
         attach(file, target.as_fd())?;
-        clone_tree(directory.as_fd())
+        clone_tree(directory.as_fd(), true)
     };
     let made = made();
     let _ = umount2(&place, MntFlags::MNT_DETACH);

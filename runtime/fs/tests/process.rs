@@ -149,7 +149,7 @@ fn a_confined_server_serves_everything() {
 
     let mut client = ShareClient::connect(&dir.path().join("sock")).expect("a connection");
     if root {
-        let tree = mvm_fs::tree::detach(&more, false).expect("a tree");
+        let tree = mvm_fs::tree::detach(&more, mvm_fs::tree::Extent::whole(false)).expect("a tree");
         client.add("more", tree.into(), ShareOptions::default()).expect("a share");
         let share = rig.lookup(ROOT, "more").expect("the share");
         rig.create(share, "x", libc::O_RDWR).expect("a file");

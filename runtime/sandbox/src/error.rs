@@ -43,6 +43,9 @@ pub enum Error {
     /// What is to be shared with the guest cannot be.
     #[error(transparent)]
     Files(#[from] mvm_fs::SpawnError),
+    /// The file server of a machine does not do what it should.
+    #[error(transparent)]
+    Shares(#[from] mvm_fs::ClientError),
     /// The machine could not be started.
     #[error("the machine could not be started: {message}{}", console.as_deref().map_or(String::new(), tail))]
     Boot {

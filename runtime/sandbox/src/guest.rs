@@ -23,7 +23,7 @@ use mvm_agent_protocol::stream::{Header, Kind};
 use mvm_agent_protocol::{WAIT_MAX_MS, port};
 
 use crate::error::Error;
-use crate::spec::Container;
+use crate::spec::{Container, Root};
 
 /// The vsock socket's name in the sandbox's directory.
 pub const VSOCK_SOCKET: &str = "vsock.sock";
@@ -143,7 +143,17 @@ impl Guest {
         Ok(Self { dialer, client, container: id.to_owned(), limit })
     }
 
-    /// Sets up the container on the first disk; returns what the guest will not honour.
+    /// The same guest's container of another id.
+    pub fn of(&self, container: &str) -> Self {
+        Self { container: container.to_owned(), ..self.clone() }
+    }
+
+    /// The same, where no call may take longer than `limit`.
+    pub fn within(&self, limit: Duration) -> Self {
+        Self { limit, ..self.clone() }
+    }
+
+    /// Sets up the container; returns what the guest will not honour.
     pub fn create(
         &self,
         container: &Container,
@@ -152,12 +162,6 @@ impl Guest {
     ) -> Result<Vec<String>, Error> {
         let spec = serde_json::to_vec(&container.spec)
             .map_err(|e| Error::io("cannot encode the specification")(e.into()))?;
-        let mut lower = BlockDevice::new();
-        lower.set_index(0);
-        lower.fs_type = "erofs".into();
-        let mut rootfs = Rootfs::new();
-        rootfs.set_block(lower);
-        rootfs.set_tmpfs(Tmpfs::new());
         let files = container.files.iter().map(|file| {
             let mut volume = Volume { name: file.name.clone().into_owned(), ..Default::default() };
             let (data, mode) = (file.data.clone(), file.mode);
@@ -172,11 +176,16 @@ impl Guest {
             volume.set_share(Share { name, path, ..Default::default() });
             volume
         });
+        let memory = container.memory.iter().map(|memory| {
+            let mut volume = Volume { name: memory.name.clone(), kept: true, ..Default::default() };
+            volume.set_tmpfs(Tmpfs { size_bytes: memory.size, ..Default::default() });
+            volume
+        });
         let request = CreateContainerRequest {
             id: self.container.clone(),
             spec_json: spec,
-            rootfs: Some(rootfs).into(),
-            volumes: files.chain(shared).collect(),
+            rootfs: Some(rootfs(&container.root)).into(),
+            volumes: files.chain(shared).chain(memory).collect(),
             stdio: Some(stdio.message()).into(),
             init,
             ..Default::default()
@@ -361,6 +370,31 @@ impl Guest {
             ListProcessesRequest { container_id: self.container.clone(), ..Default::default() };
         Ok(self.client.list_processes(&request, self.limit)?.processes)
     }
+}
+
+fn rootfs(root: &Root) -> Rootfs {
+    let disk = |index, kind: &str| {
+        let mut disk = BlockDevice { fs_type: kind.to_owned(), ..Default::default() };
+        disk.set_index(index);
+        disk
+    };
+    let mut rootfs = Rootfs::new();
+    match root {
+        Root::Image => {
+            rootfs.set_block(disk(0, "erofs"));
+            rootfs.set_tmpfs(Tmpfs::new());
+        }
+        Root::Share(name) => {
+            rootfs.set_share(Share { name: name.clone(), ..Default::default() });
+            rootfs.direct = true;
+        }
+        Root::Disk { index, kind, read_only } => {
+            rootfs.set_block(disk(*index, kind));
+            // Without an upper layer it is read-only.
+            rootfs.direct = !read_only;
+        }
+    }
+    rootfs
 }
 
 /// The host's clock, as hello and the agent want it.

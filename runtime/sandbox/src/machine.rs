@@ -28,6 +28,7 @@ use crate::error::Error;
 use crate::guest::{VSOCK_SOCKET, unix_time_ns};
 use crate::network::Card;
 use crate::registry::Place;
+use crate::sandbox::Disk;
 use crate::timings::Timings;
 
 /// The control socket's name in the sandbox's directory.
@@ -93,8 +94,8 @@ pub struct MachinePlan {
     pub kernel: Payload,
     /// The initramfs with the agent.
     pub initramfs: Option<Payload>,
-    /// The image's root file system.
-    pub rootfs: File,
+    /// Disks, in the order of their names in the guest. The first one usually is the container's root.
+    pub disks: Vec<Disk>,
     /// The directories and files of the host that the guest is to see; `None` for a machine that has no
     /// shared file system and can get none.
     pub shares: Option<Vec<NewShare>>,
@@ -302,7 +303,9 @@ pub(crate) fn launch(
     // The guest is Linux whatever its kernel's file looks like: a stripped one has no notes that say so.
     draft.config.cmdline_style = CmdlineStyle::Linux;
     draft.config.verbose = plan.console.is_some();
-    draft.disk(plan.rootfs, true, "rootfs".into());
+    for (index, Disk { file, read_only }) in plan.disks.into_iter().enumerate() {
+        draft.disk(file, read_only, format!("disk{index}"));
+    }
     let server = match plan.shares {
         Some(shares) => Some(draft.share(place, shares)?),
         None => None,

@@ -5,8 +5,10 @@ mod bare;
 
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 use mvm_agent_protocol::rpc::CallError;
+use mvm_fs::ShareClient;
 use mvm_vmm::monitor::ControlClient;
 
 pub use bare::{BarePlan, Disk, SerialLine, Woken};
@@ -17,7 +19,7 @@ use crate::error::{EXIT_FAILURE, Error};
 use crate::guest::{Exit, Guest, Stdio, Streams, program};
 use crate::machine::{self, LAST_WORDS, Launcher, Machine, MachinePlan};
 use crate::network::{self, Names, Network, Wish};
-use crate::procid::{ProcessId, boot_id};
+use crate::procid::{PidFd, ProcessId, boot_id};
 use crate::registry::{Place, Registry};
 use crate::spec::{self, Container};
 use crate::state::{EngineChoice, SPEC_FILE, STATE_VERSION, State, Status, now_ms};
@@ -209,6 +211,38 @@ impl Sandbox {
         self.state.started = Some(now_ms());
         self.save()?;
         Ok(streams)
+    }
+
+    /// Records that the machine is there for containers to come.
+    pub fn stand_by(&mut self) -> Result<(), Error> {
+        self.state.status = Status::Running;
+        self.state.started = Some(now_ms());
+        self.save()
+    }
+
+    /// A connection to the file server of the booted machine.
+    pub fn shares(&self) -> Result<ShareClient, Error> {
+        let path = self.place.dir.join(machine::SHARES_SOCKET);
+        let connected = crate::socket::with_short(&path, |p| Ok(ShareClient::connect(p)));
+        Ok(connected.map_err(Error::io(path.display().to_string()))??)
+    }
+
+    /// Has the guest write everything out and end by itself, which may take it up to `limit`. For disks
+    /// that somebody reads afterwards.
+    pub fn power_off(&mut self, limit: Duration) -> Result<(), Error> {
+        let started = Instant::now();
+        self.guest()?.within(limit).shut_down()?;
+        if let Some(process) = self.monitor()? {
+            let left = limit.saturating_sub(started.elapsed());
+            process.wait_ended(left).map_err(Error::io("wait for the monitor process"))?;
+        }
+        Ok(())
+    }
+
+    /// The process that is the machine, while it runs.
+    pub fn monitor(&self) -> Result<Option<PidFd>, Error> {
+        let Some(monitor) = self.state.monitor else { return Ok(None) };
+        monitor.open().map_err(Error::io("look for the monitor process"))
     }
 
     /// Replaces an error that only says that the connection broke by the reason for it: the end of

@@ -1,38 +1,46 @@
 //! Containers in machines: the real backend.
 //!
 //! A container is prepared on the host (root, network namespace, hooks) when it is created, and its
-//! machine boots when it is started, so that networks are complete by then. Its root, as it is at
-//! that moment, is packed into a read-only image with guest memory above. The machine lives until the
-//! container is deleted.
+//! machine boots when it is started, so that networks are complete by then. Its root and its bind
+//! mounts are shared with the guest as they are at that moment; a root that is a whole file system is a
+//! disk. The machine lives until the container is deleted. Containers of a [`pod`] are in the machine
+//! of its sandbox.
 
+mod binds;
+pub mod cgroup;
 pub mod holder;
 mod hooks;
+mod machine;
+pub mod pod;
 pub mod rootfs;
 pub mod spec;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mvm_agent_protocol::messages::{ProcessInfo, StatsResponse};
-use mvm_agent_protocol::rpc::CallError;
-use mvm_sandbox::ending::Ending;
-use mvm_sandbox::guest::{Guest, Stdio, Streams};
+use mvm_fs::{NewShare, tree};
+use mvm_sandbox::guest::{Guest, Stdio, Streams, program};
 use mvm_sandbox::machine::{MachinePlan, MonitorLauncher};
 use mvm_sandbox::pump::Flag;
 use mvm_sandbox::registry::{Registry, check_name};
+use mvm_sandbox::spec::Root as GuestRoot;
 use mvm_sandbox::timings::Timings;
-use mvm_sandbox::{Description, Sandbox};
+use mvm_sandbox::{Description, Disk, Sandbox};
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::backend::{Backend, Exit, NewContainer, NewExec, Target};
 use crate::error::{Error, Result};
-use crate::host::Host;
+use crate::host::{Hardware, Host};
+use cgroup::Cgroups;
 use holder::Holder;
 use hooks::Told;
+use machine::{Awaited, Machine, root_share};
+use pod::{Role, Standing};
 use rootfs::Root;
+use spec::Inside;
 
 /// Label of a sandbox: the container's id.
 pub const LABEL_ID: &str = "io.containerd.id";
@@ -46,6 +54,12 @@ const IMAGE_NAME: &str = "io.kubernetes.cri.image-name";
 
 /// Exit status of a process whose machine ended.
 const EXIT_MACHINE_ENDED: u32 = 255;
+
+/// Exit status of a process whose machine was ended, and it with it.
+const EXIT_KILLED: u32 = 128 + 9;
+
+/// What the names of the first container's shares begin with.
+const FIRST: &str = "c0";
 
 const SIGTERM: i32 = 15;
 
@@ -67,22 +81,30 @@ impl std::fmt::Debug for Machines {
 struct Container {
     id: String,
     bundle: PathBuf,
+    role: Role,
     /// Changed by updates before the start.
     spec: Mutex<Spec>,
     terminal: bool,
     root: Mutex<Option<Root>>,
     root_path: PathBuf,
+    /// In place of the mounted root.
+    disk: Option<rootfs::Disk>,
     holder: Holder,
-    machine: Mutex<Option<Booted>>,
+    running: Mutex<Option<Running>>,
+    /// What stands for a sandbox's process.
+    standing: Standing,
     /// Raised to make a start fail.
     interrupt: Flag,
 }
 
-/// A machine with its agent ready.
-#[derive(Debug)]
-struct Booted {
-    sandbox: Sandbox,
+/// A container in a machine.
+#[derive(Debug, Clone)]
+struct Running {
+    machine: Arc<Machine>,
+    /// The agent, for this container.
     guest: Guest,
+    /// What ends with a container that does not end its machine.
+    shares: Vec<String>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -104,12 +126,7 @@ impl Machines {
         found.ok_or_else(|| Error::NotFound(format!("container {id} does not exist")))
     }
 
-    fn describe(
-        &self,
-        container: &Container,
-        spec: &Spec,
-        hardware: &crate::host::Hardware,
-    ) -> Description {
+    fn describe(&self, container: &Container, spec: &Spec, hardware: &Hardware) -> Description {
         let name = format!("{}.{}", self.namespace, container.id);
         let taken = check_name(&name).is_err() || self.registry.find(&name).is_ok();
         let labels = [
@@ -133,16 +150,44 @@ impl Machines {
         }
     }
 
-    fn boot(&self, container: &Container, stdio: Stdio) -> Result<(Booted, Streams)> {
-        let spec = lock(&container.spec).clone();
-        let inside = spec::for_guest(&spec).map_err(|e| Error::InvalidArgument(e.to_string()))?;
-        let hardware = self.host.hardware(spec::size(&spec));
+    /// The pod's machine, for a container that is in it.
+    fn pod(&self) -> Result<(Arc<Container>, Arc<Machine>)> {
+        let sandbox =
+            lock(&self.containers).values().find(|c| c.role == Role::Sandbox).map(Arc::clone);
+        let absent = || Error::FailedPrecondition("the pod's sandbox does not run".into());
+        let sandbox = sandbox.ok_or_else(absent)?;
+        let running = lock(&sandbox.running).clone().ok_or_else(absent)?;
+        if sandbox.standing.status().is_some() {
+            return Err(absent());
+        }
+        Ok((sandbox, running.machine))
+    }
+
+    /// Boots a machine of `container`'s own, and starts in it what `start` does.
+    fn boot<T>(
+        &self,
+        container: &Container,
+        spec: &Spec,
+        plan: impl FnOnce(Hardware) -> Result<MachinePlan>,
+        start: impl FnOnce(&mut Sandbox) -> Result<T>,
+    ) -> Result<(Machine, T)> {
+        let hardware = self.host.hardware(spec::size(spec));
         let hardware = hardware.map_err(|e| Error::failed(format!("{e:#}")))?;
-        let about = self.describe(container, &spec, &hardware);
+        if hardware.engine.fallback {
+            let (name, reason) = (hardware.engine.engine.name(), &hardware.engine.reason);
+            tracing::warn!(container = container.id, "{reason}: running on {name} (slower)");
+        }
+        let about = self.describe(container, spec, &hardware);
+        // What is started from now on is there too.
+        let groups = Cgroups::join(spec).map_err(|e| Error::InvalidArgument(e.to_string()))?;
         let mut sandbox = Sandbox::create(&self.registry, about)?;
-        let started = self.boot_in(&mut sandbox, container, hardware, &inside, stdio);
-        match started {
-            Ok((guest, streams)) => Ok((Booted { sandbox, guest }, streams)),
+        let booted = plan(hardware).and_then(|plan| {
+            let interrupt = Some(container.interrupt.as_fd());
+            sandbox.boot(&MonitorLauncher, plan, &mut Timings::start(), interrupt)?;
+            start(&mut sandbox)
+        });
+        match booted {
+            Ok(started) => Ok((Machine::new(sandbox, groups)?, started)),
             Err(e) => {
                 // Why it did not start is what matters.
                 if let Err(left) = sandbox.abandon(&e.to_string()) {
@@ -153,52 +198,120 @@ impl Machines {
         }
     }
 
-    fn boot_in(
-        &self,
-        sandbox: &mut Sandbox,
-        container: &Container,
-        hardware: crate::host::Hardware,
-        inside: &mvm_sandbox::spec::Container,
-        stdio: Stdio,
-    ) -> Result<(Guest, Streams)> {
-        if hardware.engine.fallback {
-            let (name, reason) = (hardware.engine.engine.name(), &hardware.engine.reason);
-            tracing::warn!(container = container.id, "{reason}: running on {name} (slower)");
+    fn start_alone(&self, container: &Container, stdio: Stdio) -> Result<(Running, Streams)> {
+        let spec = lock(&container.spec).clone();
+        let mut inside = container.inside(&spec, FIRST)?;
+        let mut disks = Vec::new();
+        let mut shares = Vec::new();
+        if let Some(disk) = &container.disk {
+            let failed = Error::failed_to(format!("cannot use {}", disk.path.display()));
+            disks.push(Disk { file: disk.open().map_err(failed)?, read_only: disk.read_only });
+            let (kind, read_only) = (disk.kind.clone(), disk.read_only);
+            inside.container.root = GuestRoot::Disk { index: 0, kind, read_only };
+        } else {
+            let root = container.root_share(FIRST)?;
+            inside.container.root = GuestRoot::Share(root.name.clone());
+            shares.push(root);
         }
-        let image = sandbox.place().logs.join("rootfs.erofs");
-        let plan = MachinePlan {
-            vcpus: hardware.vcpus,
-            memory: hardware.memory,
-            hugepages: hardware.hugepages,
-            engine: hardware.engine,
-            cpu: hardware.cpu,
-            kernel: hardware.kernel,
-            initramfs: Some(hardware.initramfs),
-            rootfs: pack(&container.root_path, &image)?,
-            cmdline: hardware.cmdline,
-            shares: None,
-            console: None,
-            boot_limit: hardware.boot_limit,
+        for bind in &inside.binds {
+            shares.push(bind.share().map_err(Error::failed)?);
+        }
+        // Without anything to share the guest has no such device, and needs no server.
+        let shares = (!shares.is_empty()).then_some(shares);
+        let plan = |hardware| Ok(machine_plan(hardware, disks, shares));
+        let (machine, streams) = self.boot(container, &spec, plan, |sandbox| {
+            let mut notices = Vec::new();
+            let streams = sandbox.start(&inside.container, stdio, false, &mut notices)?;
+            container.note(&notices);
+            Ok(streams)
+        })?;
+        let guest = machine.guest().clone();
+        Ok((Running { machine: Arc::new(machine), guest, shares: Vec::new() }, streams))
+    }
+
+    fn start_sandbox(&self, container: &Container) -> Result<(Running, Streams)> {
+        let spec = lock(&container.spec).clone();
+        let plan = |hardware| {
+            let mut plan = machine_plan(hardware, Vec::new(), Some(Vec::new()));
+            if let Some(word) = pod::hostname(&spec) {
+                plan.cmdline = format!("{} {word}", plan.cmdline).trim().to_owned();
+            }
+            Ok(plan)
         };
-        let mut timings = Timings::start();
-        sandbox.boot(&MonitorLauncher, plan, &mut timings, Some(container.interrupt.as_fd()))?;
-        let mut notices = Vec::new();
-        let streams = sandbox.start(inside, stdio, false, &mut notices)?;
-        for notice in &notices {
-            tracing::info!(container = container.id, "note: {notice}");
+        let (machine, ()) = self.boot(container, &spec, plan, |sandbox| Ok(sandbox.stand_by()?))?;
+        let guest = machine.guest().clone();
+        let running = Running { machine: Arc::new(machine), guest, shares: Vec::new() };
+        Ok((running, Streams { input: None, output: None, error: None }))
+    }
+
+    fn start_member(&self, container: &Container, stdio: Stdio) -> Result<(Running, Streams)> {
+        let (sandbox, machine) = self.pod()?;
+        let mut spec = lock(&container.spec).clone();
+        add_sysctls(&mut spec, &lock(&sandbox.spec));
+        let name = machine.next_name();
+        let mut inside = container.inside(&spec, &name)?;
+        let root = container.root_share(&name)?;
+        inside.container.root = GuestRoot::Share(root.name.clone());
+        let mut shares = vec![root];
+        for bind in &inside.binds {
+            shares.push(bind.share().map_err(Error::failed)?);
         }
-        Ok((sandbox.guest()?.clone(), streams))
+        let names: Vec<String> = shares.iter().map(|share| share.name.clone()).collect();
+        machine.share(shares)?;
+        let guest = machine.guest().of(&container.id);
+        let started = (|| {
+            container.note(&guest.create(&inside.container, stdio, false)?);
+            let started = guest.attach("", stdio).and_then(|streams| {
+                guest.start("", &program(&inside.container.spec)).map(|()| streams)
+            });
+            if started.is_err()
+                && let Err(e) = guest.remove()
+            {
+                tracing::debug!(container = container.id, "cannot forget it: {e}");
+            }
+            started
+        })();
+        match started {
+            Ok(streams) => Ok((Running { machine, guest, shares: names }, streams)),
+            Err(e) => {
+                let why = machine.explain(e);
+                machine.unshare(&names);
+                Err(why)
+            }
+        }
     }
 }
 
-/// Packs the tree at `root` into an image at `path`, which has no name any more when it is returned.
-fn pack(root: &Path, path: &Path) -> Result<File> {
-    let what = || format!("cannot pack the root file system {}", root.display());
-    mvm_image::from_directory(root, path, mvm_image::Owners::Keep)
-        .map_err(Error::failed_to(what()))?;
-    let file = File::open(path).map_err(Error::failed_to(what()))?;
-    std::fs::remove_file(path).map_err(Error::failed_to(what()))?;
-    Ok(file)
+fn machine_plan(
+    hardware: Hardware,
+    disks: Vec<Disk>,
+    shares: Option<Vec<NewShare>>,
+) -> MachinePlan {
+    MachinePlan {
+        vcpus: hardware.vcpus,
+        memory: hardware.memory,
+        hugepages: hardware.hugepages,
+        engine: hardware.engine,
+        cpu: hardware.cpu,
+        kernel: hardware.kernel,
+        initramfs: Some(hardware.initramfs),
+        disks,
+        shares,
+        cmdline: hardware.cmdline,
+        console: None,
+        boot_limit: hardware.boot_limit,
+    }
+}
+
+/// Gives a container the kernel parameters of its pod: what is common to the pod's containers is the
+/// machine's, and nothing runs in the sandbox itself that could set them.
+fn add_sysctls(spec: &mut Spec, sandbox: &Spec) {
+    let Some(pods) = sandbox.linux().as_ref().and_then(|l| l.sysctl().clone()) else { return };
+    let mut linux = spec::linux(spec);
+    let mut all = pods;
+    all.extend(linux.sysctl().clone().unwrap_or_default());
+    linux.set_sysctl(Some(all));
+    spec.set_linux(Some(linux));
 }
 
 impl Container {
@@ -210,8 +323,11 @@ impl Container {
             // The request has the last word on the terminal.
             process.set_terminal(Some(new.terminal));
         }
-        // What cannot be carried out is said at once, not only when the machine boots.
-        spec::for_guest(&spec).map_err(|e| Error::InvalidArgument(e.to_string()))?;
+        let role = Role::of(&spec);
+        if role != Role::Sandbox {
+            // What cannot be carried out is said at once, not only when the machine boots.
+            inside(&spec, &new.bundle, role, FIRST)?;
+        }
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
         let root_path = match new.rootfs.is_empty() {
             true => new.bundle.join(root),
@@ -221,17 +337,23 @@ impl Container {
             std::fs::create_dir_all(&root_path)
                 .map_err(Error::failed_to(format!("cannot make {}", root_path.display())))?;
         }
-        let root = Root::mount(&root_path, &new.rootfs).map_err(Error::failed)?;
+        // Nothing of a sandbox's root is ever read.
+        let disk = if role == Role::Alone { rootfs::disk(&new.rootfs) } else { None };
+        let mounts = if disk.is_some() || role == Role::Sandbox { &[][..] } else { &new.rootfs };
+        let root = Root::mount(&root_path, mounts).map_err(Error::failed)?;
         let holder = Holder::start(&new.id, &spec::network(&spec)).map_err(Error::failed)?;
         Ok(Self {
             id: new.id.clone(),
             bundle: new.bundle.clone(),
+            role,
             spec: Mutex::new(spec),
             terminal: new.terminal,
             root: Mutex::new(Some(root)),
             root_path,
+            disk,
             holder,
-            machine: Mutex::new(None),
+            running: Mutex::new(None),
+            standing: Standing::new().map_err(Error::failed)?,
             interrupt: Flag::new().map_err(Error::failed)?,
         })
     }
@@ -274,19 +396,10 @@ impl Container {
         Ok(())
     }
 
-    fn guest(&self) -> Result<Guest> {
-        match &*lock(&self.machine) {
-            Some(booted) => Ok(booted.guest.clone()),
-            None => Err(Error::FailedPrecondition(format!("container {} is not started", self.id))),
-        }
-    }
-
-    /// Puts the reason in the place of an error that only says that the connection broke.
-    fn explain(&self, error: mvm_sandbox::Error) -> Error {
-        match &mut *lock(&self.machine) {
-            Some(booted) => booted.sandbox.explain(error).into(),
-            None => error.into(),
-        }
+    fn running(&self) -> Result<Running> {
+        lock(&self.running).clone().ok_or_else(|| {
+            Error::FailedPrecondition(format!("container {} is not started", self.id))
+        })
     }
 
     /// Does something in the guest.
@@ -294,7 +407,29 @@ impl Container {
         &self,
         act: impl FnOnce(&Guest) -> std::result::Result<T, mvm_sandbox::Error>,
     ) -> Result<T> {
-        act(&self.guest()?).map_err(|e| self.explain(e))
+        let running = self.running()?;
+        if self.role == Role::Sandbox {
+            return Err(Error::Unimplemented(format!(
+                "{} is a pod's sandbox: the machine itself, in which no process of it runs",
+                self.id
+            )));
+        }
+        act(&running.guest).map_err(|e| running.machine.explain(e))
+    }
+
+    fn inside(&self, spec: &Spec, name: &str) -> Result<Inside> {
+        inside(spec, &self.bundle, self.role, name)
+    }
+
+    fn root_share(&self, name: &str) -> Result<NewShare> {
+        let tree = tree::detach(&self.root_path, tree::Extent::whole(false));
+        Ok(root_share(name, tree.map_err(Error::failed)?.into()))
+    }
+
+    fn note(&self, notices: &[String]) {
+        for notice in notices {
+            tracing::info!(container = self.id, "note: {notice}");
+        }
     }
 
     fn exec(
@@ -321,11 +456,14 @@ impl Container {
 
     /// Takes everything down. The holder goes with the container.
     fn dismantle(&self) -> Result<()> {
-        let booted = lock(&self.machine).take();
-        let ended = match booted {
-            Some(booted) => {
-                let ending = Ending { exit_code: 0, oom_killed: false, reason: None };
-                booted.sandbox.finish(&ending).map_err(Error::from)
+        let running = lock(&self.running).take();
+        let ended = match running {
+            Some(running) if self.role == Role::Member => {
+                self.leave(&running);
+                Ok(())
+            }
+            Some(running) => {
+                running.machine.end(self.disk.as_ref().is_some_and(|disk| !disk.read_only))
             }
             None => Ok(()),
         };
@@ -336,16 +474,51 @@ impl Container {
         }
         ended
     }
+
+    /// Takes a container out of a machine that goes on.
+    fn leave(&self, running: &Running) {
+        if let Err(e) = running.guest.remove() {
+            // Nothing is left in a machine that is gone.
+            tracing::debug!(container = self.id, "{}", running.machine.explain(e));
+        }
+        running.machine.unshare(&running.shares);
+    }
+
+    /// Waits for the end of a sandbox, which is the end of its machine.
+    fn wait_sandbox(&self) -> Result<u32> {
+        let machine = self.running()?.machine;
+        match machine.wait(self.standing.stop())? {
+            Awaited::Asked => {
+                machine.end(false)?;
+                Ok(self.standing.status().unwrap_or(EXIT_KILLED))
+            }
+            Awaited::Ended => {
+                // Whatever is asked of it now is answered with the reason.
+                let why = machine.guest().info().map_err(|e| machine.explain(e));
+                Err(why.map_or_else(|e| e, |_| Error::failed("its machine ended")))
+            }
+        }
+    }
+}
+
+fn inside(spec: &Spec, bundle: &Path, role: Role, name: &str) -> Result<Inside> {
+    spec::for_guest(spec, bundle, role, name).map_err(|e| Error::InvalidArgument(e.to_string()))
 }
 
 impl Backend for Machines {
     fn create(&self, new: &NewContainer) -> Result<u32> {
-        if let Some(other) = lock(&self.containers).keys().next() {
-            return Err(Error::Unimplemented(format!(
-                "a second container in one machine is not supported yet (the first is {other})"
-            )));
-        }
         let container = Container::new(new)?;
+        match container.role {
+            Role::Member => drop(self.pod()?),
+            Role::Alone | Role::Sandbox => {
+                if let Some(other) = lock(&self.containers).keys().next() {
+                    return Err(Error::InvalidArgument(format!(
+                        "{} cannot be in the machine of {other}: it is no container of a pod",
+                        new.id
+                    )));
+                }
+            }
+        }
         if let Err(e) = container.prepare() {
             if let Err(left) = container.dismantle() {
                 tracing::warn!(container = new.id, "cannot clean up: {left}");
@@ -359,8 +532,12 @@ impl Backend for Machines {
 
     fn start(&self, container: &str, stdio: Stdio) -> Result<Streams> {
         let container = self.container(container)?;
-        let (booted, streams) = self.boot(&container, stdio)?;
-        *lock(&container.machine) = Some(booted);
+        let (running, streams) = match container.role {
+            Role::Alone => self.start_alone(&container, stdio)?,
+            Role::Sandbox => self.start_sandbox(&container)?,
+            Role::Member => self.start_member(&container, stdio)?,
+        };
+        *lock(&container.running) = Some(running);
         if let Err(e) = container.hooks("poststart", "running", container.holder.pid()) {
             tracing::warn!(container = container.id, "{e}");
         }
@@ -376,29 +553,43 @@ impl Backend for Machines {
         let Ok(container) = self.container(process.container) else {
             return Exit::now(EXIT_MACHINE_ENDED);
         };
-        let waited = match container.guest() {
-            Ok(guest) => guest.wait(process.exec),
-            Err(e) => Err(CallError::Closed { method: "WaitProcess", reason: e.to_string() }),
-        };
-        match waited {
-            Ok(exit) => Exit {
-                oom_killed: exit.oom_killed,
-                ..Exit::now(u32::try_from(exit.code).unwrap_or(EXIT_MACHINE_ENDED))
+        let waited = match (container.role, container.running()) {
+            (_, Err(e)) => Err(e),
+            (Role::Sandbox, _) => container.wait_sandbox().map(Exit::now),
+            (_, Ok(Running { machine, guest, .. })) => match guest.wait(process.exec) {
+                Ok(exit) => {
+                    let status = u32::try_from(exit.code).unwrap_or(EXIT_MACHINE_ENDED);
+                    Ok(Exit { oom_killed: exit.oom_killed, ..Exit::now(status) })
+                }
+                // Its pod was ended.
+                Err(_) if container.role == Role::Member && self.pod().is_err() => {
+                    Ok(Exit::now(EXIT_KILLED))
+                }
+                Err(e) => Err(machine.explain(e.into())),
             },
-            Err(e) => {
-                let why = container.explain(e.into());
-                tracing::error!(container = process.container, exec = process.exec, "{why}");
-                Exit::now(EXIT_MACHINE_ENDED)
-            }
-        }
+        };
+        waited.unwrap_or_else(|why| {
+            tracing::error!(container = process.container, exec = process.exec, "{why}");
+            Exit::now(EXIT_MACHINE_ENDED)
+        })
     }
 
     fn signal(&self, process: Target<'_>, signal: i32) -> Result<()> {
-        self.container(process.container)?.ask(|guest| guest.signal(process.exec, signal))
+        let container = self.container(process.container)?;
+        if container.role == Role::Sandbox {
+            container.standing.signal(signal);
+            return Ok(());
+        }
+        container.ask(|guest| guest.signal(process.exec, signal))
     }
 
     fn signal_all(&self, container: &str, signal: i32) -> Result<()> {
-        self.container(container)?.ask(|guest| guest.signal_all(signal))
+        let container = self.container(container)?;
+        if container.role == Role::Sandbox {
+            container.standing.signal(signal);
+            return Ok(());
+        }
+        container.ask(|guest| guest.signal_all(signal))
     }
 
     fn interrupt_start(&self, container: &str) {
@@ -423,7 +614,7 @@ impl Backend for Machines {
         let container = self.container(container)?;
         let parsed: LinuxResources = serde_json::from_slice(resources)
             .map_err(|e| Error::InvalidArgument(format!("the resources are malformed: {e}")))?;
-        if lock(&container.machine).is_none() {
+        if container.role == Role::Sandbox || lock(&container.running).is_none() {
             let mut spec = lock(&container.spec);
             let mut linux = spec::linux(&spec);
             linux.set_resources(Some(parsed));
@@ -438,12 +629,17 @@ impl Backend for Machines {
 
     fn stats(&self, container: &str) -> Result<Option<StatsResponse>> {
         let container = self.container(container)?;
-        let booted = lock(&container.machine).is_some();
-        if booted { container.ask(Guest::stats).map(Some) } else { Ok(None) }
+        // No process of a sandbox takes anything: what the machine takes is its containers'.
+        let running = container.role != Role::Sandbox && lock(&container.running).is_some();
+        if running { container.ask(Guest::stats).map(Some) } else { Ok(None) }
     }
 
     fn processes(&self, container: &str) -> Result<Vec<ProcessInfo>> {
-        self.container(container)?.ask(Guest::processes)
+        let container = self.container(container)?;
+        if container.role == Role::Sandbox {
+            return Ok(vec![ProcessInfo::default()]);
+        }
+        container.ask(Guest::processes)
     }
 
     fn delete_exec(&self, process: Target<'_>) -> Result<()> {
@@ -462,7 +658,8 @@ impl Backend for Machines {
     }
 
     fn shut_down(&self) {
-        let left: Vec<_> = std::mem::take(&mut *lock(&self.containers)).into_values().collect();
+        let mut left: Vec<_> = std::mem::take(&mut *lock(&self.containers)).into_values().collect();
+        left.sort_by_key(|container| container.role == Role::Sandbox);
         for container in left {
             if let Err(e) = container.dismantle() {
                 tracing::warn!(container = container.id, "cannot clean up: {e}");

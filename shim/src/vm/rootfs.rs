@@ -2,7 +2,10 @@
 //! `rootfs`.
 
 use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -34,12 +37,21 @@ pub enum Error {
         /// What the kernel said.
         source: Errno,
     },
+    /// mount(8) would not have it.
+    #[error("cannot mount {kind} image {from} at {}: {reason}", at.display())]
+    Image {
+        /// The type.
+        kind: String,
+        /// The image.
+        from: String,
+        /// The target.
+        at: PathBuf,
+        /// What was said.
+        reason: String,
+    },
     /// A target that leads out.
     #[error("the mount target {0:?} is not a plain path below the root")]
     Target(String),
-    /// An option that cannot be carried out.
-    #[error("the mount option {0:?} is not supported")]
-    Option(String),
     /// The data do not fit, whatever is done.
     #[error("the options of the {kind} mount have {len} bytes; mount(2) takes {MAX_DATA}")]
     TooLong {
@@ -51,6 +63,46 @@ pub enum Error {
     /// There is no thread to be had.
     #[error("cannot mount the root: {0}")]
     Thread(std::io::Error),
+}
+
+/// File systems that the guest's kernel mounts by itself.
+const GUEST_KINDS: [&str; 2] = ["ext4", "erofs"];
+
+/// A root that a machine gets as a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// An image or a block device.
+    pub path: PathBuf,
+    /// The file system on it.
+    pub kind: String,
+    /// It is not to be written.
+    pub read_only: bool,
+}
+
+/// The disk that `mounts` amount to, if they are one whole file system that the guest can mount.
+pub fn disk(mounts: &[RootMount]) -> Option<Disk> {
+    let [one] = mounts else { return None };
+    let known = |word: &String| matches!(word.as_str(), "ro" | "rw" | "loop" | "defaults");
+    let guests = GUEST_KINDS.contains(&one.kind.as_str())
+        && one.target.trim_matches('/').is_empty()
+        && one.options.iter().all(known);
+    let file_type = std::fs::metadata(&one.source).ok()?.file_type();
+    if !guests || !(file_type.is_file() || file_type.is_block_device()) {
+        return None;
+    }
+    let last = one.options.iter().rfind(|w| matches!(w.as_str(), "ro" | "rw"));
+    let read_only = one.kind == "erofs" || last.is_some_and(|w| w == "ro");
+    Some(Disk { path: one.source.clone().into(), kind: one.kind.clone(), read_only })
+}
+
+impl Disk {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// It is gone, or may not be used.
+    pub fn open(&self) -> std::io::Result<File> {
+        File::options().read(true).write(!self.read_only).open(&self.path)
+    }
 }
 
 /// A mounted root. Dropping it unmounts it.
@@ -132,7 +184,7 @@ impl Default for MsFlagsValue {
     }
 }
 
-fn options(words: &[String]) -> Result<Options, Error> {
+fn options(words: &[String]) -> Options {
     let mut options = Options::default();
     for word in words {
         let (flag, on) = match word.as_str() {
@@ -162,7 +214,6 @@ fn options(words: &[String]) -> Result<Options, Error> {
                 options.propagation = Some(propagation(word));
                 continue;
             }
-            "loop" => return Err(Error::Option(word.clone())),
             _ => {
                 options.data.push(word.clone());
                 continue;
@@ -170,7 +221,7 @@ fn options(words: &[String]) -> Result<Options, Error> {
         };
         options.flags.0.set(flag, on);
     }
-    Ok(options)
+    options
 }
 
 fn propagation(word: &str) -> MsFlags {
@@ -186,9 +237,29 @@ fn propagation(word: &str) -> MsFlags {
     }
 }
 
+/// Has mount(8) do what it takes to mount an image: a loop device, which goes with the mount.
+fn mount_image(one: &RootMount, at: &Path) -> Result<(), Error> {
+    let image = |reason: String| Error::Image {
+        kind: one.kind.clone(),
+        from: one.source.clone(),
+        at: at.to_owned(),
+        reason,
+    };
+    let mut command = Command::new("mount");
+    command.args(["-t", &one.kind, "-o", &one.options.join(","), "--", &one.source]).arg(at);
+    let output = command.stdin(Stdio::null()).output().map_err(|e| image(e.to_string()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(image(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+}
+
 fn mount_one(root: &Path, one: &RootMount) -> Result<(), Error> {
     let at = target(root, &one.target)?;
-    let options = options(&one.options)?;
+    if one.options.iter().any(|word| word == "loop") {
+        return mount_image(one, &at);
+    }
+    let options = options(&one.options);
     let failed = |source| Error::Mount {
         kind: one.kind.clone(),
         from: one.source.clone(),
@@ -299,13 +370,36 @@ mod tests {
 
     #[test]
     fn options_are_flags_propagation_and_data() {
-        let found = options(&words("ro,nosuid,rslave,lowerdir=/a:/b,index=off,rw")).unwrap();
+        let found = options(&words("ro,nosuid,rslave,lowerdir=/a:/b,index=off,rw"));
         assert_eq!(found.flags.0, MsFlags::MS_NOSUID);
         assert_eq!(found.propagation, Some(MsFlags::MS_SLAVE | MsFlags::MS_REC));
         assert_eq!(found.data, ["lowerdir=/a:/b", "index=off"]);
-        let found = options(&words("rbind,ro")).unwrap();
+        let found = options(&words("rbind,ro"));
         assert_eq!(found.flags.0, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY);
-        assert!(matches!(options(&words("loop")), Err(Error::Option(_))));
+    }
+
+    #[test]
+    fn whole_file_systems_that_the_guest_knows_are_disks() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        std::fs::write(&image, "").unwrap();
+        let mount = |kind: &str, options: &str| RootMount {
+            kind: kind.into(),
+            source: image.display().to_string(),
+            target: String::new(),
+            options: words(options),
+        };
+        let found = |kind, options| disk(&[mount(kind, options)]).map(|d| d.read_only);
+        assert_eq!(found("ext4", "loop,rw"), Some(false));
+        assert_eq!(found("ext4", "ro"), Some(true));
+        assert_eq!(found("erofs", "loop"), Some(true));
+        assert_eq!(found("xfs", "loop"), None, "the guest has it not");
+        assert_eq!(found("ext4", "loop,data=journal"), None, "an option for mount(2)");
+        assert_eq!(disk(&[mount("ext4", "ro"), mount("ext4", "ro")]), None);
+        let missing = RootMount { source: "/no/such".into(), ..mount("ext4", "ro") };
+        assert_eq!(disk(&[missing]), None);
+        let directory = RootMount { source: "/etc".into(), ..mount("ext4", "ro") };
+        assert_eq!(disk(&[directory]), None);
     }
 
     #[test]

@@ -2,29 +2,22 @@
 //! names things of the host is replaced.
 //!
 //! The network namespace, hooks, and the CPUs and memory nodes to run on are the host's affair. Other
-//! namespaces that containers of the host would share by path are the guest's own: it has this one
-//! container.
+//! namespaces that containers of the host would share by path are the guest's own: only containers of
+//! one pod share any, and a guest has one container or one pod.
 
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use mvm_sandbox::spec::{Container, PROVIDED_DIR, ProvidedFile};
-use oci_spec::runtime::{
-    Linux, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Mount, Spec,
-};
+use mvm_sandbox::spec::{Container, Root};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 
+use super::binds::{self, Bind};
 use super::holder::Network;
+use super::pod::Role;
 use crate::host::Size;
-
-/// Largest file of the host that is handed to the guest as it is.
-const MAX_FILE: u64 = 1 << 20;
 
 /// What kernel and agent of the guest need beside a container's own limit, in bytes.
 const OVERHEAD: u64 = 96 << 20;
-
-/// Files that a container engine writes for a container, and mounts writable as a habit.
-const ENGINE_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 
 /// Annotations of containerd's CRI: what a whole pod asks for.
 const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
@@ -34,41 +27,21 @@ const POD_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// A specification that cannot be carried out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// A directory of the host is to be seen in the guest.
-    #[error(
-        "the mount {destination} of the host's directory {origin} is not supported yet: mvm shares no \
-         directories with a guest"
-    )]
-    Directory {
-        /// Where it would be.
-        destination: String,
-        /// What it is of.
-        origin: String,
-    },
-    /// A file of the host is to be written in the guest.
-    #[error(
-        "the writable mount {destination} of the host's file {origin} is not supported yet: mvm shares \
-         no files with a guest; mount it read-only"
-    )]
-    Writable {
-        /// Where it would be.
-        destination: String,
-        /// What it is of.
-        origin: String,
-    },
-    /// A file of the host cannot be handed over.
-    #[error("the mount {destination}: {origin}: {reason}")]
-    Source {
-        /// Where it would be.
-        destination: String,
-        /// What it is of.
-        origin: String,
-        /// Why.
-        reason: String,
-    },
+    /// Something of the host that cannot be seen in the guest.
+    #[error(transparent)]
+    Bind(#[from] binds::Error),
     /// A namespace of the host's.
     #[error("linux.namespaces: a {0} namespace of the host cannot be joined by a machine")]
     Namespace(&'static str),
+}
+
+/// A container as the guest gets it, and what it needs of the host.
+#[derive(Debug, Clone)]
+pub struct Inside {
+    /// What the guest gets. Its root is still to be said.
+    pub container: Container,
+    /// What the host shares for it.
+    pub binds: Vec<Bind>,
 }
 
 /// Which network namespace the specification asks for.
@@ -106,28 +79,33 @@ pub fn size(spec: &Spec) -> Size {
     Size { vcpus, memory: memory.map(|m| m.saturating_add(OVERHEAD)) }
 }
 
-/// The specification as the guest gets it.
+/// The specification as the guest gets it. `bundle` is where relative paths begin, `name` what the
+/// names of shares begin with.
 ///
 /// # Errors
 /// See [`Error`].
-pub fn for_guest(spec: &Spec) -> Result<Container, Error> {
+pub fn for_guest(spec: &Spec, bundle: &Path, role: Role, name: &str) -> Result<Inside, Error> {
     let mut spec = spec.clone();
-    let mut files = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
-    for (index, mount) in mounts.iter_mut().enumerate() {
-        if let Some(file) = provide(index, mount)? {
-            files.push(file);
-        }
-    }
+    let provided = binds::provide(&mut mounts, bundle, role, name)?;
     spec.set_mounts(Some(mounts));
     spec.set_hooks(None);
     if let Some(root) = spec.root_mut().as_mut() {
         root.set_path("rootfs".into());
     }
+    let mut linux = linux(&spec);
+    let shares_uts = namespaces(&mut linux, role)?;
+    if shares_uts {
+        // The pod's names are those of the machine.
+        spec.set_hostname(None);
+        spec.set_domainname(None);
+    }
     let named = spec.hostname().as_ref().is_some_and(|h| !h.is_empty())
         || spec.domainname().as_ref().is_some_and(|d| !d.is_empty());
-    let mut linux = linux(&spec);
-    namespaces(&mut linux, named)?;
+    need(&mut linux, LinuxNamespaceType::Mount);
+    if named {
+        need(&mut linux, LinuxNamespaceType::Uts);
+    }
     linux.set_cgroups_path(None);
     if let Some(resources) = linux.resources_mut().as_mut()
         && let Some(mut cpu) = resources.cpu().clone()
@@ -137,7 +115,10 @@ pub fn for_guest(spec: &Spec) -> Result<Container, Error> {
         resources.set_cpu(Some(cpu));
     }
     spec.set_linux(Some(linux));
-    Ok(Container { spec, files, volumes: Vec::new() })
+    let binds::Provided { binds, memory } = provided;
+    let volumes = binds.iter().map(Bind::volume).collect();
+    let container = Container { spec, root: Root::Image, files: Vec::new(), volumes, memory };
+    Ok(Inside { container, binds })
 }
 
 /// The Linux part; an empty one if there is none, which is not the library's default.
@@ -146,8 +127,10 @@ pub fn linux(spec: &Spec) -> Linux {
     spec.linux().clone().unwrap_or_else(empty)
 }
 
-fn namespaces(linux: &mut Linux, named: bool) -> Result<(), Error> {
-    use LinuxNamespaceType::{Mount, Network, Pid, User, Uts};
+/// Leaves the namespaces that the guest is to make. Says whether the host name is the pod's.
+fn namespaces(linux: &mut Linux, role: Role) -> Result<bool, Error> {
+    use LinuxNamespaceType::{Ipc, Mount, Network, Pid, User, Uts};
+    let member = role == Role::Member;
     let mut kept: Vec<LinuxNamespace> = Vec::new();
     for namespace in linux.namespaces().iter().flatten() {
         let path = namespace.path().as_ref().filter(|p| !p.as_os_str().is_empty());
@@ -158,6 +141,8 @@ fn namespaces(linux: &mut Linux, named: bool) -> Result<(), Error> {
             (Mount, Some(_)) => return Err(Error::Namespace("mount")),
             // Sharing the process ids of others: those of the whole guest.
             (Pid, Some(_)) => {}
+            // The pod's are those of the machine.
+            (Ipc | Uts, Some(_)) if member => {}
             (_, Some(_)) => {
                 let mut own = namespace.clone();
                 own.set_path(None);
@@ -166,61 +151,19 @@ fn namespaces(linux: &mut Linux, named: bool) -> Result<(), Error> {
             (_, None) => kept.push(namespace.clone()),
         }
     }
-    let mut need = |kind: LinuxNamespaceType| {
-        if !kept.iter().any(|n| n.typ() == kind)
-            && let Ok(namespace) = LinuxNamespaceBuilder::default().typ(kind).build()
-        {
-            kept.push(namespace);
-        }
-    };
-    need(Mount);
-    if named {
-        need(Uts);
-    }
+    let shares_uts = member && !kept.iter().any(|n| n.typ() == Uts);
     linux.set_namespaces(Some(kept));
-    Ok(())
+    Ok(shares_uts)
 }
 
-/// A mount of something of the host: a file is handed to the guest.
-fn provide(index: usize, mount: &mut Mount) -> Result<Option<ProvidedFile>, Error> {
-    let words = mount.options().clone().unwrap_or_default();
-    let is_bind = matches!(mount.typ().as_deref(), Some("bind" | "rbind"))
-        || words.iter().any(|w| w == "bind" || w == "rbind");
-    let Some(origin) = mount.source().clone().filter(|_| is_bind) else { return Ok(None) };
-    let destination = mount.destination().display().to_string();
-    let named = origin.display().to_string();
-    let failed = |reason: String| Error::Source {
-        destination: destination.clone(),
-        origin: named.clone(),
-        reason,
-    };
-    let metadata = std::fs::metadata(&origin).map_err(|e| failed(e.to_string()))?;
-    if metadata.is_dir() {
-        return Err(Error::Directory { destination, origin: named });
+fn need(linux: &mut Linux, kind: LinuxNamespaceType) {
+    let mut all = linux.namespaces().clone().unwrap_or_default();
+    if !all.iter().any(|n| n.typ() == kind)
+        && let Ok(namespace) = LinuxNamespaceBuilder::default().typ(kind).build()
+    {
+        all.push(namespace);
     }
-    if !metadata.is_file() {
-        return Err(failed("only files can be handed to a guest".into()));
-    }
-    let writable = !words.iter().any(|w| w == "ro");
-    if writable && !ENGINE_FILES.contains(&destination.as_str()) {
-        return Err(Error::Writable { destination, origin: named });
-    }
-    let data = read(&origin, metadata.len()).map_err(failed)?;
-    let name = format!("file{index}");
-    mount.set_source(Some(Path::new(PROVIDED_DIR).join(&name)));
-    Ok(Some(ProvidedFile { name: name.into(), data, mode: metadata.mode() & 0o7777 }))
-}
-
-fn read(path: &Path, len: u64) -> Result<Vec<u8>, String> {
-    use std::io::Read;
-    let too_long = || format!("the file is longer than {MAX_FILE} bytes");
-    if len > MAX_FILE {
-        return Err(too_long());
-    }
-    let file = std::fs::File::open(path).map_err(|e| e.to_string())?;
-    let mut data = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut data).map_err(|e| e.to_string())?;
-    if data.len() as u64 > MAX_FILE { Err(too_long()) } else { Ok(data) }
+    linux.set_namespaces(Some(all));
 }
 
 /// The annotations, for whoever looks for one.
@@ -245,6 +188,10 @@ mod tests {
         .unwrap()
     }
 
+    fn inside(spec: &Spec, role: Role) -> Result<Inside, Error> {
+        for_guest(spec, Path::new("/b"), role, "c0")
+    }
+
     fn kinds(spec: &Spec) -> Vec<String> {
         let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
         namespaces
@@ -267,7 +214,7 @@ mod tests {
             json!([{ "destination": "/proc", "type": "proc", "source": "proc" }]),
         );
         assert_eq!(network(&spec), Network::Join("/proc/1/ns/net".into()));
-        let guest = for_guest(&spec).unwrap().spec;
+        let guest = inside(&spec, Role::Alone).unwrap().container.spec;
         assert_eq!(kinds(&guest), ["pid", "ipc", "mnt", "uts"]);
         assert!(guest.hooks().is_none());
         let linux = guest.linux().as_ref().unwrap();
@@ -289,34 +236,26 @@ mod tests {
     fn namespaces_of_the_host_are_refused_where_they_cannot_be() {
         for kind in ["user", "mount"] {
             let linux = json!({ "namespaces": [{ "type": kind, "path": "/proc/1/ns/x" }] });
-            let error = for_guest(&parse(linux, json!([]))).unwrap_err();
+            let error = inside(&parse(linux, json!([])), Role::Alone).unwrap_err();
             assert_eq!(error, Error::Namespace(kind));
         }
         let linux = json!({ "namespaces": [{ "type": "pid", "path": "/proc/1/ns/pid" }] });
-        assert_eq!(kinds(&for_guest(&parse(linux, json!([]))).unwrap().spec), ["mnt", "uts"]);
+        let guest = inside(&parse(linux, json!([])), Role::Alone).unwrap();
+        assert_eq!(kinds(&guest.container.spec), ["mnt", "uts"]);
     }
 
     #[test]
-    fn files_are_handed_over_and_directories_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("resolv.conf");
-        std::fs::write(&file, "nameserver 1.1.1.1\n").unwrap();
-        let mount = |destination: &str, source: &Path, options: Value| json!([{ "destination": destination, "type": "bind", "source": source, "options": options }]);
-        let linux = || json!({ "namespaces": [{ "type": "mount" }] });
-        let spec = parse(linux(), mount("/etc/resolv.conf", &file, json!(["rbind", "rw"])));
-        let guest = for_guest(&spec).unwrap();
-        assert_eq!(guest.files[0].data, b"nameserver 1.1.1.1\n");
-        let source = guest.spec.mounts().as_ref().unwrap()[0].source().clone().unwrap();
-        assert_eq!(source, Path::new(PROVIDED_DIR).join("file0"));
-        let spec = parse(linux(), mount("/x", &file, json!(["bind", "ro"])));
-        assert_eq!(for_guest(&spec).unwrap().files.len(), 1);
-        let refused = |source: &Path, options| {
-            for_guest(&parse(linux(), mount("/x", source, options))).unwrap_err()
-        };
-        assert!(matches!(refused(&file, json!(["bind"])), Error::Writable { .. }));
-        assert!(matches!(refused(dir.path(), json!(["rbind", "ro"])), Error::Directory { .. }));
-        assert!(matches!(refused(Path::new("/no/such"), json!(["bind"])), Error::Source { .. }));
-        assert!(matches!(refused(Path::new("/dev/null"), json!(["bind"])), Error::Source { .. }));
+    fn containers_of_a_pod_share_the_machines_names_and_queues() {
+        let linux = json!({ "namespaces": [
+            { "type": "pid" }, { "type": "ipc", "path": "/proc/1/ns/ipc" },
+            { "type": "uts", "path": "/proc/1/ns/uts" }, { "type": "mount" },
+        ] });
+        let spec = parse(linux, json!([]));
+        let member = inside(&spec, Role::Member).unwrap().container.spec;
+        assert_eq!(kinds(&member), ["pid", "mnt"]);
+        assert_eq!(member.hostname(), &None);
+        let alone = inside(&spec, Role::Alone).unwrap().container.spec;
+        assert_eq!(kinds(&alone), ["pid", "ipc", "uts", "mnt"]);
     }
 
     #[test]

@@ -28,7 +28,7 @@ use mvm_sandbox::machine::{Launcher, Machine as Monitored, MachinePlan, Payload}
 use mvm_sandbox::registry::Registry;
 use mvm_sandbox::spec::{Options, container};
 use mvm_sandbox::timings::Timings;
-use mvm_sandbox::{Description, Sandbox};
+use mvm_sandbox::{Description, Disk, Sandbox};
 use mvm_tests::{Chroot, World};
 use mvm_vmm::config::HugePages;
 use mvm_vmm::config::OwnerGone;
@@ -88,7 +88,10 @@ impl Machine {
             cpu: None,
             kernel: Payload::file(open("vmlinux")),
             initramfs: Some(Payload::file(open("initramfs.cpio"))),
-            rootfs: File::open(&rootfs).expect("a root file system"),
+            disks: vec![Disk {
+                file: File::open(&rootfs).expect("a root file system"),
+                read_only: true,
+            }],
             shares: None,
             cmdline: String::new(),
             console: None,

@@ -17,7 +17,7 @@ use mvm_sandbox::spec::volumes::Volume;
 use mvm_sandbox::spec::{self, Container, CpuShare, parse_size, signal_name, signal_number};
 use mvm_sandbox::timings::Timings;
 use mvm_sandbox::unikernel::Recognised;
-use mvm_sandbox::{Description, EXIT_FAILURE, Error, Sandbox, engine};
+use mvm_sandbox::{Description, Disk, EXIT_FAILURE, Error, Sandbox, engine};
 use nix::libc::{SIGINT, SIGPIPE, SIGTERM};
 
 use super::attach::{Attachment, End, stand_by};
@@ -119,7 +119,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         cpu: settings.cpu.value,
         kernel,
         initramfs: Some(initramfs),
-        rootfs: ready_rootfs(ready),
+        disks: vec![Disk { file: ready_rootfs(ready), read_only: true }],
         // Without anything to share the guest has no such device, and needs no server.
         shares: (!container.volumes.is_empty())
             .then(|| container.volumes.iter().map(Volume::share).collect()),

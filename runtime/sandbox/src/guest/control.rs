@@ -1,8 +1,8 @@
 //! What is done to a whole container in the guest.
 
 use mvm_agent_protocol::messages::{
-    CloseStdinRequest, PauseContainerRequest, ResumeContainerRequest, SignalProcessRequest,
-    UpdateResourcesRequest,
+    CloseStdinRequest, DeleteContainerRequest, PauseContainerRequest, ResumeContainerRequest,
+    ShutdownRequest, SignalProcessRequest, UpdateResourcesRequest,
 };
 
 use super::Guest;
@@ -46,6 +46,21 @@ impl Guest {
             ..Default::default()
         };
         Ok(self.client.update_resources(&request, self.limit)?.notices)
+    }
+
+    /// Ends what still runs of the container, and forgets it.
+    pub fn remove(&self) -> Result<(), Error> {
+        let container_id = self.container.clone();
+        let request = DeleteContainerRequest { container_id, force: true, ..Default::default() };
+        self.client.delete_container(&request, self.limit)?;
+        Ok(())
+    }
+
+    /// Ends everything that runs, writes out what is in memory, and ends the machine, a moment after this
+    /// returns.
+    pub fn shut_down(&self) -> Result<(), Error> {
+        self.client.shutdown(&ShutdownRequest::new(), self.limit)?;
+        Ok(())
     }
 
     /// Ends a process's standard input even while somebody writes to it.

@@ -127,15 +127,47 @@ pub struct ProvidedFile {
 /// Where the guest finds provided files.
 pub const PROVIDED_DIR: &str = "/run/mvm/volumes";
 
+/// What a container's root is made of.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Root {
+    /// The read-only EROFS image on the first disk, with guest memory above.
+    #[default]
+    Image,
+    /// The share of this name, as it is.
+    Share(String),
+    /// A disk, as it is.
+    Disk {
+        /// Its place among the machine's disks.
+        index: u32,
+        /// The file system on it.
+        kind: String,
+        /// It cannot be written.
+        read_only: bool,
+    },
+}
+
+/// A directory in guest memory that the containers of one machine have in common.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memory {
+    /// Its name among the provided files and volumes.
+    pub name: String,
+    /// The most that it can hold, in bytes.
+    pub size: u64,
+}
+
 /// A specification and the files it mounts.
 #[derive(Debug, Clone)]
 pub struct Container {
     /// The specification.
     pub spec: Spec,
+    /// Its root.
+    pub root: Root,
     /// Files it bind-mounts.
     pub files: Vec<ProvidedFile>,
     /// Directories and files of the host that it bind-mounts.
     pub volumes: Vec<volumes::Volume>,
+    /// Memory that it bind-mounts.
+    pub memory: Vec<Memory>,
 }
 
 /// Makes the specification of the container `id`.
@@ -189,7 +221,8 @@ pub fn container(id: &str, image: &ImageConfig, options: &Options) -> Result<Con
         .annotations(annotations)
         .linux(linux(id, options)?)
         .build()?;
-    Ok(Container { spec, files, volumes: options.volumes.clone() })
+    let volumes = options.volumes.clone();
+    Ok(Container { spec, root: Root::Image, files, volumes, memory: Vec::new() })
 }
 
 fn linux(id: &str, options: &Options) -> Result<oci_spec::runtime::Linux, Error> {

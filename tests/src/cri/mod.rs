@@ -1,0 +1,241 @@
+//! Kubernetes' side of containerd: pods and containers by CRI, as the kubelet asks for them.
+
+mod grpc;
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use protobuf::{EnumOrUnknown, Message, MessageField};
+
+use crate::{Containerd, Finished, IMAGE, eventually};
+pub use grpc::Error as CallError;
+
+/// Message types generated from `proto/cri.proto`.
+#[allow(missing_docs, missing_debug_implementations, unused_qualifications, clippy::all)]
+pub mod messages {
+    mod generated {
+        include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
+    }
+    pub use generated::cri::*;
+}
+
+use messages::*;
+
+const SERVICE: &str = "runtime.v1.RuntimeService";
+
+/// Long enough for anything that is not stuck, on a slow and busy machine.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// States of a container.
+pub const RUNNING: i32 = 1;
+/// It has ended.
+pub const EXITED: i32 = 2;
+
+/// A client of a containerd that serves CRI.
+#[derive(Debug)]
+pub struct Cri<'a> {
+    ctd: &'a Containerd,
+}
+
+/// A pod.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// Its id.
+    pub id: String,
+    /// What it was made with.
+    pub config: PodSandboxConfig,
+}
+
+impl<'a> Cri<'a> {
+    /// A client, once the service is ready.
+    ///
+    /// # Panics
+    /// If it does not become so.
+    #[track_caller]
+    pub fn new(ctd: &'a Containerd) -> Self {
+        let this = Self { ctd };
+        eventually("CRI to be ready", || {
+            let status: Result<StatusResponse, _> = this.call("Status", &StatusRequest::new());
+            status.is_ok_and(|s| s.status.conditions.iter().all(|c| c.status))
+        });
+        this
+    }
+
+    /// Any call.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn call<A: Message>(&self, method: &str, request: &impl Message) -> Result<A, CallError> {
+        grpc::call(&self.ctd.path("grpc.sock"), SERVICE, method, request, DEADLINE)
+    }
+
+    #[track_caller]
+    fn must<A: Message>(&self, method: &str, request: &impl Message) -> A {
+        self.call(method, request).unwrap_or_else(|e| panic!("{method}: {e}"))
+    }
+
+    /// What a pod of that name is made with, before a test changes it.
+    pub fn pod_config(&self, name: &str) -> PodSandboxConfig {
+        PodSandboxConfig {
+            metadata: MessageField::some(PodSandboxMetadata {
+                name: name.into(),
+                uid: format!("uid-{name}"),
+                namespace: "tests".into(),
+                ..Default::default()
+            }),
+            hostname: name.into(),
+            log_directory: self.ctd.path(&format!("logs-{name}")).display().to_string(),
+            linux: MessageField::some(LinuxPodSandboxConfig::new()),
+            ..Default::default()
+        }
+    }
+
+    /// Runs a pod.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    pub fn run_pod(&self, config: PodSandboxConfig) -> Pod {
+        fs::create_dir_all(&config.log_directory).expect("a directory for logs");
+        let request = RunPodSandboxRequest {
+            config: MessageField::some(config.clone()),
+            runtime_handler: "mvm".into(),
+            ..Default::default()
+        };
+        let made: RunPodSandboxResponse = self.must("RunPodSandbox", &request);
+        Pod { id: made.pod_sandbox_id, config }
+    }
+
+    /// Whether a pod is ready.
+    #[track_caller]
+    pub fn is_ready(&self, pod: &Pod) -> bool {
+        let status: PodSandboxStatusResponse = self.must("PodSandboxStatus", &pod_request(pod));
+        status.status.state == 0
+    }
+
+    /// Stops and removes a pod, with all containers in it.
+    #[track_caller]
+    pub fn remove_pod(&self, pod: &Pod) {
+        let _: Nothing = self.must("StopPodSandbox", &pod_request(pod));
+        let _: Nothing = self.must("RemovePodSandbox", &pod_request(pod));
+    }
+
+    /// Removes all pods there are, as far as that goes: what a test leaves that has failed. Networks
+    /// outside of containerd's own directories are among it.
+    pub(crate) fn clear(ctd: &'a Containerd) {
+        let limit = Duration::from_secs(30);
+        let socket = ctd.path("grpc.sock");
+        let list = ListPodSandboxRequest::new();
+        let pods: Result<ListPodSandboxResponse, _> =
+            grpc::call(&socket, SERVICE, "ListPodSandbox", &list, limit);
+        for pod in pods.map(|list| list.items).unwrap_or_default() {
+            let request = PodSandboxRequest { pod_sandbox_id: pod.id, ..Default::default() };
+            for method in ["StopPodSandbox", "RemovePodSandbox"] {
+                let done: Result<Nothing, _> =
+                    grpc::call(&socket, SERVICE, method, &request, limit);
+                if let Err(e) = done {
+                    eprintln!("{method}: {e}");
+                }
+            }
+        }
+    }
+
+    /// What a container that runs a shell script is made with, before a test changes it. Its log is
+    /// `NAME.log`.
+    pub fn container_config(&self, name: &str, script: &str) -> ContainerConfig {
+        ContainerConfig {
+            metadata: MessageField::some(ContainerMetadata {
+                name: name.into(),
+                ..Default::default()
+            }),
+            image: MessageField::some(ImageSpec { image: IMAGE.into(), ..Default::default() }),
+            command: ["sh", "-c", script].map(String::from).to_vec(),
+            log_path: format!("{name}.log"),
+            linux: MessageField::some(LinuxContainerConfig {
+                security_context: MessageField::some(LinuxContainerSecurityContext {
+                    namespace_options: MessageField::some(NamespaceOption {
+                        pid: EnumOrUnknown::new(NamespaceMode::CONTAINER),
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// Creates and starts a container in a pod. Returns its id.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    pub fn start(&self, pod: &Pod, config: ContainerConfig) -> String {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: MessageField::some(config),
+            sandbox_config: MessageField::some(pod.config.clone()),
+            ..Default::default()
+        };
+        let made: CreateContainerResponse = self.must("CreateContainer", &request);
+        let _: Nothing = self.must("StartContainer", &container_request(&made.container_id));
+        made.container_id
+    }
+
+    /// Where a container is in its life.
+    #[track_caller]
+    pub fn status(&self, id: &str) -> ContainerStatus {
+        let status: ContainerStatusResponse = self.must("ContainerStatus", &container_request(id));
+        status.status.unwrap_or_default()
+    }
+
+    /// Waits for the end of a container, and returns its exit code.
+    #[track_caller]
+    pub fn wait(&self, id: &str) -> i32 {
+        eventually("the end of the container", || self.status(id).state == EXITED);
+        self.status(id).exit_code
+    }
+
+    /// Stops a container with that many seconds for it to end by itself.
+    #[track_caller]
+    pub fn stop(&self, id: &str, timeout: i64) {
+        let request =
+            StopContainerRequest { container_id: id.into(), timeout, ..Default::default() };
+        let _: Nothing = self.must("StopContainer", &request);
+    }
+
+    /// Removes a container.
+    #[track_caller]
+    pub fn remove(&self, id: &str) {
+        let _: Nothing = self.must("RemoveContainer", &container_request(id));
+    }
+
+    /// Runs a shell script in a container.
+    #[track_caller]
+    pub fn exec(&self, id: &str, script: &str) -> Finished {
+        let request = ExecSyncRequest {
+            container_id: id.into(),
+            cmd: ["sh", "-c", script].map(String::from).to_vec(),
+            ..Default::default()
+        };
+        let done: ExecSyncResponse = self.must("ExecSync", &request);
+        Finished { code: done.exit_code, stdout: done.stdout, stderr: done.stderr }
+    }
+
+    /// What a container wrote, without the log's own words.
+    pub fn log(&self, pod: &Pod, name: &str) -> String {
+        let path = PathBuf::from(&pod.config.log_directory).join(format!("{name}.log"));
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let said = text.lines().filter_map(|line| line.splitn(4, ' ').nth(3));
+        said.map(|line| format!("{line}\n")).collect()
+    }
+}
+
+fn pod_request(pod: &Pod) -> PodSandboxRequest {
+    PodSandboxRequest { pod_sandbox_id: pod.id.clone(), ..Default::default() }
+}
+
+fn container_request(id: &str) -> ContainerRequest {
+    ContainerRequest { container_id: id.into(), ..Default::default() }
+}
