@@ -320,10 +320,13 @@ fn plugins_make_a_network_and_take_it_away_again() {
                 "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] } },
             { "type": "portmap", "capabilities": { "portMappings": true } } ] });
     fs::write(config.join("10-e2e.conflist"), list.to_string()).unwrap();
+    let enter = format!("--net={}/{host}", Namespace::DIRECTORY);
     let mvm = |args: &[&str]| {
         let inner = world.command(args);
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &host]).arg(inner.get_program()).args(inner.get_args());
+        // Not by `ip netns exec`, which makes a mount namespace: what mvm mounts in /run/netns would be
+        // in that alone.
+        let mut command = Command::new("nsenter");
+        command.arg(&enter).arg(inner.get_program()).args(inner.get_args());
         for (key, value) in inner.get_envs() {
             match value {
                 Some(value) => command.env(key, value),
@@ -341,8 +344,8 @@ fn plugins_make_a_network_and_take_it_away_again() {
     let namespace = format!("mvm-{}", about["id"].as_str().unwrap());
     assert!(Path::new(Namespace::DIRECTORY).join(&namespace).exists());
     let fetch = |url: &str| {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &host, "busybox", "wget", "-T", "60", "-qO-", url]);
+        let mut command = Command::new("nsenter");
+        command.arg(&enter).args(["busybox", "wget", "-T", "60", "-qO-", url]);
         run_with(command, b"", PATIENCE)
     };
     mvm_tests::eventually("an answer by the bridge", || {
