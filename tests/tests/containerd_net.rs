@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use mvm_net::Namespace;
-use mvm_tests::{Chroot, Containerd, World, containerd, eventually, run_with};
+use mvm_tests::{Chroot, Containerd, World, containerd, eventually, http, run_with};
 use nix::sys::signal::{Signal, kill};
 
 /// Longer than anything that is not stuck takes.
@@ -41,13 +41,14 @@ impl Outside {
         run_with(command, b"", PATIENCE).expect_code(0).out()
     }
 
-    /// The page that `SERVE` serves, as somebody outside gets it.
+    /// Gets the page that [`SERVE`] serves.
     #[track_caller]
-    fn fetch(&self, url: &str) {
-        eventually(&format!("an answer from {url}"), || {
-            let mut command = self.command("busybox");
-            command.args(["wget", "-T", "30", "-qO-", url]);
-            run_with(command, b"", PATIENCE).out() == "hello\n"
+    fn fetch(&self, server: &str) {
+        let path = Path::new(Namespace::DIRECTORY).join(&self.0);
+        let namespace = Namespace::open(&path).expect("the namespace");
+        let address = server.parse().expect("an address");
+        eventually(&format!("an answer from {server}"), || {
+            http::get(&namespace, address, "/index.html").is_ok_and(|page| page == "hello\n")
         });
     }
 }
@@ -107,8 +108,8 @@ fn ctrs_cni_makes_the_network_between_create_and_start() {
     for want in ["inet 10.93.0.2/24", "inet6 fd00:93::2/64", "default via 10.93.0.1", "MTU 1400"] {
         assert!(out.contains(want), "no {want:?} in\n{out}");
     }
-    outside.fetch("http://10.93.0.2/");
-    outside.fetch("http://[fd00:93::2]/");
+    outside.fetch("10.93.0.2:80");
+    outside.fetch("[fd00:93::2]:80");
     end(&ctd, "c1");
     // The namespace is gone, and the cable's other end with it.
     eventually("the end of the cable", || !outside.run("ip -o link show").contains("veth"));
@@ -163,8 +164,8 @@ fn hooks_of_the_host_make_interfaces_and_take_them_away() {
     let runtime = "io.containerd.mvm.v1";
     let args = ["run", "-d", "--log-uri", &log, "--runtime", runtime, "--fifo-dir", &fifos];
     ctd.ctr(&[&args[..], &["--config", &file, "c1"]].concat()).expect_code(0);
-    outside.fetch("http://10.94.0.2/");
-    outside.fetch("http://10.94.1.2/");
+    outside.fetch("10.94.0.2:80");
+    outside.fetch("10.94.1.2:80");
     let out = ctd.output("c1");
     for want in ["inet 10.94.0.2/24", "inet 10.94.1.2/24", "default via 10.94.0.1"] {
         assert!(out.contains(want), "no {want:?} in\n{out}");
@@ -199,7 +200,7 @@ fn a_named_namespace_is_free_again_after_a_killed_shim() {
     let flags = ["-d", "--with-ns", &namespace, "--log-uri", &log];
     let start = |id: &str| ctd.run_command(&flags, id, &["sh", "-c", SERVE]);
     run_with(start("c1"), b"", PATIENCE).expect_code(0);
-    outside.fetch("http://10.95.0.2/");
+    outside.fetch("10.95.0.2:80");
     assert!(inside.run("ip -o link show").contains("mvm0"));
     for shim in ctd.shims() {
         kill(shim, Signal::SIGKILL).expect("a shim to be killed");
@@ -213,7 +214,7 @@ fn a_named_namespace_is_free_again_after_a_killed_shim() {
         ctd.status("c1").is_empty()
     });
     run_with(start("c2"), b"", PATIENCE).expect_code(0);
-    outside.fetch("http://10.95.0.2/");
+    outside.fetch("10.95.0.2:80");
     end(&ctd, "c2");
     assert!(!inside.run("ip -o link show").contains("mvm0"));
     assert!(!inside.run("tc qdisc show dev eth0").contains("ingress"));
