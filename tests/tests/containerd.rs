@@ -228,6 +228,7 @@ fn a_killed_shim_leaves_nothing() {
     eventually("the end of the machine", || ctd.mvm(&["ps", "-aq"]).out().is_empty());
     eventually("the end of its holder", || !is_running(holder));
     ctd.expect_nothing_left();
-    // The id is free.
-    assert_eq!(ctd.sh(&[], "c1", "echo anew").expect_code(0).out(), "anew\n");
+    // The id is free as soon as containerd has heard from the clean-up that it called.
+    eventually("the id to be free", || ctd.sh(&[], "c1", "echo anew").out() == "anew\n");
+    ctd.expect_nothing_left();
 }

@@ -218,7 +218,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
         run_one(hook(&format!("cat >{0}; echo \"$A $HOME\" >>{0}", out.display()), 60)).unwrap();
-        let text = std::fs::read_to_string(out).unwrap();
+        let text = fs::read_to_string(out).unwrap();
         let (state, rest) = text.split_at(text.rfind('}').unwrap() + 1);
         let state: serde_json::Value = serde_json::from_str(state).unwrap();
         assert_eq!((state["id"].as_str(), state["pid"].as_u64()), (Some("c1"), Some(42)));
