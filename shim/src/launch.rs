@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
 use mvm_sandbox::layout::{self, Layout};
+use nix::fcntl::{Flock, FlockArg};
 use oci_spec::runtime::Spec;
 use sha2::{Digest, Sha256};
 
@@ -78,21 +79,49 @@ pub fn start(host: &dyn Host, flags: &Flags) -> anyhow::Result<String> {
         if group != flags.id {
             bail!("the shim of sandbox {group}, which container {} belongs to, is gone", flags.id);
         }
-        launch(&socket, flags)?;
+        launch(&layout, &socket, flags)?;
     }
     let path = bundle.join(ADDRESS_FILE);
     write_file(&path, &address).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(address)
 }
 
-fn launch(socket: &Path, flags: &Flags) -> anyhow::Result<()> {
+/// Removes a socket at which nobody listens any more.
+///
+/// # Errors
+/// The directory of the sockets cannot be locked.
+pub fn remove_dead(layout: &Layout, socket: &Path) -> anyhow::Result<()> {
+    if !socket.exists() {
+        return Ok(());
+    }
+    let _lock = lock(layout)?;
+    if UnixStream::connect(socket).is_err() {
+        // It may be gone already.
+        let _ = fs::remove_file(socket);
+    }
+    Ok(())
+}
+
+/// Nobody else makes or removes sockets while this is held.
+fn lock(layout: &Layout) -> anyhow::Result<Flock<fs::File>> {
+    let path = layout.shims();
+    let what = || format!("cannot lock {}", path.display());
+    let directory = fs::File::open(&path).with_context(what)?;
+    Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, e)| e).with_context(what)
+}
+
+fn launch(layout: &Layout, socket: &Path, flags: &Flags) -> anyhow::Result<()> {
     let what = || format!("cannot listen at {}", socket.display());
+    let lock = lock(layout)?;
     // What nobody listens at any more.
     match fs::remove_file(socket) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).with_context(what),
         _ => {}
     }
     let listener = UnixListener::bind(socket).with_context(what)?;
+    // Who connects from now on is heard, and so takes nobody for dead. A program that is started would
+    // take the lock along.
+    drop(lock);
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0(crate::NAME)

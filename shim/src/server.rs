@@ -50,7 +50,7 @@ pub fn serve(host: Arc<dyn Host>, flags: &Flags) -> anyhow::Result<()> {
         Some(remote) => Arc::<Remote>::clone(remote),
         None => Arc::new(Nobody),
     };
-    let machines = Arc::new(Machines::new(host, &flags.namespace)?);
+    let machines = Arc::new(Machines::new(host, &flags.namespace, flags.socket.clone())?);
     let backend: Arc<dyn crate::backend::Backend> = machines;
     let tasks = Arc::new(Tasks::new(&flags.namespace, Arc::clone(&backend), sink));
     let (end, ended) = mpsc::sync_channel(1);

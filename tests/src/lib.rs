@@ -9,6 +9,7 @@ mod chroot;
 mod containerd;
 pub mod cri;
 mod engine;
+pub mod http;
 mod pty;
 pub mod registry;
 mod run;

@@ -207,7 +207,7 @@ fn containerd_may_be_restarted() {
 }
 
 #[test]
-#[ignore = "fails at times on a busy host, and it is not known yet why: docs/containerd.md"]
+#[ignore = "has not been seen to pass since it was changed: other containers of the name c1 on the host held its control group"]
 fn a_killed_shim_leaves_nothing() {
     let ctd = containerd!();
     ctd.start_container("c1", "echo up; while :; do sleep 0.1; done");
@@ -216,12 +216,20 @@ fn a_killed_shim_leaves_nothing() {
     for shim in ctd.shims() {
         kill(shim, Signal::SIGKILL).expect("a shim to be killed");
     }
-    eventually("the end of the task", || ctd.status("c1") != "RUNNING");
-    ctd.ctr(&["task", "rm", "c1"]);
-    ctd.ctr(&["container", "rm", "c1"]).expect_code(0);
+    // containerd notices and cleans up in its own time, and refuses to be asked twice at once.
+    eventually("the end of the task", || {
+        ctd.ctr(&["task", "rm", "c1"]);
+        ctd.status("c1").is_empty()
+    });
+    eventually("the end of the container", || {
+        ctd.ctr(&["container", "rm", "c1"]);
+        !ctd.ctr(&["container", "ls", "-q"]).out().lines().any(|id| id == "c1")
+    });
+    // The state goes last.
     eventually("the end of the machine", || ctd.mvm(&["ps", "-aq"]).out().is_empty());
     eventually("the end of its holder", || !is_running(holder));
     ctd.expect_nothing_left();
-    // The id is free.
-    assert_eq!(ctd.sh(&[], "c1", "echo anew").expect_code(0).out(), "anew\n");
+    // The id is free as soon as containerd has heard from the clean-up that it called.
+    eventually("the id to be free", || ctd.sh(&[], "c1", "echo anew").out() == "anew\n");
+    ctd.expect_nothing_left();
 }

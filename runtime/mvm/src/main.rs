@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         return mvm_fs::main();
     }
     if first == Some(containerd_shim_mvm::vm::holder::SUBCOMMAND) {
-        return containerd_shim_mvm::vm::holder::main();
+        return commands::shim::holder();
     }
     if containerd_shim_mvm::is_shim(program.as_deref()) {
         return commands::shim::main();

@@ -16,7 +16,7 @@ use mvm_fs::{FileServer, NewShare};
 use mvm_net::Joined;
 use mvm_vmm::config::{
     CmdlineStyle, CpuModel, DiskConfig, EngineConfig, FsConfig, GuestPort, HugePages, ImageSource,
-    MachineConfig, ModuleConfig, NetConfig, VsockConfig,
+    MachineConfig, ModuleConfig, NetConfig, OwnerGone, VsockConfig,
 };
 use mvm_vmm::monitor::spawn::Error as SpawnError;
 use mvm_vmm::monitor::{ControlClient, Event, FdTable, Launch, Monitor, Request, Response, spawn};
@@ -105,6 +105,8 @@ pub struct MachinePlan {
     pub console: Option<File>,
     /// How long the guest may take until its agent is ready.
     pub boot_limit: Duration,
+    /// What happens to it when this process is killed.
+    pub owner_gone: OwnerGone,
 }
 
 /// A machine that has been started.
@@ -303,6 +305,7 @@ pub(crate) fn launch(
     // The guest is Linux whatever its kernel's file looks like: a stripped one has no notes that say so.
     draft.config.cmdline_style = CmdlineStyle::Linux;
     draft.config.verbose = plan.console.is_some();
+    draft.config.owner_gone = plan.owner_gone;
     for (index, Disk { file, read_only }) in plan.disks.into_iter().enumerate() {
         draft.disk(file, read_only, format!("disk{index}"));
     }

@@ -78,6 +78,9 @@ pub enum Wish {
     None,
     /// The interfaces of the namespace at this path.
     Namespace(PathBuf),
+    /// The same, or nothing but loopback if it has none. Nobody writes this; it is what a container
+    /// engine means that hands over a namespace.
+    IfAny(PathBuf),
     /// The network of this name, by CNI, with these ports of the host.
     Cni {
         /// Its name.
@@ -215,6 +218,13 @@ impl Network {
     pub fn set_up(place: &Place, wish: &Wish, vcpus: u32) -> Result<Option<Self>, Error> {
         match wish {
             Wish::None => Ok(None),
+            Wish::IfAny(path) => match Self::set_up(place, &Wish::Namespace(path.clone()), vcpus) {
+                Err(Error::Net(mvm_net::Error::NoInterface { .. })) => {
+                    tear_down(&place.dir)?;
+                    Ok(None)
+                }
+                done => done,
+            },
             Wish::Namespace(path) => {
                 let namespace = Namespace::open(path)?;
                 let record = Record {

@@ -30,7 +30,7 @@ impl ProcessId {
     pub fn of(pid: u32) -> io::Result<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         match parse_stat(&stat) {
-            Some((state, start)) if state != 'Z' && state != 'X' => Ok(Self { pid, start }),
+            Some(stat) if !stat.is_gone() => Ok(Self { pid, start: stat.start }),
             Some(_) => Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended")),
             None => Err(io::Error::new(io::ErrorKind::InvalidData, "unreadable /proc/PID/stat")),
         }
@@ -55,14 +55,33 @@ impl ProcessId {
     }
 }
 
-/// State letter and start time of a `/proc/PID/stat` line. The command name is in parentheses and
-/// may itself hold spaces and parentheses, so fields count from the last one.
-fn parse_stat(stat: &str) -> Option<(char, u64)> {
+/// What a `/proc/PID/stat` line says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stat {
+    /// The first thread's state letter (field 3).
+    state: char,
+    /// Threads that have not been collected, the first one among them (field 20).
+    threads: u32,
+    /// Clock ticks between the host's boot and the start (field 22).
+    start: u64,
+}
+
+impl Stat {
+    /// Whether the whole process has ended. A killed process whose first thread is a zombie already may
+    /// have others that still hold what it has open, such as tap devices.
+    fn is_gone(&self) -> bool {
+        matches!(self.state, 'Z' | 'X') && self.threads <= 1
+    }
+}
+
+/// The command name is in parentheses and may itself hold spaces and parentheses, so fields count from
+/// the last one.
+fn parse_stat(stat: &str) -> Option<Stat> {
     let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
     let state = fields.next()?.chars().next()?;
-    // `state` is field 3, the start time field 22.
-    let start = fields.nth(18)?.parse().ok()?;
-    Some((state, start))
+    let threads = fields.nth(16)?.parse().ok()?;
+    let start = fields.nth(1)?.parse().ok()?;
+    Some(Stat { state, threads, start })
 }
 
 /// An open handle to one process, readable when it has ended.
@@ -122,8 +141,9 @@ mod tests {
 
     #[test]
     fn stat_with_parentheses_in_the_name_is_read() {
-        let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20";
-        assert_eq!(parse_stat(&format!("12 (a) b) c) {tail}")), Some(('S', 4711)));
+        let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 3 18 4711 20";
+        let want = Some(Stat { state: 'S', threads: 3, start: 4711 });
+        assert_eq!(parse_stat(&format!("12 (a) b) c) {tail}")), want);
         assert_eq!(parse_stat("12 (short) S 1 2"), None);
         assert_eq!(parse_stat(""), None);
     }
@@ -150,6 +170,13 @@ mod tests {
             fd.signal(Signal::SIGTERM).unwrap();
         }
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn process_whose_first_thread_alone_has_ended_is_alive() {
+        let is_gone = |state, threads| Stat { state, threads, start: 1 }.is_gone();
+        assert!(is_gone('Z', 1) && is_gone('Z', 0) && is_gone('X', 1));
+        assert!(!is_gone('Z', 2) && !is_gone('S', 1) && !is_gone('R', 2));
     }
 
     #[test]

@@ -63,27 +63,28 @@ impl Cgroups {
     /// Removes the groups of a specification, in which nothing may be any more.
     pub fn remove(spec: &Spec) {
         let Ok(Some(path)) = path(spec) else { return };
+        let until = Instant::now() + LEAVE;
         for hierarchy in hierarchies() {
-            remove(&hierarchy.group(&path));
+            remove(&hierarchy.group(&path), until);
         }
     }
 }
 
 impl Drop for Cgroups {
     fn drop(&mut self) {
+        let until = Instant::now() + LEAVE;
         for Joined { group, before } in self.joined.drain(..) {
             if let Err(e) = enter(&before) {
                 tracing::warn!("cannot go back to {}: {e}", before.display());
                 continue;
             }
-            remove(&group);
+            remove(&group, until);
         }
     }
 }
 
-/// Removes a group once it is empty.
-fn remove(group: &Path) {
-    let until = Instant::now() + LEAVE;
+/// Removes a group once it is empty, which has to be by `until`.
+fn remove(group: &Path, until: Instant) {
     loop {
         match fs::remove_dir(group) {
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {

@@ -1,16 +1,20 @@
 //! The process that stands for a container on the host.
 //!
 //! It lives in the container's network namespace and does nothing: `/proc/PID/ns/net` is what CNI
-//! plugins and hooks ask for before anything of the container runs. It ends when the shim does,
-//! since then its standard input ends.
+//! plugins and hooks ask for before anything of the container runs. When the shim is killed its standard
+//! input ends: it takes away what is left of the container ([`cleanup::clear`]), and ends too.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 
 use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::cleanup;
+use crate::host::Host;
 
 /// The hidden subcommand.
 pub const SUBCOMMAND: &str = "shim-holder";
@@ -32,6 +36,17 @@ pub enum Network {
     Join(PathBuf),
 }
 
+/// What the holder takes away if the shim is killed.
+#[derive(Debug, Clone, Copy)]
+pub struct Heritage<'a> {
+    /// The container's id.
+    pub id: &'a str,
+    /// Its bundle.
+    pub bundle: &'a Path,
+    /// Where the shim listens.
+    pub socket: &'a Path,
+}
+
 /// A holder that lives. Dropping it ends it.
 #[derive(Debug)]
 pub struct Holder {
@@ -43,15 +58,17 @@ impl Holder {
     ///
     /// # Errors
     /// There is no process to be had, or the namespace cannot be entered.
-    pub fn start(container: &str, network: &Network) -> io::Result<Self> {
+    pub fn start(heritage: Heritage<'_>, network: &Network) -> io::Result<Self> {
         let mut command = Command::new("/proc/self/exe");
-        command.arg0(format!("{PROCESS_NAME}: {container}")).arg(SUBCOMMAND);
+        command.arg0(format!("{PROCESS_NAME}: {}", heritage.id)).arg(SUBCOMMAND);
+        command.arg(heritage.id).arg(heritage.bundle).arg(heritage.socket);
         match network {
             Network::Host => command.arg("host"),
             Network::New => command.arg("new"),
             Network::Join(path) => command.arg("join").arg(path),
         };
-        command.env_clear().current_dir("/").process_group(0);
+        // The environment says where things are kept.
+        command.current_dir("/").process_group(0);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut holder = Self { child: command.spawn()? };
         let mut report = String::new();
@@ -81,8 +98,10 @@ impl Drop for Holder {
 }
 
 /// What the holder does: enters, reports, and waits for the end of its standard input.
-pub fn main() -> ExitCode {
-    let report = match enter() {
+pub fn main(host: &dyn Host) -> ExitCode {
+    let home = File::open("/proc/self/ns/net");
+    let args: Vec<_> = std::env::args_os().skip(2).collect();
+    let report = match enter(args.get(3..).unwrap_or_default()) {
         Ok(()) => "ready".to_owned(),
         Err(why) => why,
     };
@@ -96,17 +115,25 @@ pub fn main() -> ExitCode {
     let mut nothing = [0; 64];
     loop {
         match io::stdin().read(&mut nothing) {
-            Ok(0) => return ExitCode::SUCCESS,
+            Ok(0) => break,
             Ok(_) => {}
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return ExitCode::FAILURE,
         }
     }
+    // Hooks are run where the shim was.
+    let back = home.and_then(|home| Ok(setns(home, CloneFlags::CLONE_NEWNET)?));
+    let [id, bundle, socket] = [0, 1, 2].map(|at| args.get(at).cloned().unwrap_or_default());
+    let id = id.to_string_lossy();
+    match back.map(|()| cleanup::clear(host, &id, Path::new(&bundle), Path::new(&socket))) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        // Nobody listens any more. What is left is seen by `mvm ps`.
+        _ => ExitCode::FAILURE,
+    }
 }
 
-fn enter() -> Result<(), String> {
+fn enter(args: &[OsString]) -> Result<(), String> {
     let _ = nix::sys::prctl::set_name(c"mvm-holder");
-    let args: Vec<_> = std::env::args_os().skip(2).collect();
     match (args.first().and_then(|a| a.to_str()), args.get(1)) {
         (Some("host"), None) => Ok(()),
         (Some("new"), None) => unshare(CloneFlags::CLONE_NEWNET)

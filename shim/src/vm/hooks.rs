@@ -1,12 +1,17 @@
 //! Programs of the host that a specification wants run at points of a container's life (OCI runtime
 //! specification, config.md, "POSIX-platform Hooks").
+//!
+//! All are run on the host: `createContainer` hooks in the container's network namespace, which is the one
+//! of its namespaces that is there, the others in that of the shim.
 
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::fs;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use mvm_net::Namespace;
 use oci_spec::runtime::{Hook, Spec};
 use serde_json::json;
 
@@ -15,6 +20,9 @@ const LIMIT: Duration = Duration::from_secs(300);
 
 /// Most bytes of what a failed hook wrote that an error shows.
 const MAX_SHOWN: usize = 2048;
+
+/// The file in a bundle that says that `poststop` hooks are to be run.
+const POSTSTOP: &str = "mvm-poststop";
 
 /// What hooks are told of the container, on standard input.
 #[derive(Debug)]
@@ -31,14 +39,97 @@ pub struct Told<'a> {
     pub spec: &'a Spec,
 }
 
-/// Runs hooks one after the other until one fails.
+/// A point of a container's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Deprecated, and still what many write.
+    Prestart,
+    /// The container's namespaces are there.
+    CreateRuntime,
+    /// The same, for those who want to be in them.
+    CreateContainer,
+    /// Before the container's program, and beside it: no program of the host.
+    StartContainer,
+    /// The program runs.
+    Poststart,
+    /// Nothing of the container is there any more.
+    Poststop,
+}
+
+impl Kind {
+    /// Its name in the specification.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prestart => "prestart",
+            Self::CreateRuntime => "createRuntime",
+            Self::CreateContainer => "createContainer",
+            Self::StartContainer => "startContainer",
+            Self::Poststart => "poststart",
+            Self::Poststop => "poststop",
+        }
+    }
+
+    /// The hooks of this kind.
+    pub fn of(self, spec: &Spec) -> &[Hook] {
+        let Some(hooks) = spec.hooks() else { return &[] };
+        let list = match self {
+            #[allow(deprecated)]
+            Self::Prestart => hooks.prestart(),
+            Self::CreateRuntime => hooks.create_runtime(),
+            Self::CreateContainer => hooks.create_container(),
+            Self::StartContainer => hooks.start_container(),
+            Self::Poststart => hooks.poststart(),
+            Self::Poststop => hooks.poststop(),
+        };
+        list.as_deref().unwrap_or_default()
+    }
+}
+
+/// Runs the hooks of one kind one after the other until one fails.
 ///
 /// # Errors
 /// What the failed one is, and what it said.
-pub fn run(kind: &str, hooks: &[Hook], told: &Told<'_>) -> Result<(), String> {
+pub fn run(kind: Kind, told: &Told<'_>) -> Result<(), String> {
+    let hooks = kind.of(told.spec);
     if hooks.is_empty() {
         return Ok(());
     }
+    if kind != Kind::CreateContainer {
+        return run_all(kind.name(), hooks, told);
+    }
+    let path = format!("/proc/{}/ns/net", told.pid);
+    let namespace = Namespace::open(Path::new(&path)).map_err(|e| e.to_string())?;
+    // What a thread starts is in the thread's namespaces.
+    let run = || Ok(run_all(kind.name(), hooks, told));
+    namespace.enter(run).map_err(|e| e.to_string())?.unwrap_or_else(|e| Err(e.to_string()))
+}
+
+/// Writes down that `poststop` hooks are to be run, for whoever takes the container away.
+///
+/// # Errors
+/// The bundle cannot be written.
+pub fn expect_poststop(bundle: &Path, spec: &Spec) -> io::Result<()> {
+    match Kind::Poststop.of(spec) {
+        [] => Ok(()),
+        _ => fs::write(bundle.join(POSTSTOP), ""),
+    }
+}
+
+/// Runs the `poststop` hooks of the container in `bundle`, unless somebody has run them, or there is no
+/// bundle.
+///
+/// # Errors
+/// What the failed one is, and what it said.
+pub fn run_poststop(id: &str, bundle: &Path) -> Result<(), String> {
+    // Only one can remove it.
+    if fs::remove_file(bundle.join(POSTSTOP)).is_err() {
+        return Ok(());
+    }
+    let spec = Spec::load(bundle.join("config.json")).map_err(|e| e.to_string())?;
+    run(Kind::Poststop, &Told { id, status: "stopped", pid: 0, bundle, spec: &spec })
+}
+
+fn run_all(kind: &str, hooks: &[Hook], told: &Told<'_>) -> Result<(), String> {
     let mut state = json!({
         "ociVersion": told.spec.version(),
         "id": told.id,
@@ -58,7 +149,7 @@ pub fn run(kind: &str, hooks: &[Hook], told: &Told<'_>) -> Result<(), String> {
 }
 
 fn one(hook: &Hook, state: &str) -> Result<(), String> {
-    let text = |e: std::io::Error| e.to_string();
+    let text = |e: io::Error| e.to_string();
     // A file: a hook that writes much to a pipe that is read at the end would wait for ever.
     let mut said = tempfile::tempfile().map_err(text)?;
     let mut command = Command::new(hook.path());
@@ -119,7 +210,7 @@ mod tests {
 
     fn run_one(hook: Hook) -> Result<(), String> {
         let (spec, bundle) = (Spec::default(), Path::new("/b"));
-        run("x", &[hook], &Told { id: "c1", status: "creating", pid: 42, bundle, spec: &spec })
+        run_all("x", &[hook], &Told { id: "c1", status: "creating", pid: 42, bundle, spec: &spec })
     }
 
     #[test]
@@ -127,7 +218,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
         run_one(hook(&format!("cat >{0}; echo \"$A $HOME\" >>{0}", out.display()), 60)).unwrap();
-        let text = std::fs::read_to_string(out).unwrap();
+        let text = fs::read_to_string(out).unwrap();
         let (state, rest) = text.split_at(text.rfind('}').unwrap() + 1);
         let state: serde_json::Value = serde_json::from_str(state).unwrap();
         assert_eq!((state["id"].as_str(), state["pid"].as_u64()), (Some("c1"), Some(42)));
@@ -136,6 +227,27 @@ mod tests {
             (Some("/b"), Some("creating"))
         );
         assert_eq!(rest.trim(), "b=c");
+    }
+
+    #[test]
+    fn poststop_hooks_are_run_once_by_whoever_comes_first() {
+        let bundle = tempfile::tempdir().unwrap();
+        let out = bundle.path().join("out");
+        let script = format!("cat >>{}", out.display());
+        let hooks = serde_json::json!({ "poststop": [
+            { "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"] },
+        ] });
+        let spec = serde_json::json!({ "ociVersion": "1.0.2", "hooks": hooks });
+        fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
+        run_poststop("c1", bundle.path()).unwrap();
+        assert!(!out.exists(), "nobody expects them yet");
+        let spec = Spec::load(bundle.path().join("config.json")).unwrap();
+        expect_poststop(bundle.path(), &spec).unwrap();
+        run_poststop("c1", bundle.path()).unwrap();
+        run_poststop("c1", bundle.path()).unwrap();
+        let state: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(out).unwrap()).unwrap();
+        assert_eq!((state["status"].as_str(), state.get("pid")), (Some("stopped"), None));
     }
 
     #[test]

@@ -9,8 +9,9 @@
 mod binds;
 pub mod cgroup;
 pub mod holder;
-mod hooks;
+pub mod hooks;
 mod machine;
+mod net;
 pub mod pod;
 pub mod rootfs;
 pub mod spec;
@@ -29,14 +30,15 @@ use mvm_sandbox::registry::{Registry, check_name};
 use mvm_sandbox::spec::Root as GuestRoot;
 use mvm_sandbox::timings::Timings;
 use mvm_sandbox::{Description, Disk, Sandbox};
+use mvm_vmm::config::OwnerGone;
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::backend::{Backend, Exit, NewContainer, NewExec, Target};
 use crate::error::{Error, Result};
 use crate::host::{Hardware, Host};
 use cgroup::Cgroups;
-use holder::Holder;
-use hooks::Told;
+use holder::{Heritage, Holder};
+use hooks::{Kind, Told};
 use machine::{Awaited, Machine, root_share};
 use pod::{Role, Standing};
 use rootfs::Root;
@@ -68,6 +70,8 @@ pub struct Machines {
     host: Arc<dyn Host>,
     registry: Registry,
     namespace: String,
+    /// Where this shim listens.
+    socket: PathBuf,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
 }
 
@@ -112,13 +116,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Machines {
-    /// No machines yet. Their state is kept where `host` says.
+    /// No machines yet. Their state is kept where `host` says; `socket` is where this shim listens.
     ///
     /// # Errors
     /// There is no place for it.
-    pub fn new(host: Arc<dyn Host>, namespace: &str) -> anyhow::Result<Self> {
+    pub fn new(
+        host: Arc<dyn Host>,
+        namespace: &str,
+        socket: Option<PathBuf>,
+    ) -> anyhow::Result<Self> {
         let registry = Registry::open(host.layout()?)?;
-        Ok(Self { host, registry, namespace: namespace.to_owned(), containers: Mutex::default() })
+        let (namespace, socket) = (namespace.to_owned(), socket.unwrap_or_default());
+        Ok(Self { host, registry, namespace, socket, containers: Mutex::default() })
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {
@@ -182,6 +191,7 @@ impl Machines {
         let groups = Cgroups::join(spec).map_err(|e| Error::InvalidArgument(e.to_string()))?;
         let mut sandbox = Sandbox::create(&self.registry, about)?;
         let booted = plan(hardware).and_then(|plan| {
+            sandbox.connect(&net::wish(&spec::network(spec), container.holder.pid()))?;
             let interrupt = Some(container.interrupt.as_fd());
             sandbox.boot(&MonitorLauncher, plan, &mut Timings::start(), interrupt)?;
             start(&mut sandbox)
@@ -300,6 +310,8 @@ fn machine_plan(
         cmdline: hardware.cmdline,
         console: None,
         boot_limit: hardware.boot_limit,
+        // Nobody could reach what runs in it any more.
+        owner_gone: OwnerGone::End,
     }
 }
 
@@ -315,7 +327,7 @@ fn add_sysctls(spec: &mut Spec, sandbox: &Spec) {
 }
 
 impl Container {
-    fn new(new: &NewContainer) -> Result<Self> {
+    fn new(new: &NewContainer, socket: &Path) -> Result<Self> {
         let path = new.bundle.join("config.json");
         let failed = format!("cannot use {}", path.display());
         let mut spec = Spec::load(&path).map_err(Error::failed_to(failed))?;
@@ -324,6 +336,17 @@ impl Container {
             process.set_terminal(Some(new.terminal));
         }
         let role = Role::of(&spec);
+        let network = spec::network(&spec);
+        if role != Role::Member {
+            net::check(&network)?;
+        }
+        if !Kind::StartContainer.of(&spec).is_empty() {
+            return Err(Error::Unimplemented(
+                "hooks.startContainer: such hooks are run inside the container, which is in a guest; mvm \
+                 runs hooks on the host alone"
+                    .into(),
+            ));
+        }
         if role != Role::Sandbox {
             // What cannot be carried out is said at once, not only when the machine boots.
             inside(&spec, &new.bundle, role, FIRST)?;
@@ -341,7 +364,8 @@ impl Container {
         let disk = if role == Role::Alone { rootfs::disk(&new.rootfs) } else { None };
         let mounts = if disk.is_some() || role == Role::Sandbox { &[][..] } else { &new.rootfs };
         let root = Root::mount(&root_path, mounts).map_err(Error::failed)?;
-        let holder = Holder::start(&new.id, &spec::network(&spec)).map_err(Error::failed)?;
+        let heritage = Heritage { id: &new.id, bundle: &new.bundle, socket };
+        let holder = Holder::start(heritage, &network).map_err(Error::failed)?;
         Ok(Self {
             id: new.id.clone(),
             bundle: new.bundle.clone(),
@@ -359,39 +383,17 @@ impl Container {
     }
 
     /// Runs the hooks of one kind.
-    fn hooks(&self, kind: &str, status: &str, pid: u32) -> std::result::Result<(), String> {
+    fn hooks(&self, kind: Kind, status: &str) -> std::result::Result<(), String> {
         let spec = lock(&self.spec).clone();
-        let Some(hooks) = spec.hooks() else { return Ok(()) };
-        let list = match kind {
-            // Deprecated, and still what many write.
-            #[allow(deprecated)]
-            "prestart" => hooks.prestart(),
-            "createRuntime" => hooks.create_runtime(),
-            "createContainer" => hooks.create_container(),
-            "startContainer" => hooks.start_container(),
-            "poststart" => hooks.poststart(),
-            _ => hooks.poststop(),
-        };
-        let told = Told { id: &self.id, status, pid, bundle: &self.bundle, spec: &spec };
-        hooks::run(kind, list.as_deref().unwrap_or_default(), &told)
+        let pid = self.holder.pid();
+        hooks::run(kind, &Told { id: &self.id, status, pid, bundle: &self.bundle, spec: &spec })
     }
 
     fn prepare(&self) -> Result<()> {
-        for kind in ["prestart", "createRuntime"] {
-            self.hooks(kind, "creating", self.holder.pid()).map_err(Error::failed)?;
-        }
-        let spec = lock(&self.spec);
-        let hooks = spec.hooks().clone().unwrap_or_default();
-        for (kind, list) in [
-            ("createContainer", hooks.create_container()),
-            ("startContainer", hooks.start_container()),
-        ] {
-            if list.as_ref().is_some_and(|list| !list.is_empty()) {
-                tracing::warn!(
-                    container = self.id,
-                    "{kind} hooks are not run: the guest has them not"
-                );
-            }
+        let what = format!("cannot write to {}", self.bundle.display());
+        hooks::expect_poststop(&self.bundle, &lock(&self.spec)).map_err(Error::failed_to(what))?;
+        for kind in [Kind::Prestart, Kind::CreateRuntime, Kind::CreateContainer] {
+            self.hooks(kind, "creating").map_err(Error::failed)?;
         }
         Ok(())
     }
@@ -468,7 +470,7 @@ impl Container {
             None => Ok(()),
         };
         drop(lock(&self.root).take());
-        if let Err(e) = self.hooks("poststop", "stopped", 0) {
+        if let Err(e) = hooks::run_poststop(&self.id, &self.bundle) {
             // As the specification has it: told, and that is all.
             tracing::warn!(container = self.id, "{e}");
         }
@@ -507,7 +509,7 @@ fn inside(spec: &Spec, bundle: &Path, role: Role, name: &str) -> Result<Inside> 
 
 impl Backend for Machines {
     fn create(&self, new: &NewContainer) -> Result<u32> {
-        let container = Container::new(new)?;
+        let container = Container::new(new, &self.socket)?;
         match container.role {
             Role::Member => drop(self.pod()?),
             Role::Alone | Role::Sandbox => {
@@ -538,7 +540,7 @@ impl Backend for Machines {
             Role::Member => self.start_member(&container, stdio)?,
         };
         *lock(&container.running) = Some(running);
-        if let Err(e) = container.hooks("poststart", "running", container.holder.pid()) {
+        if let Err(e) = container.hooks(Kind::Poststart, "running") {
             tracing::warn!(container = container.id, "{e}");
         }
         Ok(streams)

@@ -96,6 +96,7 @@ impl Machine {
             cmdline: String::new(),
             console: None,
             boot_limit: LIMIT,
+            owner_gone: OwnerGone::End,
         };
         let registry = Registry::open(layout).expect("a registry");
         let about = Description { vcpus: VCPUS, memory: MEMORY, ..Description::default() };

@@ -18,6 +18,7 @@ use mvm_sandbox::spec::{self, Container, CpuShare, parse_size, signal_name, sign
 use mvm_sandbox::timings::Timings;
 use mvm_sandbox::unikernel::Recognised;
 use mvm_sandbox::{Description, Disk, EXIT_FAILURE, Error, Sandbox, engine};
+use mvm_vmm::config::OwnerGone;
 use nix::libc::{SIGINT, SIGPIPE, SIGTERM};
 
 use super::attach::{Attachment, End, stand_by};
@@ -126,6 +127,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         cmdline: settings.cmdline.value.unwrap_or_default(),
         console: args.console.as_deref().map(open_console).transpose()?,
         boot_limit: Duration::from_secs(settings.boot_timeout.value),
+        owner_gone: OwnerGone::Continue,
     };
     let code = Run { args, signals, sandbox, timings }.lead(plan, &container)?;
     Ok(code)

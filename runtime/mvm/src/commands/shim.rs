@@ -24,6 +24,11 @@ pub fn main() -> ExitCode {
     containerd_shim_mvm::main(Arc::new(Program), std::env::args_os().skip(1))
 }
 
+/// Hands over to the process that stands for a container.
+pub fn holder() -> ExitCode {
+    containerd_shim_mvm::vm::holder::main(&Program)
+}
+
 /// This program, with the same settings and directories as its command line has; `MVM_ROOT` and
 /// `MVM_CONFIG` in containerd's environment change them.
 #[derive(Debug)]
