@@ -9,7 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use mvm_net::Namespace;
-use mvm_tests::{Finished, Running, World, run_with};
+use mvm_tests::{Finished, Running, World, engine, run_with};
+use mvm_vmm::testing::ElfBuilder;
 use nix::sys::signal::{Signal, kill};
 
 /// Longer than anything that is not stuck takes.
@@ -281,6 +282,43 @@ fn networks_that_there_are_not_are_told_plainly() {
     let run = world.mvm(&["run", "--rm", "-p", "80:80", "busybox", "true"]).expect_code(125);
     assert!(run.err().contains("--network cni:NAME"), "{}", run.err());
     assert_eq!(world.mvm(&["ps", "-aq"]).expect_code(0).out(), "", "nothing is left of them");
+}
+
+/// Prints its command line and ends with exit code 43: tests/unikernels.rs says how.
+const PRINTS: &[u8] = &[
+    0x8b, 0xb6, 0x28, 0x02, 0, 0, 0xba, 0xf8, 0x03, 0, 0, 0xac, 0x84, 0xc0, 0x74, 0x03, 0xee, 0xeb,
+    0xf8, 0xb0, 0x0a, 0xee, 0xb8, 21, 0, 0, 0, 0xe7, 0xf4, 0xfa, 0xf4, 0xeb, 0xfd,
+];
+
+#[test]
+fn unikernels_have_a_device_and_are_told_their_address() {
+    const AT: u64 = 0x10_0000;
+    let cable = Cable::new("told");
+    let world = World::new();
+    let kernel = world.root().join("app");
+    fs::write(&kernel, ElfBuilder::elf64(AT).segment(AT, AT, PRINTS, 0x1000).build()).unwrap();
+    let run = |kind: &str, network: &str| {
+        let kernel = kernel.to_str().unwrap();
+        let args = ["run", "--engine", engine(), "--rm", "--network", network, "--unikernel"];
+        world.mvm(&[&args[..], &[kind, "--kernel", kernel, "word"]].concat()).expect_code(43)
+    };
+    let network = cable.network();
+    let device = "virtio_mmio.device=";
+    let devices = |out: &str| out.matches(device).count();
+    assert_eq!(devices(&run("rust", &network).out()), devices(&run("rust", "none").out()) + 1);
+    for (kind, want) in [
+        ("rust", "ip=10.89.0.2/24 gateway=10.89.0.1 word"),
+        ("unikraft", "app netdev.ip=10.89.0.2/24:10.89.0.1"),
+        ("hermit", "-ip 10.89.0.2 -mask 255.255.255.0 -gateway 10.89.0.1 -- word"),
+    ] {
+        let told = run(kind, &network);
+        assert!(told.out().starts_with(want), "{kind}: {}", told.out());
+        assert!(!told.err().contains("not told"), "{kind}: {}", told.err());
+    }
+    let untold = run("nanos", &network);
+    assert!(untold.err().contains("not told its address 10.89.0.2/24"), "{}", untold.err());
+    assert!(!untold.out().contains("10.89.0.2"), "{}", untold.out());
+    cable.nothing_is_left();
 }
 
 /// CNI's plugins, if the host has them.

@@ -80,6 +80,9 @@ pub enum Error {
         /// What the kernel calls it.
         name: String,
     },
+    /// A Solo5 kernel is to have a network device.
+    #[error("there is no network for Solo5's guests yet; run it without")]
+    NetForSolo5,
     /// A Solo5 kernel demands a block device.
     #[error("the kernel demands the block device {name:?}, and there is no disk for it: give one")]
     NoDisk {
@@ -247,7 +250,7 @@ impl Devices {
                 return Err(Error::NoInput);
             }
             if !parts.nets.is_empty() {
-                tracing::warn!("there is no network for Solo5's guests yet");
+                return Err(Error::NetForSolo5);
             }
             let config = HypercallConfig {
                 ram: ram.clone(),

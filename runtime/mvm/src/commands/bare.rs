@@ -18,10 +18,11 @@ use mvm_sandbox::ending::Ending;
 use mvm_sandbox::engine::{self, Guest};
 use mvm_sandbox::logfile::{LogWriter, Source};
 use mvm_sandbox::machine::{MonitorLauncher, Payload};
+use mvm_sandbox::network::Wish;
 use mvm_sandbox::pump::{self, Flag, OutputEnd, Sink};
 use mvm_sandbox::spec::{parse_size, signal_name};
 use mvm_sandbox::timings::Timings;
-use mvm_sandbox::unikernel::{Kind, Words};
+use mvm_sandbox::unikernel::{Address, Kind, Words};
 use mvm_sandbox::{BarePlan, Description, Disk, Error, Sandbox, Woken};
 use mvm_vmm::EndReason;
 use mvm_vmm::config::BootProtocol;
@@ -70,6 +71,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         disks,
         boot: boot(args, kind)?,
         cmdline,
+        old_unikraft: false,
         command: args.image_and_command.clone(),
         image: kernel_path.display().to_string(),
         image_digest: String::new(),
@@ -95,7 +97,9 @@ pub(super) struct Load {
     pub modules: Vec<(Payload, String)>,
     pub disks: Vec<Disk>,
     pub boot: BootProtocol,
+    /// Without the guest's address.
     pub cmdline: String,
+    pub old_unikraft: bool,
     pub command: Vec<String>,
     pub image: String,
     pub image_digest: String,
@@ -114,6 +118,7 @@ pub(super) fn launch(
     let vcpus = cpus(settings)?.vcpus();
     let mut labels = load.labels;
     labels.extend(run::labels(args)?);
+    let wish = run::network(args)?;
     let registry = context.registry()?;
     if let Some(name) = &args.name {
         mvm_sandbox::registry::check_name(name).map_err(Error::from)?;
@@ -142,7 +147,18 @@ pub(super) fn launch(
         stop_timeout: settings.stop_timeout.value,
         ..Description::default()
     };
-    let sandbox = Sandbox::create(&registry, about)?;
+    let mut sandbox = Sandbox::create(&registry, about)?;
+    let mut cmdline = load.cmdline;
+    if wish != Wish::None {
+        if let Err(e) = sandbox.connect(&wish) {
+            return give_up(sandbox, e);
+        }
+        match tell(sandbox.address(), load.kind, load.old_unikraft, &cmdline) {
+            Ok(told) => cmdline = told,
+            Err(why) => complain(&why),
+        }
+        timings.mark("network");
+    }
     let plan = BarePlan {
         vcpus,
         memory,
@@ -152,13 +168,32 @@ pub(super) fn launch(
         kernel: load.kernel,
         initrd: load.initrd,
         modules: load.modules,
-        cmdline: load.cmdline,
+        cmdline,
         style: load.kind.style(),
         boot: load.boot,
         disks: load.disks,
         input: args.interactive && !args.detach,
     };
     lead(args, sandbox, plan, load.command, &signals, timings)
+}
+
+/// The command line with the guest's address, or why the guest is not told it. It has the device all
+/// the same: somebody else may tell it, or a DHCP server.
+fn tell(
+    address: Option<Address>,
+    kind: Kind,
+    old_unikraft: bool,
+    cmdline: &str,
+) -> Result<String, String> {
+    let Some(address) = address else {
+        return Err("the guest is not told an address: its first interface has none of IPv4".into());
+    };
+    address.tell(kind, old_unikraft, cmdline).ok_or_else(|| {
+        let Address { ip, prefix, .. } = address;
+        format!(
+            "the guest is not told its address {ip}/{prefix}: {kind} kernels have no word for it"
+        )
+    })
 }
 
 /// Flags that ask for something which no agent is there to do.
@@ -169,6 +204,7 @@ pub(super) fn refuse_what_does_not_hold(
 ) -> anyhow::Result<()> {
     let file = from == Provenance::File;
     let deaf = args.interactive && !kind.takes_input();
+    let unconnected = args.network != "none" && !kind.takes_network();
     let asked = [
         (deaf, "--interactive", "Solo5 has no call that reads a console"),
         (args.tty && !args.interactive, "--tty", "without --interactive nobody types at it"),
@@ -179,8 +215,7 @@ pub(super) fn refuse_what_does_not_hold(
         (args.workdir.is_some(), "--workdir", "it has no working directory"),
         (file && args.entrypoint.is_some(), "--entrypoint", "its kernel is the program"),
         (args.hostname.is_some(), "--hostname", "nothing in it takes one"),
-        (args.network != "none", "--network", "nobody could tell it its address yet"),
-        (!args.publish.is_empty(), "--publish", "it has no network"),
+        (unconnected, "--network", "there are no hypercalls of Solo5's for it yet"),
         (args.stop_signal.is_some(), "--stop-signal", "it takes no signals"),
         (args.console.is_some(), "--console", "its console is what it prints"),
         (!args.tmpfs.is_empty(), "--tmpfs", "it has no file systems of mvm's"),
@@ -428,6 +463,13 @@ mod tests {
         refused(&args(&["rust", "--rm", "--cpus", "2", "word"]), Kind::Rust).unwrap();
         for (name, kind) in [("linux", Kind::Linux), ("multiboot", Kind::Multiboot)] {
             refused(&args(&[name, "-i"]), kind).unwrap();
+        }
+        for (name, network, holds) in
+            [("hvt", "ns:/x", false), ("hvt", "none", true), ("rust", "ns:/x", true)]
+        {
+            let args = args(&[name, "--network", network]);
+            let kind = args.unikernel.unwrap().into();
+            assert_eq!(refused(&args, kind).is_ok(), holds, "{name} {network}");
         }
         let deaf = refused(&args(&["hvt", "-i"]), Kind::Hvt).unwrap_err().to_string();
         assert!(deaf.contains("--interactive cannot hold"), "{deaf}");
