@@ -204,7 +204,6 @@ pub(super) fn refuse_what_does_not_hold(
 ) -> anyhow::Result<()> {
     let file = from == Provenance::File;
     let deaf = args.interactive && !kind.takes_input();
-    let unconnected = args.network != "none" && !kind.takes_network();
     let asked = [
         (deaf, "--interactive", "Solo5 has no call that reads a console"),
         (args.tty && !args.interactive, "--tty", "without --interactive nobody types at it"),
@@ -215,7 +214,6 @@ pub(super) fn refuse_what_does_not_hold(
         (args.workdir.is_some(), "--workdir", "it has no working directory"),
         (file && args.entrypoint.is_some(), "--entrypoint", "its kernel is the program"),
         (args.hostname.is_some(), "--hostname", "nothing in it takes one"),
-        (unconnected, "--network", "there are no hypercalls of Solo5's for it yet"),
         (args.stop_signal.is_some(), "--stop-signal", "it takes no signals"),
         (args.console.is_some(), "--console", "its console is what it prints"),
         (!args.tmpfs.is_empty(), "--tmpfs", "it has no file systems of mvm's"),
@@ -463,13 +461,6 @@ mod tests {
         refused(&args(&["rust", "--rm", "--cpus", "2", "word"]), Kind::Rust).unwrap();
         for (name, kind) in [("linux", Kind::Linux), ("multiboot", Kind::Multiboot)] {
             refused(&args(&[name, "-i"]), kind).unwrap();
-        }
-        for (name, network, holds) in
-            [("hvt", "ns:/x", false), ("hvt", "none", true), ("rust", "ns:/x", true)]
-        {
-            let args = args(&[name, "--network", network]);
-            let kind = args.unikernel.unwrap().into();
-            assert_eq!(refused(&args, kind).is_ok(), holds, "{name} {network}");
         }
         let deaf = refused(&args(&["hvt", "-i"]), Kind::Hvt).unwrap_err().to_string();
         assert!(deaf.contains("--interactive cannot hold"), "{deaf}");

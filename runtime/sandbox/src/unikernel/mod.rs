@@ -63,11 +63,6 @@ impl Kind {
         !matches!(self, Self::Hvt | Self::Rumprun)
     }
 
-    /// Whether it can have network devices: Solo5's are by hypercalls that there are not yet.
-    pub fn takes_network(self) -> bool {
-        !matches!(self, Self::Hvt | Self::Rumprun)
-    }
-
     /// What it is told besides its words: where its devices are, if that is where it looks for them.
     pub fn style(self) -> CmdlineStyle {
         match self {
