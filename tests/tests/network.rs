@@ -9,7 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use mvm_net::Namespace;
-use mvm_tests::{Finished, Running, World, run_with};
+use mvm_tests::{Finished, Running, World, engine, run_with};
+use mvm_vmm::testing::ElfBuilder;
 use nix::sys::signal::{Signal, kill};
 
 /// Longer than anything that is not stuck takes.
@@ -280,6 +281,139 @@ fn networks_that_there_are_not_are_told_plainly() {
     let run = world.mvm(&["run", "--rm", "-p", "80:80", "busybox", "true"]).expect_code(125);
     assert!(run.err().contains("--network cni:NAME"), "{}", run.err());
     assert_eq!(world.mvm(&["ps", "-aq"]).expect_code(0).out(), "", "nothing is left of them");
+}
+
+/// Prints its command line and ends with exit code 43: tests/unikernels.rs says how.
+const PRINTS: &[u8] = &[
+    0x8b, 0xb6, 0x28, 0x02, 0, 0, 0xba, 0xf8, 0x03, 0, 0, 0xac, 0x84, 0xc0, 0x74, 0x03, 0xee, 0xeb,
+    0xf8, 0xb0, 0x0a, 0xee, 0xb8, 21, 0, 0, 0, 0xe7, 0xf4, 0xfa, 0xf4, 0xeb, 0xfd,
+];
+
+#[test]
+fn unikernels_have_a_device_and_are_told_their_address() {
+    const AT: u64 = 0x10_0000;
+    let cable = Cable::new("told");
+    let world = World::new();
+    let kernel = world.root().join("app");
+    fs::write(&kernel, ElfBuilder::elf64(AT).segment(AT, AT, PRINTS, 0x1000).build()).unwrap();
+    let run = |kind: &str, network: &str| {
+        let kernel = kernel.to_str().unwrap();
+        let args = ["run", "--engine", engine(), "--rm", "--network", network, "--boot", "linux"];
+        let all = [&args[..], &["--unikernel", kind, "--kernel", kernel, "word"]].concat();
+        world.mvm(&all).expect_code(43)
+    };
+    let network = cable.network();
+    let device = "virtio_mmio.device=";
+    let devices = |out: &str| out.matches(device).count();
+    assert_eq!(devices(&run("rust", &network).out()), devices(&run("rust", "none").out()) + 1);
+    for (kind, want) in [
+        ("rust", "ip=10.89.0.2/24 gateway=10.89.0.1 word"),
+        ("unikraft", "app netdev.ip=10.89.0.2/24:10.89.0.1"),
+        ("nanos", "en1.ipaddr=10.89.0.2 en1.netmask=255.255.255.0 en1.gateway=10.89.0.1 word"),
+        ("hermit", "-ip 10.89.0.2 -mask 255.255.255.0 -gateway 10.89.0.1 -- word"),
+    ] {
+        let told = run(kind, &network);
+        assert!(told.out().starts_with(want), "{kind}: {}", told.out());
+        assert!(!told.err().contains("not told"), "{kind}: {}", told.err());
+    }
+    let untold = run("multiboot", &network);
+    assert!(untold.err().contains("not told its address 10.89.0.2/24"), "{}", untold.err());
+    assert!(!untold.out().contains("10.89.0.2"), "{}", untold.out());
+    cable.nothing_is_left();
+}
+
+/// A program for Solo5's hvt, made by hand.
+#[derive(Default)]
+struct Calls(Vec<u8>);
+
+impl Calls {
+    /// Its argument blocks, and its data.
+    const ARGS: u32 = 0x28_0000;
+    const DATA: u32 = 0x30_0000;
+
+    fn put(&mut self, opcode: &[u8], operands: &[u32]) {
+        self.0.extend(opcode);
+        operands.iter().for_each(|operand| self.0.extend(operand.to_le_bytes()));
+    }
+
+    /// Stores bytes, a multiple of four.
+    fn store(&mut self, at: u32, bytes: &[u8]) {
+        for (at, word) in (at..).step_by(4).zip(bytes.chunks_exact(4)) {
+            let word = u32::from_le_bytes(word.try_into().unwrap());
+            self.put(&[0xc7, 0x04, 0x25], &[at, word]); // mov dword [at], word
+        }
+    }
+
+    fn call(&mut self, number: u32, words: &[u64]) {
+        self.store(
+            Self::ARGS,
+            &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>(),
+        );
+        self.put(&[0xba], &[0x500 + number]); // mov edx, port
+        self.put(&[0xb8], &[Self::ARGS]); // mov eax, ARGS
+        self.put(&[0xef], &[]); // out dx, eax
+    }
+
+    /// Shows memory, which may be what only the machine writes.
+    fn show(&mut self, from: u32, len: u32) {
+        let to = Self::DATA + 0x8000;
+        self.put(&[0xbe], &[from]); // mov esi, from
+        self.put(&[0xbf], &[to]); // mov edi, to
+        self.put(&[0xb9], &[len]); // mov ecx, len
+        self.put(&[0xfc, 0xf3, 0xa4], &[]); // cld; rep movsb
+        self.call(2, &[to.into(), len.into()]);
+    }
+
+    /// Goes to `back` unless the 16 bits at `at` are these.
+    fn unless(&mut self, at: u32, value: [u8; 2], back: usize) {
+        self.put(&[0x66, 0x81, 0x3c, 0x25], &[at]); // cmp word [at], value
+        self.0.extend(value);
+        let next = self.0.len() + 6;
+        self.put(&[0x0f, 0x85], &[(back as u32).wrapping_sub(next as u32)]); // jne back
+    }
+}
+
+#[test]
+fn a_guest_of_solo5s_asks_for_its_gateway() {
+    const AT: u64 = 0x10_0000;
+    const CMDLINE: u32 = 0x2_0000;
+    let told = "--ipv4=10.89.0.2/24 --ipv4-gateway=10.89.0.1 word";
+    let mac = [2, 0, 0, 0, 0, 0x77];
+    // ARP (RFC 826): who has 10.89.0.1?
+    let mut frame = [&[0xff; 6][..], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &mac].concat();
+    frame.extend([10, 89, 0, 2, 0, 0, 0, 0, 0, 0, 10, 89, 0, 1]);
+    frame.resize(60, 0);
+    let (sent, received) = (Calls::DATA, Calls::DATA + 0x4000);
+    let mut calls = Calls::default();
+    calls.show(CMDLINE, told.len() as u32);
+    calls.store(sent, &frame);
+    calls.call(6, &[1, sent.into(), frame.len() as u64, 7]);
+    let wait = calls.0.len();
+    calls.call(3, &[u64::MAX, 0, 0]);
+    calls.call(7, &[1, received.into(), 2048, 7]);
+    // Until there is the answer: other frames come by, too.
+    calls.unless(received + 12, [8, 6], wait);
+    calls.unless(received + 20, [0, 2], wait);
+    calls.show(received + 28, 4);
+    calls.call(8, &[0, 5]);
+    let kernel = ElfBuilder::elf64(AT).segment(AT, AT, &calls.0, 0x1000);
+    let kernel = kernel.solo5(1, &[("service", 2)]).build();
+
+    let cable = Cable::new("solo5");
+    cable.ip(0, "link set eth0 address 02:00:00:00:00:77");
+    let world = World::new();
+    let path = world.root().join("app.hvt");
+    fs::write(&path, kernel).unwrap();
+    let run = |network: &str| {
+        let kernel = path.to_str().unwrap();
+        let args = ["run", "--engine", engine(), "--rm", "--network", network, "--unikernel"];
+        world.mvm(&[&args[..], &["hvt", "--kernel", kernel, "word"]].concat())
+    };
+    let answered = run(&cable.network()).expect_code(5);
+    assert_eq!(answered.out(), format!("{told}\n\x59\0\x01"), "the command line, and 10.89.0.1");
+    cable.nothing_is_left();
+    let without = run("none").expect_code(125);
+    assert!(without.err().contains("network device \"service\""), "{}", without.err());
 }
 
 /// CNI's plugins, if the host has them.

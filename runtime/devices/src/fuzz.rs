@@ -20,8 +20,8 @@ use crate::virtio::net::{Net, NetBackend, NetConfig, PacketSocket};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockConfig};
 use crate::{
-    BusDevice, EventLoop, Gate, HypercallConfig, HypercallDisk, Hypercalls, InterruptLine, Serial,
-    SerialConfig,
+    BusDevice, EventLoop, Gate, HypercallConfig, HypercallDisk, HypercallNet, Hypercalls,
+    InterruptLine, Serial, SerialConfig,
 };
 
 const RAM: u64 = 2 << 20;
@@ -65,11 +65,21 @@ fn events() -> Option<EventLoop> {
 pub fn fuzz_hvt(data: &[u8]) {
     let make = || -> io::Result<(GuestRam, Hypercalls)> {
         let ram = GuestRam::new(&[(0, RAM)]).map_err(io::Error::other)?;
+        let network = UnixDatagram::pair()?;
+        for len in [1, 12, 13, 26, 100, 2000] {
+            network.1.send(&vec![len as u8; len])?;
+        }
         let disks = vec![HypercallDisk { handle: 1, file: disk(64 << 10)?, read_only: false }];
         let config = HypercallConfig {
             ram: ram.clone(),
             console: Serial::new(Arc::new(Unconnected), SerialConfig::default()),
             disks,
+            nets: vec![HypercallNet {
+                handle: 2,
+                mac: [2, 0, 0, 0, 0, 1],
+                mtu: 1500,
+                backend: Box::new(PacketSocket::new(network.0)?),
+            }],
             // Shut: nobody waits.
             gate: Arc::new(Gate::new()),
             events: Arc::new(|_| {}),

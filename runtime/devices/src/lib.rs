@@ -37,7 +37,7 @@ pub use bus::{AddressSpace, Bus, BusDevice, BusError, DeviceStats};
 pub use event_loop::{EventLoop, EventLoopError, Interest, Registrar, Source, Subscriber};
 pub use events::{EventSink, VmEvent};
 pub use gate::{Gate, Passage};
-pub use hvt::{HypercallConfig, HypercallDisk, Hypercalls};
+pub use hvt::{HypercallConfig, HypercallDisk, HypercallNet, Hypercalls};
 pub use ioapic::{IoApic, IoApicPin, IoApicState};
 pub use irq::{EventFdLine, InterruptLine, MsiMessage, MsiSink};
 pub use platform::{

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -19,6 +19,7 @@ use mvm_netlink::ip_bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::registry::Place;
+use crate::unikernel::Address;
 
 /// Name of the file in the sandbox's directory that says what has to be undone.
 pub const FILE: &str = "network.json";
@@ -286,6 +287,22 @@ impl Network {
         Names { addresses: addresses.collect(), resolv_conf: self.resolv_conf.clone() }
     }
 
+    /// What a guest without an agent is told: of its first device, if that has an IPv4 address.
+    pub fn address(&self) -> Option<Address> {
+        let first = self.interfaces.first()?;
+        let mut addresses = first.addresses.iter();
+        let (ip, prefix) = addresses.find_map(|a| Some((v4(a.ip)?, a.prefix)))?;
+        let defaults = first.routes.iter().filter(|route| route.destination.is_none());
+        let gateways = defaults.filter_map(|r| Some((r.metric.unwrap_or(0), v4(r.gateway?)?)));
+        let gateway = gateways.min_by_key(|(metric, _)| *metric).map(|(_, gateway)| gateway);
+        let lines = self.resolv_conf.as_deref().unwrap_or_default().lines();
+        let mut servers = lines.filter_map(|line| {
+            let mut words = line.split_ascii_whitespace();
+            (words.next() == Some("nameserver")).then(|| words.next()?.parse().ok()).flatten()
+        });
+        Some(Address { ip, prefix: prefix.min(32), gateway, name_server: servers.next() })
+    }
+
     /// For those who look at the sandbox.
     pub fn summary(&self) -> Vec<Summary> {
         let summary = |interface: &Interface| Summary {
@@ -304,6 +321,13 @@ impl Network {
     /// What the agent is told.
     pub(crate) fn messages(&self) -> Vec<NetworkInterface> {
         self.interfaces.iter().map(message).collect()
+    }
+}
+
+fn v4(ip: IpAddr) -> Option<Ipv4Addr> {
+    match ip {
+        IpAddr::V4(ip) => Some(ip),
+        IpAddr::V6(_) => None,
     }
 }
 

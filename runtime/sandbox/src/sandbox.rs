@@ -24,6 +24,7 @@ use crate::registry::{Place, Registry};
 use crate::spec::{self, Container};
 use crate::state::{EngineChoice, SPEC_FILE, STATE_VERSION, State, Status, now_ms};
 use crate::timings::Timings;
+use crate::unikernel::Address;
 
 /// What is recorded about a sandbox from the beginning.
 #[derive(Debug, Clone, Default)]
@@ -135,6 +136,11 @@ impl Sandbox {
         let names = network.names();
         self.save()?;
         Ok(Some(names))
+    }
+
+    /// What a guest without an agent is told of the network that [`Sandbox::connect`] made.
+    pub fn address(&self) -> Option<Address> {
+        self.network.as_ref().and_then(Network::address)
     }
 
     /// Starts the machine and waits until its agent is ready. `interrupt` ends the wait when it

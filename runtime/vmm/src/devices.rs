@@ -74,11 +74,22 @@ pub enum Error {
     TooMany,
     /// A Solo5 kernel demands a network device.
     #[error(
-        "the kernel demands the network device {name:?}; there is no network for Solo5's guests yet"
+        "the kernel demands the network device {name:?}, and there is no network for it: give one"
     )]
     NoNetwork {
         /// What the kernel calls it.
         name: String,
+    },
+    /// A Solo5 kernel demands fewer network devices than there are.
+    #[error(
+        "there are {networks} network interfaces, and the kernel's manifest demands {demanded} network devices: \
+         run it with as many"
+    )]
+    SpareNetwork {
+        /// How many there are.
+        networks: usize,
+        /// How many are demanded.
+        demanded: usize,
     },
     /// A Solo5 kernel demands a block device.
     #[error("the kernel demands the block device {name:?}, and there is no disk for it: give one")]
@@ -246,13 +257,11 @@ impl Devices {
             if parts.console_input.is_some() {
                 return Err(Error::NoInput);
             }
-            if !parts.nets.is_empty() {
-                tracing::warn!("there is no network for Solo5's guests yet");
-            }
             let config = HypercallConfig {
                 ram: ram.clone(),
                 console: devices.serial.clone(),
                 disks: hvt::assign(guest.manifest, parts.disks)?,
+                nets: hvt::assign_nets(guest.manifest, parts.nets)?,
                 gate: guest.gate.clone(),
                 events: parts.on_event,
             };
@@ -356,10 +365,13 @@ impl Devices {
         Ok(())
     }
 
-    /// What a Solo5 guest's block devices are.
+    /// What a Solo5 guest's devices are.
     pub fn attached(&self) -> Vec<Attached> {
-        let capacities = self.hypercalls.iter().flat_map(|h| h.capacities());
-        capacities.map(|(handle, capacity)| Attached { handle, capacity }).collect()
+        let Some(hypercalls) = &self.hypercalls else { return Vec::new() };
+        let block = |(handle, capacity)| Attached::Block { handle, capacity };
+        let net = |(handle, mac, mtu)| Attached::Net { handle, mac, mtu };
+        let blocks = hypercalls.capacities().map(block);
+        blocks.chain(hypercalls.networks().map(net)).collect()
     }
 
     /// Stops the work on all queues, with the vCPUs stopped already.

@@ -20,6 +20,8 @@ pub mod call {
 #[repr(u32)]
 pub enum Answer {
     Ok = 0,
+    /// Not now: there is nothing yet.
+    Again = 1,
     /// What is asked for makes no sense.
     Invalid = 2,
     /// It failed on the host.
@@ -83,6 +85,9 @@ pub mod block {
 /// `struct hvt_hc_net_write` and `struct hvt_hc_net_read`.
 pub mod net {
     pub const SIZE: usize = 32;
+    pub const HANDLE: usize = 0;
+    pub const DATA: usize = 8;
+    pub const LEN: usize = 16;
     pub const RESULT: u64 = 24;
 }
 

@@ -1,10 +1,11 @@
 //! The hypercalls of Solo5's hvt: all that its guests have in place of devices.
 //!
 //! A call is a 32-bit `out`; whoever does it any other way, or names memory that is not its own, is
-//! ended, as by Solo5's own tender. There is no network: a kernel that demands one is not started.
+//! ended, as by Solo5's own tender.
 
 mod abi;
 mod block;
+mod net;
 #[cfg(test)]
 mod tests;
 
@@ -18,9 +19,11 @@ use mvm_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
 use crate::gate::{Gate, Passage};
+use crate::virtio::net::NetBackend;
 use crate::{BusDevice, EventSink, Serial, VmEvent};
 use abi::{Answer, Arguments, COOKIE_SIZE, call};
 use block::Disk;
+use net::Port;
 
 /// Most bytes of one `puts` that are printed. Printing is best-effort by Solo5's own rules; its
 /// guests print lines.
@@ -51,6 +54,8 @@ pub struct HypercallConfig {
     pub console: Arc<Serial>,
     /// Block devices by their handles.
     pub disks: Vec<HypercallDisk>,
+    /// Networks by their handles.
+    pub nets: Vec<HypercallNet>,
     /// Ends the guest's waiting when the machine is to stand still.
     pub gate: Arc<Gate>,
     /// Told of the guest's end.
@@ -68,11 +73,25 @@ pub struct HypercallDisk {
     pub read_only: bool,
 }
 
+/// A network device of a Solo5 guest.
+#[derive(Debug)]
+pub struct HypercallNet {
+    /// What the guest calls it: its place in the manifest, below 64.
+    pub handle: u64,
+    /// The guest's address on it.
+    pub mac: [u8; 6],
+    /// Longest packet in bytes without the Ethernet header.
+    pub mtu: u16,
+    /// The way to the network.
+    pub backend: Box<dyn NetBackend>,
+}
+
 /// The hypercall ports.
 pub struct Hypercalls {
     ram: GuestRam,
     console: Arc<Serial>,
     disks: Vec<Disk>,
+    nets: Vec<Port>,
     gate: Arc<Gate>,
     events: EventSink,
     calls: [AtomicU64; CALLS],
@@ -93,13 +112,17 @@ impl Hypercalls {
     /// Hypercalls for the guest that has all of `config`.
     ///
     /// # Errors
-    /// The size of a disk cannot be found out.
+    /// The size of a disk cannot be found out, or waiting for a network cannot be prepared.
     pub fn new(config: HypercallConfig) -> io::Result<Self> {
         let disks = config.disks.into_iter().map(Disk::new).collect::<Result<_, _>>()?;
+        if !config.nets.is_empty() {
+            config.gate.arm()?;
+        }
         Ok(Self {
             ram: config.ram,
             console: config.console,
             disks,
+            nets: config.nets.into_iter().map(Port::new).collect(),
             gate: config.gate,
             events: config.events,
             calls: Default::default(),
@@ -111,10 +134,22 @@ impl Hypercalls {
         self.disks.iter().map(|disk| (disk.handle(), disk.capacity()))
     }
 
-    /// How often each call was made.
+    /// Handle, address and MTU of each network.
+    pub fn networks(&self) -> impl Iterator<Item = (u64, [u8; 6], u16)> + '_ {
+        self.nets.iter().map(|net| (net.handle(), net.mac(), net.mtu()))
+    }
+
+    /// How often each call was made, and what became of frames.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         let named = NAMES.iter().zip(&self.calls).skip(1);
-        named.map(|(name, count)| (*name, count.load(Ordering::Relaxed))).collect()
+        let calls = named.map(|(name, count)| (*name, count.load(Ordering::Relaxed)));
+        let mut all = [0; 3];
+        for counts in self.nets.iter().map(Port::counts) {
+            all.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+        }
+        calls
+            .chain(["frames_sent", "frames_received", "frames_dropped"].into_iter().zip(all))
+            .collect()
     }
 
     fn call(&self, number: u16, gpa: u64) -> Result<(), Refused> {
@@ -127,7 +162,8 @@ impl Hypercalls {
             call::POLL => self.poll(gpa),
             call::BLOCK_WRITE => self.block(gpa, Disk::write),
             call::BLOCK_READ => self.block(gpa, Disk::read),
-            call::NET_WRITE | call::NET_READ => self.net(gpa),
+            call::NET_WRITE => self.net_write(gpa),
+            call::NET_READ => self.net_read(gpa),
             call::HALT => self.halt(gpa),
             _ => Err("there is no such call"),
         }
@@ -157,13 +193,17 @@ impl Hypercalls {
         Ok(())
     }
 
-    /// Nothing ever becomes ready. The guest may be sent on before its time, when the machine is
-    /// paused: it looks at its clock again, as it must after any wait.
+    /// Waits for a frame on any network. The guest may be sent on before its time, when the machine
+    /// is paused: it looks at its clock again, as it must after any wait.
     fn poll(&self, gpa: u64) -> Result<(), Refused> {
         let arguments = self.arguments::<{ abi::poll::SIZE }>(gpa)?;
-        self.gate.wait(Duration::from_nanos(arguments.long(abi::poll::TIMEOUT)));
-        self.answer(gpa + abi::poll::READY_SET, 0u64)?;
-        self.answer(gpa + abi::poll::RESULT, 0u32)
+        let time = Duration::from_nanos(arguments.long(abi::poll::TIMEOUT));
+        let fds: Vec<_> = self.nets.iter().map(Port::fd).collect();
+        let ready = self.gate.wait_readable(&fds, time);
+        let ready = self.nets.iter().zip(ready).filter(|(_, ready)| *ready);
+        let set = ready.fold(0, |set, (net, _)| set | 1u64 << (net.handle() & 63));
+        self.answer(gpa + abi::poll::READY_SET, set)?;
+        self.answer(gpa + abi::poll::RESULT, set.count_ones())
     }
 
     fn block(&self, gpa: u64, transfer: fn(&Disk, &Transfer<'_>) -> Answer) -> Result<(), Refused> {
@@ -182,10 +222,35 @@ impl Hypercalls {
         self.answer(gpa + abi::block::RESULT, answer as u32)
     }
 
-    /// No handle is a network device's.
-    fn net(&self, gpa: u64) -> Result<(), Refused> {
-        self.arguments::<{ abi::net::SIZE }>(gpa)?;
-        self.answer(gpa + abi::net::RESULT, Answer::Invalid as u32)
+    fn net_write(&self, gpa: u64) -> Result<(), Refused> {
+        let (net, data, len) = self.net_arguments(gpa)?;
+        let answer = match net {
+            Some(net) => net.write(&self.ram, data, len)?,
+            None => Answer::Invalid,
+        };
+        self.answer(gpa + abi::net::RESULT, answer as u32)
+    }
+
+    fn net_read(&self, gpa: u64) -> Result<(), Refused> {
+        let (net, data, len) = self.net_arguments(gpa)?;
+        let answer = match net.map(|net| net.read(&self.ram, data, len)).transpose()? {
+            Some(Ok(received)) => {
+                self.answer(gpa + abi::net::LEN as u64, received)?;
+                Answer::Ok
+            }
+            Some(Err(answer)) => answer,
+            None => Answer::Invalid,
+        };
+        self.answer(gpa + abi::net::RESULT, answer as u32)
+    }
+
+    /// The network that a call is about, and the guest's memory: address and length.
+    fn net_arguments(&self, gpa: u64) -> Result<(Option<&Port>, u64, u64), Refused> {
+        let arguments = self.arguments::<{ abi::net::SIZE }>(gpa)?;
+        let (data, len) = (arguments.long(abi::net::DATA), arguments.long(abi::net::LEN));
+        self.own(data, len)?;
+        let handle = arguments.long(abi::net::HANDLE);
+        Ok((self.nets.iter().find(|net| net.handle() == handle), data, len))
     }
 
     fn halt(&self, gpa: u64) -> Result<(), Refused> {
@@ -261,6 +326,9 @@ impl std::fmt::Debug for Hypercalls {
 
 impl std::fmt::Debug for HypercallConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HypercallConfig").field("disks", &self.disks).finish_non_exhaustive()
+        f.debug_struct("HypercallConfig")
+            .field("disks", &self.disks)
+            .field("nets", &self.nets)
+            .finish_non_exhaustive()
     }
 }

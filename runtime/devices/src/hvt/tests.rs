@@ -1,11 +1,13 @@
 //! Hypercalls by a guest that is a test.
 
 use std::io::Write;
+use std::os::unix::net::UnixDatagram;
 use std::sync::Mutex;
 use std::thread;
 
 use super::*;
-use crate::testing::Rng;
+use crate::testing::{PATIENCE, Rng};
+use crate::virtio::net::{HEADER, PacketSocket};
 use crate::{InterruptLine, SerialConfig};
 
 const RAM: u64 = 4 << 20;
@@ -32,7 +34,12 @@ struct Guest {
     console: Arc<Serial>,
     gate: Arc<Gate>,
     events: Arc<Mutex<Vec<VmEvent>>>,
+    /// The other side of its network.
+    network: UnixDatagram,
 }
+
+const MTU: u16 = 1400;
+const NET: u64 = 5;
 
 fn disk(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
@@ -40,7 +47,8 @@ fn disk(bytes: &[u8]) -> File {
     file
 }
 
-/// A guest with disks 1 (1000 sectors and a bit) and 2 (2 sectors, read-only), and a gate that is open.
+/// A guest with disks 1 (1000 sectors and a bit) and 2 (2 sectors, read-only), network 5, and a gate that
+/// is open.
 fn guest() -> Guest {
     let ram = GuestRam::new(&[(0, RAM)]).unwrap();
     let console = Serial::new(Arc::new(Nowhere), SerialConfig::default());
@@ -51,15 +59,25 @@ fn guest() -> Guest {
         HypercallDisk { handle: 1, file: disk(&large), read_only: false },
         HypercallDisk { handle: 2, file: disk(&[7; 1024]), read_only: true },
     ];
+    let (theirs, network) = UnixDatagram::pair().unwrap();
+    network.set_read_timeout(Some(PATIENCE)).unwrap();
+    let nets = vec![HypercallNet {
+        handle: NET,
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: MTU,
+        backend: Box::new(PacketSocket::new(theirs).unwrap()),
+    }];
     let log = events.clone();
     let config = HypercallConfig {
         ram: ram.clone(),
         console: console.clone(),
         disks,
+        nets,
         gate: gate.clone(),
         events: Arc::new(move |event| log.lock().unwrap().push(event)),
     };
-    Guest { calls: Arc::new(Hypercalls::new(config).unwrap()), ram, console, gate, events }
+    let calls = Arc::new(Hypercalls::new(config).unwrap());
+    Guest { calls, ram, console, gate, events, network }
 }
 
 impl Guest {
@@ -79,6 +97,17 @@ impl Guest {
     fn block(&self, number: u16, handle: u64, offset: u64, data: u64, len: u64) -> u32 {
         self.call(number, &[handle, offset, data, len, u64::MAX]);
         self.word(32) as u32
+    }
+
+    /// The result of a network call with these arguments, and the length that it leaves.
+    fn net(&self, number: u16, handle: u64, data: u64, len: u64) -> (u32, u64) {
+        self.call(number, &[handle, data, len, u64::MAX]);
+        (self.word(24) as u32, self.word(16))
+    }
+
+    /// A frame comes in.
+    fn arrives(&self, frame: &[u8]) {
+        self.network.send(&[&[0; HEADER], frame].concat()).unwrap();
     }
 
     fn data(&self, len: usize) -> Vec<u8> {
@@ -189,12 +218,77 @@ fn what_is_not_on_a_disk_is_an_error_and_changes_nothing() {
 }
 
 #[test]
-fn there_is_no_network() {
+fn frames_go_both_ways() {
     let guest = guest();
-    for number in [call::NET_WRITE, call::NET_READ] {
-        guest.call(number, &[1, DATA, 60, u64::MAX]);
-        assert_eq!(guest.word(24) as u32, Answer::Invalid as u32);
+    assert_eq!(guest.calls.networks().collect::<Vec<_>>(), [(NET, [2, 0, 0, 0, 0, 1], MTU)]);
+    let longest = u64::from(MTU) + 18;
+    for len in [14, 60, longest] {
+        let frame: Vec<u8> = (0..len).map(|i| i as u8 ^ 0x55).collect();
+        guest.ram.memory().write_slice(&frame, GuestAddress(DATA)).unwrap();
+        assert_eq!(guest.net(call::NET_WRITE, NET, DATA, len), (0, len));
+        let mut seen = vec![0; 4096];
+        let received = guest.network.recv(&mut seen).unwrap();
+        assert_eq!(seen[..received], [&[0; HEADER], &frame[..]].concat());
+        guest.ram.memory().write_slice(&[0; 4096], GuestAddress(DATA)).unwrap();
+        guest.arrives(&frame);
+        assert_eq!(guest.net(call::NET_READ, NET, DATA, 2048), (0, len));
+        assert_eq!(guest.data(len as usize + 1), [&frame[..], &[0]].concat());
     }
+    assert_eq!(guest.net(call::NET_READ, NET, DATA, 2048), (Answer::Again as u32, 2048));
+    assert!(guest.events().is_empty());
+    let counters = guest.calls.counters();
+    let frames: Vec<_> = counters.iter().rev().take(3).map(|(_, count)| *count).collect();
+    assert_eq!(frames, [0, 3, 3], "dropped, received, sent");
+}
+
+#[test]
+fn frames_that_cannot_be_are_an_error_or_lost() {
+    let guest = guest();
+    let longest = u64::from(MTU) + 18;
+    for (handle, len) in [(NET, 0), (NET, 13), (NET, longest + 1), (1, 60), (0, 60), (NET + 64, 60)]
+    {
+        let invalid = Answer::Invalid as u32;
+        assert_eq!(guest.net(call::NET_WRITE, handle, DATA, len).0, invalid, "{handle} {len}");
+    }
+    guest.network.set_nonblocking(true).unwrap();
+    assert!(guest.network.recv(&mut [0; 64]).is_err(), "nothing was sent");
+    let again = Answer::Again as u32;
+    // Longer than the guest's buffer, longer than a frame can be, and no frame at all.
+    guest.arrives(&[7; 101]);
+    assert_eq!(guest.net(call::NET_READ, NET, DATA, 100).0, again);
+    guest.arrives(&vec![7; longest as usize + 1]);
+    assert_eq!(guest.net(call::NET_READ, NET, DATA, 4096).0, again);
+    guest.network.send(&[7; HEADER]).unwrap();
+    assert_eq!(guest.net(call::NET_READ, NET, DATA, 4096).0, again);
+    assert_eq!(guest.data(4096), [0; 4096]);
+    for handle in [1, NET + 64] {
+        assert_eq!(guest.net(call::NET_READ, handle, DATA, 4096).0, Answer::Invalid as u32);
+    }
+    // A network that takes no more: frames are lost, and the guest does not wait.
+    let lost = |guest: &Guest| guest.calls.counters().last().map(|(_, count)| *count);
+    assert_eq!(lost(&guest), Some(3));
+    while lost(&guest) == Some(3) {
+        assert_eq!(guest.net(call::NET_WRITE, NET, DATA, 1000).0, 0);
+    }
+    assert!(guest.events().is_empty());
+}
+
+#[test]
+fn polling_ends_when_a_frame_is_there() {
+    let guest = guest();
+    let poll = |timeout: u64| {
+        guest.call(call::POLL, &[timeout, u64::MAX, u64::MAX]);
+        (guest.word(8), guest.word(16) as u32)
+    };
+    assert_eq!(poll(0), (0, 0));
+    thread::scope(|scope| {
+        let polling = scope.spawn(|| poll(u64::MAX));
+        guest.arrives(&[1; 60]);
+        assert_eq!(polling.join().unwrap(), (1 << NET, 1));
+    });
+    assert_eq!(poll(u64::MAX), (1 << NET, 1), "it is still there");
+    assert_eq!(guest.net(call::NET_READ, NET, DATA, 100), (0, 60));
+    assert_eq!(poll(1_000_000), (0, 0));
 }
 
 #[test]
@@ -233,6 +327,8 @@ fn calls_that_no_guest_can_make_end_it() {
             (call::PUTS, vec![at, len]),
             (call::BLOCK_READ, vec![1, 0, at, len]),
             (call::BLOCK_WRITE, vec![1, 0, at, len]),
+            (call::NET_READ, vec![NET, at, len]),
+            (call::NET_WRITE, vec![NET, at, len]),
         ] {
             guest.call(number, &words);
             let events = guest.events();

@@ -18,10 +18,11 @@ use mvm_sandbox::ending::Ending;
 use mvm_sandbox::engine::{self, Guest};
 use mvm_sandbox::logfile::{LogWriter, Source};
 use mvm_sandbox::machine::{MonitorLauncher, Payload};
+use mvm_sandbox::network::Wish;
 use mvm_sandbox::pump::{self, Flag, OutputEnd, Sink};
 use mvm_sandbox::spec::{parse_size, signal_name};
 use mvm_sandbox::timings::Timings;
-use mvm_sandbox::unikernel::{Kind, Words};
+use mvm_sandbox::unikernel::{Address, Kind, Words};
 use mvm_sandbox::{BarePlan, Description, Disk, Error, Sandbox, Woken};
 use mvm_vmm::EndReason;
 use mvm_vmm::config::BootProtocol;
@@ -70,6 +71,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         disks,
         boot: boot(args, kind)?,
         cmdline,
+        old_unikraft: false,
         command: args.image_and_command.clone(),
         image: kernel_path.display().to_string(),
         image_digest: String::new(),
@@ -95,7 +97,9 @@ pub(super) struct Load {
     pub modules: Vec<(Payload, String)>,
     pub disks: Vec<Disk>,
     pub boot: BootProtocol,
+    /// Without the guest's address.
     pub cmdline: String,
+    pub old_unikraft: bool,
     pub command: Vec<String>,
     pub image: String,
     pub image_digest: String,
@@ -114,6 +118,7 @@ pub(super) fn launch(
     let vcpus = cpus(settings)?.vcpus();
     let mut labels = load.labels;
     labels.extend(run::labels(args)?);
+    let wish = run::network(args)?;
     let registry = context.registry()?;
     if let Some(name) = &args.name {
         mvm_sandbox::registry::check_name(name).map_err(Error::from)?;
@@ -142,7 +147,18 @@ pub(super) fn launch(
         stop_timeout: settings.stop_timeout.value,
         ..Description::default()
     };
-    let sandbox = Sandbox::create(&registry, about)?;
+    let mut sandbox = Sandbox::create(&registry, about)?;
+    let mut cmdline = load.cmdline;
+    if wish != Wish::None {
+        if let Err(e) = sandbox.connect(&wish) {
+            return give_up(sandbox, e);
+        }
+        match tell(sandbox.address(), load.kind, load.old_unikraft, &cmdline) {
+            Ok(told) => cmdline = told,
+            Err(why) => complain(&why),
+        }
+        timings.mark("network");
+    }
     let plan = BarePlan {
         vcpus,
         memory,
@@ -152,13 +168,32 @@ pub(super) fn launch(
         kernel: load.kernel,
         initrd: load.initrd,
         modules: load.modules,
-        cmdline: load.cmdline,
+        cmdline,
         style: load.kind.style(),
         boot: load.boot,
         disks: load.disks,
         input: args.interactive && !args.detach,
     };
     lead(args, sandbox, plan, load.command, &signals, timings)
+}
+
+/// The command line with the guest's address, or why the guest is not told it. It has the device all
+/// the same: somebody else may tell it, or a DHCP server.
+fn tell(
+    address: Option<Address>,
+    kind: Kind,
+    old_unikraft: bool,
+    cmdline: &str,
+) -> Result<String, String> {
+    let Some(address) = address else {
+        return Err("the guest is not told an address: its first interface has none of IPv4".into());
+    };
+    address.tell(kind, old_unikraft, cmdline).ok_or_else(|| {
+        let Address { ip, prefix, .. } = address;
+        format!(
+            "the guest is not told its address {ip}/{prefix}: {kind} kernels have no word for it"
+        )
+    })
 }
 
 /// Flags that ask for something which no agent is there to do.
@@ -179,8 +214,6 @@ pub(super) fn refuse_what_does_not_hold(
         (args.workdir.is_some(), "--workdir", "it has no working directory"),
         (file && args.entrypoint.is_some(), "--entrypoint", "its kernel is the program"),
         (args.hostname.is_some(), "--hostname", "nothing in it takes one"),
-        (args.network != "none", "--network", "nobody could tell it its address yet"),
-        (!args.publish.is_empty(), "--publish", "it has no network"),
         (args.stop_signal.is_some(), "--stop-signal", "it takes no signals"),
         (args.console.is_some(), "--console", "its console is what it prints"),
         (!args.tmpfs.is_empty(), "--tmpfs", "it has no file systems of mvm's"),

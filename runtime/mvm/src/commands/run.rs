@@ -134,7 +134,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
 }
 
 /// The network that the flags ask for.
-fn network(args: &RunArgs) -> anyhow::Result<Wish> {
+pub(super) fn network(args: &RunArgs) -> anyhow::Result<Wish> {
     let wish: Wish = args.network.parse().map_err(Error::from).context("--network")?;
     let wish = wish.publishing(&args.publish).map_err(Error::from);
     wish.context("--publish")

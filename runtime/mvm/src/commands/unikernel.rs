@@ -86,6 +86,7 @@ pub fn run(
         disks: disk.into_iter().map(|file| Disk { file, read_only: false }).collect(),
         boot: plan.boot,
         cmdline: plan.cmdline,
+        old_unikraft: plan.old_unikraft,
         command: plan.words,
         image: args.image().to_owned(),
         image_digest: ready.image.manifest().to_string(),

@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::machine::{
     Draft, Hardware, LAST_WORDS, Launcher, Machine, Payload, boot_error, died, readable,
 };
+use crate::network::Network;
 use crate::procid::ProcessId;
 use crate::state::{Status, now_ms};
 use crate::timings::Timings;
@@ -103,7 +104,10 @@ impl Sandbox {
         let (output, console) = pair()?;
         let (input, typed) = if plan.input { Some(pair()?).unzip() } else { (None, None) };
         let port = (console.into(), typed.map(OwnedFd::from));
-        let machine = plan.draft(&self.place, port)?.launch(launcher, &self.place)?;
+        let mut draft = plan.draft(&self.place, port)?;
+        let cards = self.network.as_mut().map(Network::take_cards).unwrap_or_default();
+        cards.into_iter().for_each(|card| draft.net(card));
+        let machine = draft.launch(launcher, &self.place)?;
         self.state.monitor = ProcessId::of(machine.pid()).ok();
         self.save()?;
         timings.watch(Pid::from_raw(machine.pid().cast_signed()));

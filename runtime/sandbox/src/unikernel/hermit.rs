@@ -40,6 +40,7 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
         disk: None,
         boot: BootProtocol::Auto,
         cmdline,
+        old_unikraft: false,
         environment: Kind::Hermit.takes_environment(),
         words: words.to_vec(),
     }))

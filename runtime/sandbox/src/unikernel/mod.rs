@@ -9,6 +9,7 @@
 //!
 //! Docs: `docs/unikernels.md`.
 
+mod address;
 mod cmdline;
 mod hermit;
 mod krun;
@@ -22,6 +23,7 @@ use std::fmt;
 
 use mvm_vmm::config::{BootProtocol, CmdlineStyle};
 
+pub use address::Address;
 pub use cmdline::Words;
 pub use krun::Size;
 pub use tree::ErofsTree;
@@ -153,8 +155,10 @@ pub struct UnikernelPlan {
     pub disk: Option<String>,
     /// How the kernel is entered, as far as the packaging says.
     pub boot: BootProtocol,
-    /// The whole command line.
+    /// The whole command line, but for the guest's address.
     pub cmdline: String,
+    /// It is a Unikraft before 0.16.1, which wants some of its words in another way.
+    pub old_unikraft: bool,
     /// Whether the variables are on it.
     pub environment: bool,
     /// The application's arguments in it, for lists of containers.

@@ -37,7 +37,17 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
     let cmdline = cmdline.cmdline(Kind::Unikraft)?;
     let (kind, boot) = (Kind::Unikraft, BootProtocol::Auto);
     let environment = kind.takes_environment();
-    Ok(Some(UnikernelPlan { kind, kernel, initrd, disk: None, boot, cmdline, environment, words }))
+    Ok(Some(UnikernelPlan {
+        kind,
+        kernel,
+        initrd,
+        disk: None,
+        boot,
+        cmdline,
+        old_unikraft: false,
+        environment,
+        words,
+    }))
 }
 
 /// A path from the annotations; the uppermost layer's counts.

@@ -74,7 +74,17 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
         false => kind.boot(),
     };
     let environment = kind.takes_environment() && !old_unikraft;
-    Ok(Some(UnikernelPlan { kind, kernel, initrd, disk, boot, cmdline, environment, words }))
+    Ok(Some(UnikernelPlan {
+        kind,
+        kernel,
+        initrd,
+        disk,
+        boot,
+        cmdline,
+        old_unikraft,
+        environment,
+        words,
+    }))
 }
 
 /// The first place that has the type or the kernel.

@@ -34,7 +34,7 @@ use vm_memory::{Bytes, GuestAddress};
 pub use cmdline::Parts as CmdlineParts;
 pub use cpu::Entry;
 pub use error::Error;
-pub use hvt::{Attached, Kind as ManifestKind, Manifest};
+pub use hvt::{Attached, Kind as ManifestKind, Manifest, ManifestEntry};
 pub use modules::Module;
 pub use section::Section;
 

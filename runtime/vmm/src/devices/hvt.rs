@@ -1,22 +1,21 @@
 //! What Solo5's guests get in place of devices.
 
+use std::io;
 use std::sync::Arc;
 
-use mvm_devices::{Bus, Gate, HypercallConfig, HypercallDisk, Hypercalls};
+use mvm_devices::virtio::net::NetError;
+use mvm_devices::{Bus, Gate, HypercallConfig, HypercallDisk, HypercallNet, Hypercalls};
 
-use super::{Disk, Error};
-use crate::boot::{Manifest, ManifestKind};
+use super::{Disk, Error, NetCard, net};
+use crate::boot::{Manifest, ManifestEntry as Entry, ManifestKind};
 
 /// Gives each block device that the kernel demands its disk: the one whose serial number is the
 /// device's name, or else the first of those whose serial number is no device's name.
 ///
 /// # Errors
-/// There is no disk for a block device, or the kernel demands a network device.
+/// There is no disk for a block device.
 pub fn assign(manifest: &Manifest, disks: Vec<Disk>) -> Result<Vec<HypercallDisk>, Error> {
     let demanded = |kind| manifest.entries.iter().enumerate().filter(move |(_, e)| e.kind == kind);
-    if let Some((_, entry)) = demanded(ManifestKind::Net).next() {
-        return Err(Error::NoNetwork { name: entry.name.clone() });
-    }
     let is_demanded =
         |disk: &Disk| demanded(ManifestKind::Block).any(|(_, entry)| entry.name == disk.serial);
     let (mut named, mut others): (Vec<_>, Vec<_>) =
@@ -37,6 +36,30 @@ pub fn assign(manifest: &Manifest, disks: Vec<Disk>) -> Result<Vec<HypercallDisk
         tracing::warn!("the disk {:?} is not used: the kernel demands no more", disk.serial);
     }
     Ok(assigned)
+}
+
+/// Gives each network device that the kernel demands its network, in order.
+///
+/// # Errors
+/// There are more or fewer networks than the kernel demands, or one cannot be used.
+pub fn assign_nets(manifest: &Manifest, nets: Vec<NetCard>) -> Result<Vec<HypercallNet>, Error> {
+    let demanded = manifest.entries.iter().enumerate();
+    let demanded: Vec<_> = demanded.filter(|(_, e)| e.kind == ManifestKind::Net).collect();
+    if let Some((_, entry)) = demanded.get(nets.len()) {
+        return Err(Error::NoNetwork { name: entry.name.clone() });
+    }
+    if nets.len() > demanded.len() {
+        return Err(Error::SpareNetwork { networks: nets.len(), demanded: demanded.len() });
+    }
+    let assign = |((handle, entry), card): ((usize, &Entry), NetCard)| {
+        let failed = |source| NetError::Start { name: entry.name.clone(), source };
+        // Such a guest has one processor. Queues that are closed get no packets.
+        let none = || io::Error::from(io::ErrorKind::NotFound);
+        let queue = card.queues.into_iter().next().ok_or_else(none).map_err(failed)?;
+        let backend = net::backend(queue).map_err(failed)?;
+        Ok(HypercallNet { handle: handle as u64, mac: card.mac, mtu: card.mtu, backend })
+    };
+    demanded.into_iter().zip(nets).map(assign).collect()
 }
 
 /// Makes the hypercalls and places them on `bus`.
@@ -106,7 +129,24 @@ mod tests {
         let empty = vec![Disk { file: None, read_only: false, serial: "data".into() }];
         let missing = assign(&manifest(&[("data", 1)]), empty).unwrap_err();
         assert!(matches!(missing, Error::NoDisk { .. }), "{missing}");
-        let network = assigned(&manifest(&[("data", 1), ("uplink", 2)]), &["data"]).unwrap_err();
-        assert!(network.to_string().contains("network device \"uplink\""), "{network}");
+    }
+
+    #[test]
+    fn networks_go_to_the_devices_in_order_and_none_is_left_over() {
+        let card = |last| {
+            let (ours, _) = std::os::unix::net::UnixDatagram::pair().unwrap();
+            NetCard { queues: vec![ours.into()], mac: [2, 0, 0, 0, 0, last], mtu: 1400 }
+        };
+        let two = manifest(&[("", 1 << 30), ("uplink", 2), ("data", 1), ("service", 2)]);
+        let assigned = assign_nets(&two, vec![card(1), card(2)]).unwrap();
+        let seen: Vec<_> = assigned.iter().map(|net| (net.handle, net.mac[5], net.mtu)).collect();
+        assert_eq!(seen, [(1, 1, 1400), (3, 2, 1400)]);
+        let missing = assign_nets(&two, vec![card(1)]).unwrap_err().to_string();
+        assert!(missing.contains("network device \"service\""), "{missing}");
+        let spare = assign_nets(&manifest(&[("data", 1)]), vec![card(1)]).unwrap_err();
+        assert!(spare.to_string().contains("demands 0"), "{spare}");
+        let file = NetCard { queues: vec![file(b"x").unwrap().into()], ..card(1) };
+        let unusable = assign_nets(&two, vec![file, card(2)]).unwrap_err().to_string();
+        assert!(unusable.contains("uplink"), "{unusable}");
     }
 }

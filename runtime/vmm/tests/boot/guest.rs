@@ -224,7 +224,8 @@ pub fn run_on_emu(parts: Parts) -> Run {
     run_on(&EmuEngine::new().unwrap(), parts)
 }
 
-fn run_on(engine: &dyn Engine, parts: Parts) -> Run {
+/// Runs a machine to its end on `engine`.
+pub fn run_on(engine: &dyn Engine, parts: Parts) -> Run {
     let captured = Captured::default();
     let parts = Parts { console: Box::new(captured.clone()), ..parts };
     let (machine, events) = Machine::new(engine, parts).unwrap();

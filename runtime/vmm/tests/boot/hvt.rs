@@ -1,12 +1,13 @@
 //! Kernels for Solo5's hvt.
 
+use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use mvm_vmm::config::BootProtocol;
 use mvm_vmm::testing::{ElfBuilder, file, section};
-use mvm_vmm::{Disk, EndReason, Error, Machine, MachineEvent, Parts, engines};
+use mvm_vmm::{Disk, EndReason, Error, Machine, MachineEvent, NetCard, Parts, engines};
 
 use crate::guest::*;
 
@@ -139,6 +140,7 @@ fn a_guest_reads_writes_waits_and_ends_with_a_status() {
         puts(a, DATA + 512, 512)?;
         call(a, 4, &[1, 1024, DATA, 512, 7])?;
         show(a, ARGS + 32, 8)?;
+        // A disk is no network.
         call(a, 7, &[1, DATA, 512, 7])?;
         show(a, ARGS + 24, 8)?;
         halt_with(a, 0x107)
@@ -155,6 +157,68 @@ fn a_guest_reads_writes_waits_and_ends_with_a_status() {
     assert_eq!(seen[32..544], [2; 512], "and written to sector 0");
     assert_eq!(word(seen, 544) as u32, 2, "there is no sector 2");
     assert_eq!(word(seen, 552) as u32, 2, "nor a network");
+}
+
+#[test]
+fn a_guest_talks_to_its_network() {
+    const FRAME: usize = 60;
+    let code = assemble(64, AT, |a| {
+        // Tells that it is there, waits for an answer for as long as it takes, and shows it; then
+        // what it knows of its device.
+        a.mov(rax, 0x0011_2233_4455_6677u64)?;
+        a.mov(qword_ptr(DATA), rax)?;
+        call(a, 6, &[2, DATA, FRAME as u64, 7])?;
+        show(a, ARGS + 24, 4)?;
+        call(a, 3, &[u64::MAX, 7, 7])?;
+        show(a, ARGS + 8, 16)?;
+        call(a, 7, &[2, DATA + 0x1000, 2048, 7])?;
+        show(a, ARGS + 16, 12)?;
+        puts(a, DATA + 0x1000, FRAME)?;
+        call(a, 7, &[2, DATA + 0x1000, 2048, 7])?;
+        show(a, ARGS + 16, 12)?;
+        show(a, INFO, INFO_LEN)?;
+        halt_with(a, 0)
+    });
+    let kernel = kernel(&[("storage", BLOCK), ("service", NET)], &code);
+    for engine in all_engines() {
+        let (theirs, network) = UnixDatagram::pair().unwrap();
+        network.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mac = [2, 0x11, 0x22, 0x33, 0x44, 0x55];
+        let answering = std::thread::spawn(move || {
+            let mut packet = [0; 2048];
+            let len = network.recv(&mut packet).unwrap();
+            network.send(&[&[0; 12][..], &[0xab; FRAME]].concat()).unwrap();
+            (packet[..len].to_vec(), network)
+        });
+        let run = run_on(
+            &*engine,
+            Parts {
+                disks: vec![disk("storage", &[0; 512], false)],
+                nets: vec![NetCard { queues: vec![theirs.into()], mac, mtu: 1400 }],
+                ..parts(&kernel)
+            },
+        );
+        assert_eq!(run.reason, EndReason::GuestHalt { status: 0, cookie: 0 }, "{}", engine.name());
+        let (sent, _network) = answering.join().unwrap();
+        assert_eq!(sent.len(), 12 + FRAME);
+        assert_eq!(sent[..20], [&[0; 12][..], &0x0011_2233_4455_6677u64.to_le_bytes()].concat());
+        let mut seen = run.console.as_slice();
+        let mut next = |len: usize| seen.split_off(..len).unwrap();
+        assert_eq!(next(4), [0; 4], "it was sent");
+        let polled = next(16);
+        assert_eq!((word(polled, 0), polled[8]), (1 << 2, 1), "one is ready, device 2");
+        let read = next(12);
+        assert_eq!((word(read, 0), read[8]), (FRAME as u64, 0), "length and result");
+        assert_eq!(next(FRAME), [0xab; FRAME]);
+        let nothing = next(12);
+        assert_eq!((word(nothing, 0), nothing[8]), (2048, 1), "nothing is left: try again");
+        let info = next(INFO_LEN);
+        let manifest = &info[(word(info, 32) - INFO) as usize..];
+        let entry = &manifest[8 + 2 * 104..][..104];
+        assert!(entry.starts_with(b"service\0"));
+        assert_eq!((&entry[72..78], &entry[78..80]), (&mac[..], &1400u16.to_le_bytes()[..]));
+        assert_eq!(entry[96], 1, "attached");
+    }
 }
 
 #[test]

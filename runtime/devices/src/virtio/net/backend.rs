@@ -56,6 +56,12 @@ pub trait NetBackend: Send + Sync + Debug {
     /// `WouldBlock`: not now. With any other error the packet is dropped.
     fn send(&self, packet: &[GuestSlice<'_>]) -> io::Result<()>;
 
+    /// Sends a packet with its header from the host's memory.
+    ///
+    /// # Errors
+    /// As [`NetBackend::send`].
+    fn send_bytes(&self, packet: &[u8]) -> io::Result<()>;
+
     /// Says what received packets may lack from now on, for all pairs of the device.
     ///
     /// # Errors
@@ -100,5 +106,9 @@ impl NetBackend for PacketSocket {
 
     fn send(&self, packet: &[GuestSlice<'_>]) -> io::Result<()> {
         iov::write(self.0.as_fd(), packet, Io::Socket).map(drop)
+    }
+
+    fn send_bytes(&self, packet: &[u8]) -> io::Result<()> {
+        self.0.send(packet).map(drop)
     }
 }

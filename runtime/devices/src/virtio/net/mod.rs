@@ -27,6 +27,7 @@ use super::{
 };
 use crate::event_loop::{EventLoop, EventLoopError, Interest, Source, Subscriber};
 pub use backend::{NetBackend, Offloads, PacketSocket};
+pub use config::HEADER;
 use config::{Config, feature};
 use control::Command;
 use pair::{Counters, Pair};

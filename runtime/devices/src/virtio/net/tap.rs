@@ -1,7 +1,7 @@
 //! A tap device of the host (Linux, `tun(4)`, Documentation/networking/tuntap.rst).
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
@@ -56,6 +56,10 @@ impl NetBackend for Tap {
 
     fn send(&self, packet: &[GuestSlice<'_>]) -> io::Result<()> {
         iov::write(self.file.as_fd(), packet, Io::Stream).map(drop)
+    }
+
+    fn send_bytes(&self, packet: &[u8]) -> io::Result<()> {
+        (&self.file).write(packet).map(drop)
     }
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

@@ -31,6 +31,9 @@ impl NetBackend for Backend {
     fn send(&self, packet: &[GuestSlice<'_>]) -> io::Result<()> {
         self.0.send(packet)
     }
+    fn send_bytes(&self, packet: &[u8]) -> io::Result<()> {
+        self.0.send_bytes(packet)
+    }
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         self.1.offloads.lock().unwrap().push(offloads);
         Ok(())
@@ -413,6 +416,9 @@ fn a_network_that_goes_away_unplugs_the_cable() {
             Err(io::Error::from_raw_os_error(libc::EBADFD))
         }
         fn send(&self, _: &[GuestSlice<'_>]) -> io::Result<()> {
+            Err(io::Error::from_raw_os_error(libc::EBADFD))
+        }
+        fn send_bytes(&self, _: &[u8]) -> io::Result<()> {
             Err(io::Error::from_raw_os_error(libc::EBADFD))
         }
     }

@@ -23,6 +23,8 @@ const NAME_SIZE: usize = 68;
 const KIND: usize = 68;
 const PROPERTIES: usize = 72;
 const BLOCK_SIZE: usize = 80;
+/// After the address's six bytes.
+const MTU: usize = PROPERTIES + 6;
 const ATTACHED: usize = 96;
 
 /// Kinds of entries. From [`RESERVED`] on they are Solo5's own and no devices.
@@ -57,13 +59,50 @@ pub struct Manifest {
     pub entries: Vec<Entry>,
 }
 
-/// A block device that an entry was given.
+/// A device that an entry was given. Its handle is the entry's place in the manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Attached {
-    /// The entry's place in the manifest.
-    pub handle: u64,
-    /// Bytes of the device.
-    pub capacity: u64,
+pub enum Attached {
+    /// A block device.
+    Block {
+        /// The entry's place.
+        handle: u64,
+        /// Bytes of the device.
+        capacity: u64,
+    },
+    /// A network device.
+    Net {
+        /// The entry's place.
+        handle: u64,
+        /// The guest's address on it.
+        mac: [u8; 6],
+        /// Longest packet in bytes without the Ethernet header.
+        mtu: u16,
+    },
+}
+
+impl Attached {
+    fn handle(&self) -> u64 {
+        match *self {
+            Self::Block { handle, .. } | Self::Net { handle, .. } => handle,
+        }
+    }
+
+    /// Writes what the kernel is to know of it into its entry.
+    fn show(&self, entry: &mut [u8; ENTRY]) {
+        let mut put = |at: usize, bytes: &[u8]| entry[at..at + bytes.len()].copy_from_slice(bytes);
+        match *self {
+            Self::Block { capacity, .. } => {
+                put(PROPERTIES, &capacity.to_le_bytes());
+                let sector = mvm_devices::virtio::block::SECTOR as u16;
+                put(BLOCK_SIZE, &sector.to_le_bytes());
+            }
+            Self::Net { mac, mtu, .. } => {
+                put(PROPERTIES, &mac);
+                put(MTU, &mtu.to_le_bytes());
+            }
+        }
+        put(ATTACHED, &[1]);
+    }
 }
 
 impl Manifest {
@@ -118,11 +157,8 @@ impl Manifest {
                 Kind::Reserved => RESERVED,
             };
             raw[KIND..KIND + 4].copy_from_slice(&kind.to_le_bytes());
-            if let Some(device) = attached.iter().find(|a| a.handle == handle as u64) {
-                raw[PROPERTIES..PROPERTIES + 8].copy_from_slice(&device.capacity.to_le_bytes());
-                let sector = mvm_devices::virtio::block::SECTOR as u16;
-                raw[BLOCK_SIZE..BLOCK_SIZE + 2].copy_from_slice(&sector.to_le_bytes());
-                raw[ATTACHED] = 1;
+            if let Some(device) = attached.iter().find(|a| a.handle() == handle as u64) {
+                device.show(&mut raw);
             }
             bytes.extend(raw);
         }
@@ -148,9 +184,14 @@ mod tests {
 
     #[test]
     fn the_kernel_is_shown_what_was_attached() {
-        let manifest = Manifest::parse(&note(&[("", RESERVED), ("a", 1), ("b", 1)])).unwrap();
-        let shown = manifest.to_bytes(&[Attached { handle: 2, capacity: 0x1_0000_0200 }]);
-        assert_eq!(shown.len(), HEADER + 3 * ENTRY);
+        let note = note(&[("", RESERVED), ("a", 1), ("b", 1), ("n", 2)]);
+        let manifest = Manifest::parse(&note).unwrap();
+        let mac = [2, 3, 4, 5, 6, 7];
+        let shown = manifest.to_bytes(&[
+            Attached::Net { handle: 3, mac, mtu: 1400 },
+            Attached::Block { handle: 2, capacity: 0x1_0000_0200 },
+        ]);
+        assert_eq!(shown.len(), HEADER + 4 * ENTRY);
         let entry = |index: usize| &shown[HEADER + index * ENTRY..][..ENTRY];
         assert_eq!((entry(1)[0], entry(1)[ATTACHED]), (b'a', 0));
         assert_eq!((entry(2)[0], entry(2)[ATTACHED], u32_at(entry(2), KIND)), (b'b', 1, 1));
@@ -158,6 +199,9 @@ mod tests {
             (u32_at(entry(2), 72), u32_at(entry(2), 76), u32_at(entry(2), 80)),
             (512, 1, 512)
         );
+        let net = entry(3);
+        assert_eq!((net[0], net[ATTACHED], u32_at(net, KIND)), (b'n', 1, 2));
+        assert_eq!((&net[72..78], &net[78..80]), (&mac[..], &1400u16.to_le_bytes()[..]));
         let again = [&[0; PADDING][..], &shown].concat();
         assert_eq!(Manifest::parse(&again).unwrap(), manifest);
     }

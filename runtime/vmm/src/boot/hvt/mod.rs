@@ -14,7 +14,7 @@ use super::{BootImage, Error, ModulePlace, Placing, Section, memory_map};
 use crate::config::BootProtocol;
 use crate::layout;
 
-pub use manifest::{Attached, Kind, Manifest};
+pub use manifest::{Attached, Entry as ManifestEntry, Kind, Manifest};
 
 /// "ABI1".
 const ABI_NOTE: u32 = 0x3149_4241;
