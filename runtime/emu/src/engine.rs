@@ -24,6 +24,7 @@ pub enum Tier {
 #[derive(Debug, Default)]
 pub struct EmuEngine {
     tier: Tier,
+    tsc_khz: Option<u64>,
 }
 
 impl EmuEngine {
@@ -42,7 +43,14 @@ impl EmuEngine {
     /// The same, with `tier` for its machines.
     #[must_use]
     pub fn with_tier(self, tier: Tier) -> Self {
-        Self { tier }
+        Self { tier, ..self }
+    }
+
+    /// The same, told the frequency of the host's time-stamp counter in kHz. Without it the engine
+    /// finds it out, which may take 10 ms.
+    #[must_use]
+    pub fn with_tsc_khz(self, khz: Option<u64>) -> Self {
+        Self { tsc_khz: khz.filter(|khz| *khz != 0), ..self }
     }
 }
 
@@ -62,6 +70,6 @@ impl Engine for EmuEngine {
                 reason: "it has a processor of its own; use v3".into(),
             });
         }
-        Ok(Arc::new(EmuVm::new(config, self.tier)))
+        Ok(Arc::new(EmuVm::new(config, self.tier, self.tsc_khz)))
     }
 }

@@ -65,10 +65,10 @@ pub struct EmuVm {
 }
 
 impl EmuVm {
-    pub(crate) fn new(config: VmConfig, tier: Tier) -> Self {
+    pub(crate) fn new(config: VmConfig, tier: Tier, tsc_khz: Option<u64>) -> Self {
         let VmConfig { vcpus, cpu, ram, io } = config;
         Self {
-            platform: Platform::new(cpu, vcpus, io.clone(), host_tsc_khz()),
+            platform: Platform::new(cpu, vcpus, io.clone(), tsc_khz.unwrap_or_else(host_tsc_khz)),
             phys: Arc::new(PhysMemory::new(ram, io, vcpus)),
             counters: (0..vcpus).map(|_| Arc::default()).collect(),
             tier,

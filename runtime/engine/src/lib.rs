@@ -14,6 +14,7 @@ pub mod cpuid;
 mod error;
 mod exit;
 mod io;
+mod kept;
 pub mod kvm;
 pub mod mock;
 pub mod msr;

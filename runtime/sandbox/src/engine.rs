@@ -8,8 +8,10 @@
 //! wish for kvm that cannot be met is an [`Error`].
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use mvm_engine::probe::{self, Cache, Sources};
+use mvm_engine::tsc::kept_tsc_khz;
 
 use crate::layout::Layout;
 
@@ -86,6 +88,7 @@ pub struct Outlook {
     wish: Wish,
     /// Not looked at where emu was asked for.
     host: Option<(Probe, Option<OwnedFd>)>,
+    tsc_file: PathBuf,
 }
 
 /// An engine for a machine.
@@ -95,6 +98,8 @@ pub struct Selection {
     pub engine: Selected,
     /// How emulation works.
     pub tier: EmuTier,
+    /// Frequency of the host's time-stamp counter in kHz, for the emulation engine.
+    pub tsc_khz: Option<u64>,
     /// Why, if that was left to us: one sentence.
     pub reason: String,
     /// It stands in for hardware virtualization, which is to be announced.
@@ -122,19 +127,6 @@ impl Selected {
     }
 }
 
-impl Selection {
-    /// The emulation engine because that was wanted.
-    pub fn emulation() -> Self {
-        Self {
-            engine: Selected::Emu,
-            tier: EmuTier::default(),
-            reason: String::new(),
-            fallback: false,
-            notice: None,
-        }
-    }
-}
-
 /// What the host's KVM is, out of the cache of this boot where that knows.
 pub fn probe_host(layout: &Layout) -> (Probe, Option<OwnedFd>) {
     probe::examine(&Sources::default(), Some(&Cache::new(layout.probe_file())))
@@ -157,7 +149,7 @@ pub fn look(layout: &Layout, wish: Wish) -> Result<Outlook, Error> {
         // A unikernel may have what Linux may not.
         choose(&wish, Guest::Unikernel, probe)?;
     }
-    Ok(Outlook { wish, host })
+    Ok(Outlook { wish, host, tsc_file: layout.tsc_file() })
 }
 
 /// What [`Outlook::decide`] would choose.
@@ -201,8 +193,16 @@ impl Outlook {
     /// [`Error`].
     pub fn decide(self, guest: Guest) -> Result<Selection, Error> {
         let tier = self.wish.tier;
+        let emulation = |reason, fallback| Selection {
+            engine: Selected::Emu,
+            tier,
+            tsc_khz: Some(kept_tsc_khz(&self.tsc_file)),
+            reason,
+            fallback,
+            notice: None,
+        };
         let Some((probe, device)) = self.host else {
-            return Ok(Selection { tier, ..Selection::emulation() });
+            return Ok(emulation(String::new(), false));
         };
         let decision = choose(&self.wish, guest, &probe)?;
         let reason = match self.wish.choice {
@@ -212,11 +212,9 @@ impl Outlook {
         match (decision, device) {
             (Decision::Kvm { notice }, Some(device)) => {
                 let engine = Selected::Kvm(device);
-                Ok(Selection { engine, tier, reason, fallback: false, notice })
+                Ok(Selection { engine, tier, tsc_khz: None, reason, fallback: false, notice })
             }
-            (Decision::Fallback, _) => {
-                Ok(Selection { tier, reason, fallback: true, ..Selection::emulation() })
-            }
+            (Decision::Fallback, _) => Ok(emulation(reason, true)),
             // The probe comes with the device that it tried.
             (Decision::Kvm { .. }, None) => Err(Error::NoKvm {
                 reason: format!("{} is not open", probe.facts.device.path),

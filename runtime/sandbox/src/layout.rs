@@ -158,6 +158,11 @@ impl Layout {
         self.run.join("probe.json")
     }
 
+    /// The frequency of the host's time-stamp counter, until the next restart.
+    pub fn tsc_file(&self) -> PathBuf {
+        self.run.join("tsc.json")
+    }
+
     /// Taken while sandboxes are made, named or removed.
     pub fn lock_file(&self) -> PathBuf {
         self.run.join("lock")

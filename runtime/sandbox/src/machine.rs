@@ -228,6 +228,7 @@ impl Draft {
         config.hugepages = hardware.hugepages;
         config.fallback = hardware.engine.fallback.then_some(hardware.engine.reason);
         config.emu.tier = hardware.engine.tier;
+        config.emu.tsc_khz = hardware.engine.tsc_khz;
         config.engine = match hardware.engine.engine {
             Selected::Emu => EngineConfig::Emu,
             Selected::Kvm(device) => EngineConfig::Kvm { device: fds.add(device) },

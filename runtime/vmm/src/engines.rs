@@ -20,7 +20,8 @@ pub fn emulation() -> Result<Box<dyn Engine>, Error> {
 /// # Errors
 /// The host refuses what it needs.
 pub fn emulation_as(config: EmuConfig) -> Result<Box<dyn Engine>, Error> {
-    Ok(Box::new(mvm_emu::EmuEngine::new()?.with_tier(config.tier.into())))
+    let engine = mvm_emu::EmuEngine::new()?.with_tier(config.tier.into());
+    Ok(Box::new(engine.with_tsc_khz(config.tsc_khz)))
 }
 
 /// Hardware virtualization behind `device`, the open device of KVM.

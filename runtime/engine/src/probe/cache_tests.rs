@@ -1,4 +1,6 @@
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use super::super::facts::{Instruction, Loop, Measured};
 use super::*;

@@ -13,6 +13,10 @@ pub struct EmuConfig {
     /// How guest code is run.
     #[serde(default)]
     pub tier: EmuTier,
+    /// Frequency of the host's time-stamp counter in kHz, where it is known already: finding it out
+    /// may take 10 ms.
+    #[serde(default)]
+    pub tsc_khz: Option<u64>,
 }
 
 /// How the emulation engine runs guest code.
