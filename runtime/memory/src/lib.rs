@@ -8,11 +8,13 @@
 //! Not in scope: who is *allowed* to write, and what a page is used for.
 
 mod huge;
+mod notices;
 mod ram;
 mod shared;
 mod tracker;
 
 pub use huge::{HUGE_PAGE, Pool as HugePagePool};
+pub use notices::{Notices, RUN_WORDS};
 pub use ram::{Backing, Error, GuestRam, Loan, RamRegion};
 pub use tracker::{CodePage, LINE_SIZE, PageTracker};
 

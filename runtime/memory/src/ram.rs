@@ -169,7 +169,11 @@ impl GuestRam {
             let tracker = PageTracker::attach(File::from(tracker), len).map_err(reserve)?;
             map(start, ram, tracker, len, Backing::Small)
         });
-        Self::from_mapped(regions.collect::<Result<_, _>>()?)
+        let ram = Self::from_mapped(regions.collect::<Result<_, _>>()?)?;
+        if let Some(board) = ram.regions.first() {
+            ram.regions.iter().for_each(|r| r.tracker.give_notice_at(&board.tracker));
+        }
+        Ok(ram)
     }
 
     fn from_mapped(all: Vec<Mapped>) -> Result<Self, Error> {
@@ -405,7 +409,9 @@ mod tests {
         });
         let borrower = GuestRam::attach(loans.collect()).unwrap();
         let generation = ram.regions()[1].tracker.code_page(1).unwrap().watch(0, 16);
+        assert_eq!(ram.regions()[0].tracker.notices().count(), 0);
         borrower.memory().write_obj(0x55_u8, GuestAddress(0x1_1008)).unwrap();
+        assert_eq!(ram.regions()[0].tracker.notices().count(), 1, "at the first region's place");
         assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0x1_1008)).unwrap(), 0x55);
         assert_ne!(ram.regions()[1].tracker.code_page(1).unwrap().generation(), generation);
         assert_eq!(ram.regions()[1].tracker.take_dirty(), [0b10]);

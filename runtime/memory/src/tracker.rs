@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::sys::memfd::MFdFlags;
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 
+use crate::notices::Notices;
 use crate::shared::{self, Mapping};
 use crate::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -93,7 +94,7 @@ fn line_mask(offset: usize, len: usize) -> u64 {
 /// Hears of pages whose cached code went stale.
 type Listener = Arc<dyn Fn(usize) + Send + Sync>;
 
-/// The records of all pages, in one mapping: those about code, then the dirty log.
+/// The records of all pages, in one mapping: those about code, then the dirty log, then the notices.
 struct Pages {
     mapping: Mapping,
     count: usize,
@@ -116,7 +117,12 @@ impl Pages {
 
     /// Bytes of the mapping for `count` pages.
     fn bytes(count: usize) -> usize {
-        Self::bytes_of_code(count) + Self::dirty_words(count) * size_of::<AtomicU64>()
+        Self::start_of_notices(count) + size_of::<Notices>()
+    }
+
+    fn start_of_notices(count: usize) -> usize {
+        let dirty = Self::dirty_words(count) * size_of::<AtomicU64>();
+        (Self::bytes_of_code(count) + dirty).next_multiple_of(align_of::<Notices>())
     }
 
     #[inline]
@@ -133,6 +139,15 @@ impl Pages {
         unsafe {
             let start = self.mapping.start().as_ptr().add(Self::bytes_of_code(self.count));
             std::slice::from_raw_parts(start.cast(), words)
+        }
+    }
+
+    #[inline]
+    fn notices(&self) -> &Notices {
+        // SAFETY: as above; the offset is a multiple of the alignment, and the mapping ends behind them.
+        unsafe {
+            let start = self.mapping.start().as_ptr().add(Self::start_of_notices(self.count));
+            &*start.cast()
         }
     }
 }
@@ -204,6 +219,23 @@ impl PageTracker {
     /// storing thread and before that goes on. Replaces the one before.
     pub fn on_stale_code(&self, listener: impl Fn(usize) + Send + Sync + 'static) {
         *self.0.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(listener));
+    }
+
+    /// Notices of other processes that share the records. All regions of a machine's RAM use those of the first.
+    #[inline]
+    pub fn notices(&self) -> &Notices {
+        self.0.notices()
+    }
+
+    /// Gives notice at `board` of what is stored through this tracker, for vCPUs of another process.
+    pub(crate) fn give_notice_at(&self, board: &Self) {
+        // Not owned: a tracker that owned itself would never go.
+        let board = Arc::downgrade(&board.0);
+        self.on_stale_code(move |_| {
+            if let Some(board) = board.upgrade() {
+                board.notices().give();
+            }
+        });
     }
 
     fn tell(&self, index: usize) {
@@ -337,9 +369,15 @@ mod tests {
         let file = here.file().unwrap().try_clone().unwrap();
         let there = PageTracker::attach(file, 3 * PAGE_SIZE).unwrap();
         let generation = here.code_page(2).unwrap().watch(0, 64);
+        there.give_notice_at(&there);
+        here.notices().run_word(3).unwrap().store(1, Ordering::SeqCst);
+        there.mark_dirty(PAGE_SIZE + 10, 1);
+        assert_eq!(here.notices().count(), 0, "there is no code");
         there.mark_dirty(2 * PAGE_SIZE + 10, 1);
         assert_ne!(here.code_page(2).unwrap().generation(), generation);
-        assert_eq!(here.take_dirty(), [0b100]);
+        assert_eq!(here.notices().count(), 1);
+        assert_eq!(here.notices().run_word(3).unwrap().load(Ordering::SeqCst), 0);
+        assert_eq!(here.take_dirty(), [0b110]);
         assert_eq!(there.take_dirty(), [0]);
     }
 

@@ -152,9 +152,6 @@ impl MachineConfig {
                 max: u64::from(layout::MAX_VIRTIO_DEVICES).saturating_sub(fixed),
             });
         }
-        if self.emu.tier == EmuTier::Jit && self.fs.is_some() {
-            return Err(Error::TranslatedAndShared);
-        }
         self.nets.iter().try_for_each(NetConfig::validate)?;
         if let Some(disk) = self.disks.iter().find(|d| d.serial.len() > MAX_SERIAL) {
             return Err(Error::DiskSerial { serial: disk.serial.clone() });
@@ -380,11 +377,6 @@ pub enum Error {
         /// Places for them.
         max: u64,
     },
-    /// The translator hears of code that becomes stale from this process, and files are written by another one.
-    #[error(
-        "translated code and shared files do not go together yet; without volumes, or with `--engine emu:interp`"
-    )]
-    TranslatedAndShared,
     /// A serial number does not fit.
     #[error("the disk serial {serial:?} is longer than {MAX_SERIAL} bytes")]
     DiskSerial {
@@ -483,11 +475,6 @@ mod tests {
         assert_eq!(check(|c| c.id.clear()), Error::Id { len: 0 });
         let long = check(|c| c.fallback = Some("x".repeat(MAX_REASON + 1)));
         assert_eq!(long, Error::Reason { len: MAX_REASON + 1 });
-        let shared = |c: &mut MachineConfig| {
-            c.emu.tier = EmuTier::Jit;
-            c.fs = Some(FsConfig { tag: "t".into(), channel: FdIndex(0) });
-        };
-        assert_eq!(check(shared), Error::TranslatedAndShared);
         assert!(matches!(check(|c| c.empty_block_slots = 100), Error::TooManyDisks { .. }));
         assert!(matches!(check(|c| c.empty_block_slots = u32::MAX), Error::TooManyDisks { .. }));
         let module = |text: &str| ModuleConfig {

@@ -84,6 +84,12 @@ impl Cache {
         true
     }
 
+    /// The pages whose code was written to.
+    pub fn stale_pages(&self) -> Vec<u64> {
+        let stale = self.blocks.iter().filter(|(_, block)| !block.stamp.is_current());
+        stale.map(|(host, _)| host & !0xfff).collect()
+    }
+
     pub fn clear(&mut self) {
         self.blocks.clear();
         self.pages.clear();

@@ -4,6 +4,8 @@ use std::io;
 use std::io::Write as _;
 use std::mem::transmute;
 
+use mvm_memory::PageTracker;
+
 use super::arena::{Arena, SIZE};
 use super::asm::Asm;
 use super::cache::{Block, Cache, Found, Link};
@@ -33,6 +35,9 @@ pub struct Jit {
     pending: Option<u32>,
     /// What the alarm was set to.
     armed: u64,
+    /// Where other processes give notice of code that they wrote to, and how much of that is known here.
+    notices: PageTracker,
+    known_notices: u64,
     /// What handlers get for the block they are in; none of them looks at it.
     _block: Box<crate::block::Block>,
     perf_map: Option<std::fs::File>,
@@ -65,6 +70,8 @@ impl Jit {
         arena.write(0, &asm.code);
         let floor = asm.here().next_multiple_of(64);
         cpu.jit = JitEnv::with_jumps();
+        let notices = cpu.mmu.phys().notices();
+        cpu.sys.attention().keep_run_word(notices.clone(), cpu.mmu.index);
         Ok(Self {
             arena,
             stubs,
@@ -75,6 +82,8 @@ impl Jit {
             translator: Translator::new(stubs),
             pending: None,
             armed: NEVER,
+            notices,
+            known_notices: 0,
             _block: block,
             perf_map: perf_map(),
             counters: Counters::default(),
@@ -85,6 +94,11 @@ impl Jit {
     pub fn run(&mut self, cpu: &mut Cpu, decoder: &mut BlockDecoder) -> Ran {
         if cpu.mmu.phys().has_changed_code(cpu.mmu.index) {
             self.kill_changed(cpu);
+        }
+        let notices = self.notices.notices().count();
+        if notices != self.known_notices {
+            self.kill_stale(cpu);
+            self.known_notices = notices;
         }
         self.set_alarm(cpu);
         let pending = self.pending.take();
@@ -106,12 +120,10 @@ impl Jit {
         let code = self.arena.entry(block.memory);
         cpu.jit.insert(cpu.rip, tag, code);
         cpu.gpr[BLOCK] = cpu.rip & PAGE;
-        let attention = cpu.sys.attention();
-        let run = attention.run_word() as u64;
-        if !attention.clear_to_run() {
+        let Some(run) = cpu.sys.attention().clear_to_run(notices) else {
             return Ran::Code(Some(Stop::Attention));
-        }
-        cpu.jit.run = run;
+        };
+        cpu.jit.run = run as u64;
         self.counters.entered += 1;
         // SAFETY: the arena starts with this function; translated code accesses the `Cpu`, guest RAM through TLB
         // entries, and the tables that `cpu.jit` owns. The `Cpu` is borrowed for the whole call.
@@ -234,6 +246,13 @@ impl Jit {
     /// Ends the blocks of all pages whose code was written to (J8).
     fn kill_changed(&mut self, cpu: &mut Cpu) {
         for page in cpu.mmu.phys().clone().take_changed_code(cpu.mmu.index) {
+            self.kill(cpu, page);
+        }
+    }
+
+    /// The same for what other processes wrote, who do not say where.
+    fn kill_stale(&mut self, cpu: &mut Cpu) {
+        for page in self.cache.stale_pages() {
             self.kill(cpu, page);
         }
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mvm_engine::IoBus;
-use mvm_memory::{CodePage, GuestRam, PAGE_SHIFT, RamRegion};
+use mvm_memory::{CodePage, GuestRam, PAGE_SHIFT, PageTracker, RamRegion};
 
 use super::raw::HostAddr;
 
@@ -163,6 +163,12 @@ impl PhysMemory {
         let Some(list) = self.changes.lists.get(vcpu as usize) else { return Vec::new() };
         list.waiting.store(false, Ordering::SeqCst);
         std::mem::take(&mut lock(&list.pages))
+    }
+
+    /// Where other processes give notice of code that they wrote to.
+    pub fn notices(&self) -> PageTracker {
+        let first = self.ram.regions().first().map(|r| r.tracker.clone());
+        first.unwrap_or_default()
     }
 
     /// The bus beyond RAM.

@@ -1,7 +1,10 @@
 //! How other threads reach a vCPU: one atomic word, and a wake-up if it sleeps.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+
+use mvm_memory::PageTracker;
 
 /// Reasons for attention: bits of the word.
 #[allow(missing_docs)]
@@ -30,21 +33,39 @@ pub mod reason {
 ///
 /// The vCPU looks at it with a plain load before every block; everyone else sets bits. A bit is
 /// set after what it announces, and taken before that is looked at.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Attention {
     word: AtomicU32,
-    /// For translated code, which can test for zero without touching flags: not zero as long as the word is zero.
-    /// It may be zero while the word is; it is never left at one when the word is not.
-    run: AtomicU32,
+    run: OnceLock<RunWord>,
 }
 
-impl Default for Attention {
-    fn default() -> Self {
-        Self { word: AtomicU32::new(0), run: AtomicU32::new(1) }
+/// For translated code, which can test for zero without touching flags: not zero as long as the attention word is zero.
+/// It may be zero while that is; it is never left at one when that is not. Besides those who raise attention,
+/// other processes clear it ([`mvm_memory::Notices`]).
+#[derive(Debug)]
+struct RunWord {
+    memory: PageTracker,
+    vcpu: usize,
+}
+
+impl RunWord {
+    fn word(&self) -> Option<&AtomicU32> {
+        self.memory.notices().run_word(self.vcpu)
+    }
+
+    fn set(&self, value: u32) {
+        if let Some(word) = self.word() {
+            word.store(value, Ordering::SeqCst);
+        }
     }
 }
 
 impl Attention {
+    /// From now on there is a run word: that of `vcpu` among the notices of `memory`, the machine's first region.
+    pub fn keep_run_word(&self, memory: PageTracker, vcpu: u32) {
+        let _ = self.run.set(RunWord { memory, vcpu: vcpu as usize });
+    }
+
     /// Is there anything to look at?
     #[inline(always)]
     pub fn any(&self) -> bool {
@@ -59,7 +80,7 @@ impl Attention {
     /// Sets `reasons` and wakes the vCPU if it sleeps. Any thread.
     pub fn raise(&self, reasons: u32) {
         let before = self.word.fetch_or(reasons, Ordering::SeqCst);
-        self.run.store(0, Ordering::SeqCst);
+        self.stop_running();
         if before & reason::SLEEPING != 0 {
             futex::wake(&self.word);
         }
@@ -69,26 +90,32 @@ impl Attention {
     #[inline]
     pub fn raise_self(&self, reasons: u32) {
         self.word.fetch_or(reasons, Ordering::Relaxed);
-        self.run.store(0, Ordering::Relaxed);
+        self.stop_running();
     }
 
-    /// Sets the run word if there is no reason; false if there is one.
+    /// Clears the run word.
     #[inline]
-    pub fn clear_to_run(&self) -> bool {
-        if self.run.load(Ordering::Relaxed) == 0 {
-            // Whoever raises sets a bit first: it is seen here, or the run word is cleared after this.
-            self.run.store(1, Ordering::SeqCst);
-            if self.word.load(Ordering::SeqCst) != 0 {
-                self.run.store(0, Ordering::SeqCst);
-                return false;
+    fn stop_running(&self) {
+        if let Some(run) = self.run.get() {
+            run.set(0);
+        }
+    }
+
+    /// Sets the run word if there is no reason not to, and `notices` is all that other processes have given
+    /// notice of. Its address, or nothing if there is a reason.
+    #[inline]
+    pub fn clear_to_run(&self, notices: u64) -> Option<*const AtomicU32> {
+        let run = self.run.get()?;
+        let word = run.word()?;
+        if word.load(Ordering::Relaxed) == 0 {
+            // Whoever clears it has set a bit or counted before: that is seen here, or the word is cleared after this.
+            word.store(1, Ordering::SeqCst);
+            if self.word.load(Ordering::SeqCst) != 0 || run.memory.notices().count() != notices {
+                word.store(0, Ordering::SeqCst);
+                return None;
             }
         }
-        !self.any()
-    }
-
-    /// The run word's address.
-    pub fn run_word(&self) -> *const AtomicU32 {
-        &raw const self.run
+        (!self.any()).then_some(std::ptr::from_ref(word))
     }
 
     /// Takes all reasons.
@@ -157,7 +184,9 @@ mod futex {
 mod tests {
     use super::*;
     use std::sync::Arc;
+
     use std::time::Instant;
+    use vm_memory::bitmap::NewBitmap as _;
 
     #[test]
     fn a_reason_before_sleep_is_not_lost() {
@@ -168,6 +197,22 @@ mod tests {
         assert!(start.elapsed() < Duration::from_secs(10));
         assert_eq!(attention.take(), reason::KICK);
         assert!(!attention.any());
+    }
+
+    #[test]
+    fn the_run_word_is_one_only_while_nothing_is_to_be_looked_at() {
+        let (attention, memory) = (Attention::default(), PageTracker::with_len(4096));
+        assert!(attention.clear_to_run(0).is_none(), "there is none");
+        attention.keep_run_word(memory.clone(), 1);
+        let read = || memory.notices().run_word(1).unwrap().load(Ordering::SeqCst);
+        assert!(attention.clear_to_run(0).is_some() && read() == 1);
+        attention.raise(reason::KICK);
+        assert!(read() == 0 && attention.clear_to_run(0).is_none() && read() == 0);
+        attention.take();
+        assert!(attention.clear_to_run(0).is_some() && read() == 1);
+        memory.notices().give();
+        assert!(read() == 0 && attention.clear_to_run(0).is_none() && read() == 0);
+        assert!(attention.clear_to_run(1).is_some() && read() == 1);
     }
 
     #[test]

@@ -1,6 +1,12 @@
 //! Code that changes (invariants 5 to 8): by its own stores, through aliases, by devices.
 
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
 use iced_x86::code_asm::*;
+use mvm_memory::{GuestRam, Loan};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::fault::vector;
 use crate::testing::asm::asm;
@@ -91,6 +97,47 @@ fn functions_in_other_pages_change_between_calls() {
     );
     assert_eq!(guest.run(&code), End::Halt);
     assert_eq!(guest.reg(6), (7..207).sum::<u64>());
+}
+
+/// As a file server does, which fills pages of the guest from a process of its own.
+#[test]
+fn another_mapping_of_ram_changes_code_before_it_tells() {
+    const ROUNDS: u64 = 200;
+    let (asked, told, limit) = (DATA + 0x800, DATA + 0x808, Duration::from_secs(120));
+    let mut guest = Guest::new();
+    guest.put(DATA, &returns(DATA, 0));
+    guest.put64(asked, 0);
+    guest.put64(told, 0);
+    let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
+    let loans = guest.ram.lend().into_iter().map(|l| Loan {
+        start: l.start,
+        size: l.size,
+        ram: own(l.ram),
+        tracker: own(l.tracker),
+    });
+    let other = GuestRam::attach(loans.collect()).unwrap();
+    let server = std::thread::spawn(move || {
+        let (memory, end) = (other.memory(), Instant::now() + limit);
+        for round in 1..=ROUNDS {
+            while memory.load::<u64>(GuestAddress(asked), Ordering::SeqCst).unwrap() != round {
+                assert!(Instant::now() < end, "the guest does not get to round {round}");
+                std::thread::yield_now();
+            }
+            memory.write_obj(round as u32, GuestAddress(DATA + 1)).unwrap();
+            memory.store(round, GuestAddress(told), Ordering::SeqCst).unwrap();
+        }
+    });
+    // All of the loop's jumps stay in its page. A failure is a halt with RDX short of the rounds.
+    let code = asm!(64 at CODE, [again, wait, end];
+        mov(rbx, DATA); xor(edx, edx); mov(r12, 1u64 << 34);
+        set_label(&mut again); inc(rdx); mov(qword_ptr(rbx + 0x800), rdx);
+        set_label(&mut wait); dec(r12); jz(end); pause(); cmp(qword_ptr(rbx + 0x808), rdx); jne(wait);
+        call(rbx); cmp(rax, rdx); jne(end); cmp(edx, ROUNDS as i32); jb(again);
+        set_label(&mut end); hlt();
+    );
+    assert_eq!(guest.run(&code), End::Halt);
+    assert_eq!((guest.reg(0), guest.reg(2)), (ROUNDS, ROUNDS));
+    server.join().unwrap();
 }
 
 #[test]
