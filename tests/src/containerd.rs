@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::cri::Cri;
+use crate::engine::settings_in;
 use crate::shim::NAME as SHIM;
 use crate::{Finished, eventually, run_with};
 
@@ -141,7 +142,7 @@ impl Containerd {
             .arg(self.path("config.toml"))
             .env("PATH", format!("{}:{path}", self.path("bin").display()))
             .env("MVM_ROOT", self.path("mvm"))
-            .env("MVM_CONFIG", "/dev/null")
+            .env("MVM_CONFIG", settings_in(self.dir.path()))
             .env_remove("MVM_ENGINE")
             .stdin(Stdio::null())
             .stdout(Stdio::null())

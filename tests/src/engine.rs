@@ -1,8 +1,9 @@
 //! The engine under test.
 
-use std::env;
+use std::path::{Path, PathBuf};
+use std::{env, fs};
 
-/// Names the engine under test: `emu` or `kvm`.
+/// Names the engine under test: `emu`, `emu:interp`, `emu:jit` or `kvm`.
 pub const TEST_ENGINE: &str = "MVM_TEST_ENGINE";
 
 /// What to name after `--engine`: [`TEST_ENGINE`], else `emu`, which every host has. Tests that are about an engine name
@@ -17,10 +18,18 @@ pub fn engine() -> &'static str {
 /// The engine under test, if there is a wish.
 pub(crate) fn under_test() -> Option<&'static str> {
     let value = env::var_os(TEST_ENGINE)?;
-    match value.to_str() {
-        Some("") => None,
-        Some("emu") => Some("emu"),
-        Some("kvm") => Some("kvm"),
-        _ => panic!("{TEST_ENGINE} is {value:?}, not emu or kvm"),
+    if value.is_empty() {
+        return None;
     }
+    let known = ["emu", "emu:interp", "emu:jit", "kvm"].into_iter().find(|name| value == **name);
+    Some(known.unwrap_or_else(|| panic!("{TEST_ENGINE} is {value:?}, which is no engine")))
+}
+
+/// Settings for programs that take no flags: a file in `dir` that names the engine under test, or none.
+pub(crate) fn settings_in(dir: &Path) -> PathBuf {
+    let Some(engine) = under_test() else { return "/dev/null".into() };
+    let (engine, tier) = engine.split_once(':').unwrap_or((engine, "interp"));
+    let path = dir.join("mvm.toml");
+    fs::write(&path, format!("engine = {engine:?}\nemu.tier = {tier:?}\n")).expect("a file");
+    path
 }

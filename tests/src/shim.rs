@@ -15,6 +15,7 @@ use containerd_shim_protos::{Client, TaskClient};
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::engine::settings_in;
 use crate::{Finished, eventually, run_with};
 
 /// Long enough for anything that is not stuck, on a slow and busy machine.
@@ -117,7 +118,8 @@ impl Shim {
         let mut command = Command::new(self.dir.path().join(NAME));
         command.args(["-namespace", "test", "-id", id, "-address", "/no/containerd"]);
         command.arg("-bundle").arg(bundle).arg(action).current_dir(bundle);
-        command.env("MVM_ROOT", self.dir.path().join("mvm")).env("MVM_CONFIG", "/dev/null");
+        command.env("MVM_ROOT", self.dir.path().join("mvm"));
+        command.env("MVM_CONFIG", settings_in(self.dir.path()));
         command.env_remove("MVM_ENGINE").env_remove("TTRPC_ADDRESS");
         run_with(command, b"", DEADLINE)
     }

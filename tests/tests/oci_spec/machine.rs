@@ -21,7 +21,7 @@ use mvm_agent_protocol::rpc::{CallError, Client};
 use mvm_agent_protocol::stream::{Header, Kind};
 use mvm_agent_protocol::{VOLUMES_DIR, WAIT_MAX_MS, port};
 use mvm_image::{Owners, from_directory};
-use mvm_sandbox::engine::{EngineChoice, Guest, Selection, Wish, look};
+use mvm_sandbox::engine::{EmuTier, EngineChoice, Guest, Selection, Wish, look};
 use mvm_sandbox::guest::Dialer;
 use mvm_sandbox::layout::Layout;
 use mvm_sandbox::machine::{Launcher, Machine as Monitored, MachinePlan, Payload};
@@ -116,7 +116,12 @@ fn selection(layout: &Layout) -> Selection {
         "kvm" => EngineChoice::Kvm,
         _ => EngineChoice::Emu,
     };
-    let outlook = look(layout, Wish { choice, ..Wish::default() });
+    let tier = match mvm_tests::engine() {
+        "emu:interp" => EmuTier::Interp,
+        "emu:jit" => EmuTier::Jit,
+        _ => EmuTier::default(),
+    };
+    let outlook = look(layout, Wish { choice, tier, ..Wish::default() });
     outlook.and_then(|o| o.decide(Guest::Linux)).unwrap_or_else(|e| panic!("{e}"))
 }
 
