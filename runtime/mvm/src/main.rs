@@ -161,7 +161,7 @@ mod tests {
             (
                 &["run", "--engine", "tcg", "i"],
                 "invalid value 'tcg' for '--engine <ENGINE>' [possible values: auto, kvm, emu, \
-                 emu:interp, emu:jit]; see `mvm --help`",
+                 emu:jit, emu:interp]; see `mvm --help`",
             ),
         ] {
             let all = ["mvm"].iter().chain(args);

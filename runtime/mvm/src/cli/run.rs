@@ -299,14 +299,14 @@ pub enum Engine {
     Auto,
     /// Hardware virtualization
     Kvm,
-    /// mvm's own emulation
+    /// mvm's own emulation, which translates code unless mvm.toml says otherwise
     Emu,
-    /// the same, interpreted
-    #[value(name = "emu:interp")]
-    EmuInterp,
     /// the same, translated
     #[value(name = "emu:jit")]
     EmuJit,
+    /// the same, interpreted: slower by far, and for comparisons
+    #[value(name = "emu:interp")]
+    EmuInterp,
 }
 
 impl Engine {

@@ -54,9 +54,11 @@ fn flags_go_before_files() {
 fn a_flag_names_engine_and_tier() {
     let both = settings(&["--engine=emu:jit"], "engine = 'kvm'\nemu.tier = 'interp'");
     assert_eq!((both.engine.value, both.tier.value), (EngineChoice::Emu, EmuTier::Jit));
-    assert_eq!(both.wish(false).tier, EmuTier::Jit);
-    let without = settings(&["--engine=emu"], "emu.tier = 'jit'");
-    assert_eq!(without.tier.value, EmuTier::Jit, "the file's where the flag says nothing");
+    let both = settings(&["--engine=emu:interp"], "emu.tier = 'jit'");
+    assert_eq!(both.wish(false).tier, EmuTier::Interp);
+    let without = settings(&["--engine=emu"], "emu.tier = 'interp'");
+    assert_eq!(without.tier.value, EmuTier::Interp, "the file's where the flag says nothing");
+    assert_eq!(settings(&[], "").tier.value, EmuTier::Jit);
 }
 
 #[test]

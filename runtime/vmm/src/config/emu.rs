@@ -24,9 +24,9 @@ pub struct EmuConfig {
 #[serde(rename_all = "kebab-case")]
 pub enum EmuTier {
     /// Interpreted.
-    #[default]
     Interp,
-    /// Translated, as far as it is 64-bit code.
+    /// Translated, as far as it is 64-bit code, and else interpreted.
+    #[default]
     Jit,
 }
 
