@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -69,7 +69,7 @@ pub fn run_with(mut command: Command, input: &[u8], deadline: Duration) -> Finis
     });
     let mut stdin = child.stdin.take();
     let input = input.to_vec();
-    let writer = thread::spawn(move || {
+    thread::spawn(move || {
         if let Some(mut pipe) = stdin.take() {
             // A program may well end without reading its input.
             let _ = pipe.write_all(&input);
@@ -80,13 +80,17 @@ pub fn run_with(mut command: Command, input: &[u8], deadline: Duration) -> Finis
     let status = child.wait();
     drop(ended);
     let overdue = watchdog.join().unwrap_or(true);
-    let stdout = stdout.join().unwrap_or_default();
-    let stderr = stderr.join().unwrap_or_default();
-    let _ = writer.join();
+    let (stdout, stdout_closed) = stdout.take();
+    let (stderr, stderr_closed) = stderr.take();
     assert!(
         !overdue,
         "{command:?} did not end within {deadline:?}\n--- stdout\n{}\n--- stderr\n{}",
         String::from_utf8_lossy(&stdout),
+        String::from_utf8_lossy(&stderr)
+    );
+    assert!(
+        stdout_closed && stderr_closed,
+        "{command:?} ended, and somebody else still has its output: {}",
         String::from_utf8_lossy(&stderr)
     );
     let code = match status {
@@ -109,14 +113,35 @@ pub fn is_running(pid: Pid) -> bool {
     state.is_some_and(|state| state != 'Z' && state != 'X')
 }
 
-fn collect(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<Vec<u8>> {
+/// What comes out of a pipe.
+struct Collected {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    closed: mpsc::Receiver<()>,
+}
+
+fn collect(pipe: Option<impl Read + Send + 'static>) -> Collected {
+    let bytes = Arc::new(Mutex::new(Vec::new()));
+    let (close, closed) = mpsc::channel();
+    let into = bytes.clone();
     thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut pipe) = pipe {
-            let _ = pipe.read_to_end(&mut bytes);
+        let mut buffer = [0; 1 << 16];
+        let Some(mut pipe) = pipe else { return };
+        while let Ok(count @ 1..) = pipe.read(&mut buffer) {
+            let part = buffer.get(..count).unwrap_or_default();
+            into.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(part);
         }
-        bytes
-    })
+        drop(close);
+    });
+    Collected { bytes, closed }
+}
+
+impl Collected {
+    /// What came, and whether that is all: what a program leaves behind may keep its pipes open for good.
+    fn take(self) -> (Vec<u8>, bool) {
+        let end = self.closed.recv_timeout(Duration::from_secs(60));
+        let bytes = std::mem::take(&mut *self.bytes.lock().unwrap_or_else(PoisonError::into_inner));
+        (bytes, end != Err(mpsc::RecvTimeoutError::Timeout))
+    }
 }
 
 /// Polls `condition` for as long as anything may take.

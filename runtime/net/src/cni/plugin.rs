@@ -4,9 +4,9 @@ use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -15,8 +15,12 @@ use super::config::find_plugin;
 
 /// How long a plugin may take: it may wait for others who change the same firewall.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is looked whether it has ended.
+const INTERVAL: Duration = Duration::from_millis(1);
+/// How long its last words may take to be read once it has ended.
+const GRACE: Duration = Duration::from_secs(2);
 /// Most bytes of an answer.
-const MAX_ANSWER: u64 = 1 << 20;
+const MAX_ANSWER: usize = 1 << 20;
 
 /// What a plugin is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +70,7 @@ impl Call<'_> {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(failed)?;
-        let answered = talk(child, self.config.to_string()).map_err(failed)?;
+        let answered = talk(child, self.config.to_string(), PATIENCE).map_err(failed)?;
         let Answer { success, output, errors } = answered;
         if !success {
             let message = message(&output, &errors);
@@ -98,38 +102,64 @@ struct Answer {
 }
 
 /// Gives a plugin its input and takes what it says until it ends, which it does in time or not at all.
-fn talk(mut child: Child, input: String) -> io::Result<Answer> {
+fn talk(mut child: Child, input: String, patience: Duration) -> io::Result<Answer> {
     let stdin = child.stdin.take();
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let collect = |pipe: Option<Box<dyn Read + Send>>| {
-        thread::spawn(move || {
-            let mut bytes = Vec::new();
-            // As much as there is before it ends: half an answer is told as such.
-            let _ = pipe.map(|pipe| pipe.take(MAX_ANSWER).read_to_end(&mut bytes));
-            bytes
-        })
-    };
-    let output = collect(stdout.map(|p| Box::new(p) as Box<dyn Read + Send>));
-    let errors = collect(stderr.map(|p| Box::new(p) as Box<dyn Read + Send>));
+    let output = Collected::from(child.stdout.take());
+    let errors = Collected::from(child.stderr.take());
     thread::spawn(move || {
         // A plugin may end without reading.
         let _ = stdin.map(|mut pipe| pipe.write_all(input.as_bytes()));
     });
-    let (tell, ended) = mpsc::channel();
-    let reader = thread::spawn(move || {
-        let output = output.join().unwrap_or_default();
-        let _ = tell.send(());
-        output
-    });
-    if ended.recv_timeout(PATIENCE).is_err() {
-        child.kill()?;
-        child.wait()?;
-        let what = format!("it did not end within {} seconds", PATIENCE.as_secs());
-        return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+    let end = Instant::now() + patience;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if Instant::now() >= end {
+            child.kill()?;
+            child.wait()?;
+            let what = format!("it did not end within {} seconds", patience.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+        }
+        thread::sleep(INTERVAL);
+    };
+    Ok(Answer { success: status.success(), output: output.take(), errors: errors.take() })
+}
+
+/// What comes out of a pipe, read on a thread of its own. What the plugin has started and left behind may keep
+/// the pipe open for good.
+struct Collected {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    closed: mpsc::Receiver<()>,
+}
+
+impl Collected {
+    fn from(pipe: Option<impl Read + Send + 'static>) -> Self {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let (close, closed) = mpsc::channel();
+        let into = bytes.clone();
+        thread::spawn(move || {
+            let mut left = MAX_ANSWER;
+            let mut buffer = [0; 4096];
+            let Some(mut pipe) = pipe else { return };
+            while left > 0 {
+                // As much as there is before it ends: half an answer is told as such.
+                let Ok(count @ 1..) = pipe.read(&mut buffer) else { break };
+                left = left.saturating_sub(count);
+                let part = buffer.get(..count).unwrap_or_default();
+                into.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(part);
+            }
+            drop(close);
+        });
+        Self { bytes, closed }
     }
-    let success = child.wait()?.success();
-    let output = reader.join().unwrap_or_default();
-    Ok(Answer { success, output, errors: errors.join().unwrap_or_default() })
+
+    /// What there is, once the plugin has ended.
+    fn take(self) -> Vec<u8> {
+        // What it has written is in the pipe: reading it takes no longer.
+        let _ = self.closed.recv_timeout(GRACE);
+        std::mem::take(&mut self.bytes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// A plugin's own words: the error object of the specification, or else whatever it printed.
@@ -204,5 +234,27 @@ mod tests {
         assert!(told("echo oops >&2; exit 3").contains("oops"));
         assert!(told("exit 3").contains("said nothing"));
         assert!(matches!(call("echo hm", Command::Add), Err(Error::Answer { .. })));
+    }
+    #[test]
+    fn whoever_is_left_behind_with_its_pipes_is_not_waited_for() {
+        let start = Instant::now();
+        let script = r#"sleep 300 & echo '{"pid":'$!'}'"#;
+        let answer = call(script, Command::Add).unwrap();
+        let pid = i32::try_from(answer["pid"].as_i64().unwrap()).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(290));
+    }
+
+    #[test]
+    fn one_that_does_not_end_is_ended() {
+        let child = std::process::Command::new("/bin/sh")
+            .args(["-c", "exec sleep 300 >/dev/null 2>&1"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let error = talk(child, "{}".into(), Duration::from_millis(100)).err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }
