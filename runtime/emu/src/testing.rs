@@ -37,7 +37,13 @@ pub fn tier() -> Tier {
 pub(crate) fn dispatcher(cpu: &mut Cpu, tier: Tier) -> Dispatcher {
     match tier {
         Tier::Interpreter => Dispatcher::new(cpu),
-        Tier::Translator => Dispatcher::translating(cpu).expect("executable memory"),
+        Tier::Translator => {
+            let mut dispatcher = Dispatcher::translating(cpu).expect("executable memory");
+            if let Some(jit) = dispatcher.jit_mut() {
+                jit.set_trials(0);
+            }
+            dispatcher
+        }
     }
 }
 

@@ -14,8 +14,10 @@ use crate::op::Op;
 
 /// Slots of the table in front.
 const JUMPS: usize = 8192;
-/// Memory for ops, in bytes, before the cache is emptied.
-const CAPACITY: usize = 24 << 20;
+/// Memory for ops, in bytes, before the cache is emptied, where all code is interpreted.
+pub const CAPACITY: usize = 24 << 20;
+/// The same where what runs more than a few times is translated.
+pub const CAPACITY_BESIDE_TRANSLATOR: usize = 2 << 20;
 /// What a block costs beyond its ops, about.
 const OVERHEAD: usize = 160;
 
@@ -56,6 +58,7 @@ pub struct BlockCache {
     map: HashMap<u64, u32, BuildHasherDefault<KeyHasher>>,
     blocks: Vec<Block>,
     used: usize,
+    capacity: usize,
     /// Keeps the pages alive that the blocks' stamps point to.
     _phys: Arc<PhysMemory>,
     /// Blocks decoded, for the metrics.
@@ -65,12 +68,14 @@ pub struct BlockCache {
 }
 
 impl BlockCache {
-    pub fn new(phys: Arc<PhysMemory>) -> Self {
+    /// An empty cache that takes `capacity` bytes at most.
+    pub fn new(phys: Arc<PhysMemory>, capacity: usize) -> Self {
         Self {
             jumps: vec![Jump { key: u64::MAX, id: 0 }; JUMPS].into_boxed_slice(),
             map: HashMap::default(),
             blocks: Vec::new(),
             used: 0,
+            capacity,
             _phys: phys,
             decoded: 0,
             emptied: 0,
@@ -115,7 +120,7 @@ impl BlockCache {
     pub fn insert(&mut self, block: Block) -> u32 {
         self.decoded += 1;
         let cost = block.ops.len() * size_of::<Op>() + OVERHEAD;
-        if self.used + cost > CAPACITY {
+        if self.used + cost > self.capacity {
             self.clear();
             self.emptied += 1;
         }

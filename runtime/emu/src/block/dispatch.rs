@@ -3,7 +3,7 @@
 use std::io;
 
 use super::Block;
-use super::cache::{BlockCache, key};
+use super::cache::{BlockCache, CAPACITY, CAPACITY_BESIDE_TRANSLATOR, key};
 use super::decode::BlockDecoder;
 use crate::cpu::{Cpu, Mode, seg};
 use crate::fault::Fault;
@@ -45,8 +45,12 @@ const BLOCK: usize = reg::BLOCK as usize;
 impl Dispatcher {
     /// A dispatcher with an empty cache for one vCPU.
     pub fn new(cpu: &Cpu) -> Self {
+        Self::with_capacity(cpu, CAPACITY)
+    }
+
+    fn with_capacity(cpu: &Cpu, capacity: usize) -> Self {
         Self {
-            cache: BlockCache::new(cpu.mmu.phys().clone()),
+            cache: BlockCache::new(cpu.mmu.phys().clone(), capacity),
             decoder: BlockDecoder::new(),
             jit: None,
             instructions: 0,
@@ -61,7 +65,7 @@ impl Dispatcher {
     pub fn translating(cpu: &mut Cpu) -> io::Result<Self> {
         let jit = Some(Box::new(Jit::new(cpu)?));
         cpu.mmu.phys().want_changed_code(cpu.mmu.index);
-        Ok(Self { jit, ..Self::new(cpu) })
+        Ok(Self { jit, ..Self::with_capacity(cpu, CAPACITY_BESIDE_TRANSLATOR) })
     }
 
     /// The translator, if there is one.
@@ -70,7 +74,6 @@ impl Dispatcher {
     }
 
     /// The translator, if there is one.
-    #[cfg(test)]
     pub(crate) fn jit_mut(&mut self) -> Option<&mut Jit> {
         self.jit.as_deref_mut()
     }

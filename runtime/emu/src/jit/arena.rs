@@ -13,7 +13,12 @@ pub const SIZE: usize = 32 << 20;
 pub struct Arena {
     write: *mut u8,
     exec: *mut u8,
+    /// Where the last code was put, as a multiple of [`PART`].
+    part: usize,
 }
+
+/// Bytes of the writable mapping that are let go at a time.
+const PART: usize = 1 << 20;
 
 // SAFETY: the mappings belong to this value alone.
 unsafe impl Send for Arena {}
@@ -35,7 +40,7 @@ impl Arena {
                 return Err(error);
             }
         };
-        let arena = Self { write, exec };
+        let arena = Self { write, exec, part: 0 };
         let seals =
             libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
         // SAFETY: fcntl on a descriptor we own, with integer arguments.
@@ -58,6 +63,21 @@ impl Arena {
         assert!(offset.checked_add(code.len()).is_some_and(|end| end <= SIZE), "the arena's size");
         // SAFETY: the range lies in the writable mapping (checked above), which this value owns.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(offset), code.len()) };
+    }
+
+    /// Tells where code is put from now on. What is behind that is seldom written again: pages that are mapped
+    /// a second time for it count twice wherever a process's memory is looked at.
+    pub fn went_on_to(&mut self, offset: usize) {
+        let part = (offset / PART).min(SIZE / PART - 1);
+        if part != self.part {
+            // SAFETY: the part lies in the writable mapping, which this value owns. The mapping is of a file and
+            // shared, so its content stays.
+            unsafe {
+                let start = self.write.add(self.part * PART);
+                libc::madvise(start.cast(), PART, libc::MADV_DONTNEED);
+            }
+            self.part = part;
+        }
     }
 }
 

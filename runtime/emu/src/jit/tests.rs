@@ -5,6 +5,7 @@ use std::time::Duration;
 use iced_x86::code_asm::*;
 
 use super::Counters;
+use super::run::TRIALS;
 use crate::Tier;
 use crate::fault::vector;
 use crate::testing::asm::asm;
@@ -47,8 +48,11 @@ fn start(machine: &mut UserMachine, code: &[(u64, &[u8])], rip: u64) {
 
 /// Runs code that ends with an exception on both tiers; they must agree on everything.
 fn both(code: &[(u64, &[u8])]) -> (UserException, UserState, Counters) {
-    let run = |tier| {
+    let run = |tier, trials| {
         let mut machine = machine(tier);
+        if let Some(jit) = machine.dispatcher().jit_mut() {
+            jit.set_trials(trials);
+        }
         start(&mut machine, code, code[0].0);
         let (exception, state) = machine.run(None).expect("an end");
         let mut data = [0; 0x1000];
@@ -56,12 +60,16 @@ fn both(code: &[(u64, &[u8])]) -> (UserException, UserState, Counters) {
         let counters = machine.dispatcher().jit().map(|jit| jit.counters.clone());
         (exception, state, data, counters.unwrap_or_default())
     };
-    let (interpreted, translated) = (run(Tier::Interpreter), run(Tier::Translator));
-    assert_eq!(interpreted.0, translated.0);
-    let (a, b) = (&interpreted.1, &translated.1);
-    assert_eq!((a.gpr, a.rip, a.rflags), (b.gpr, b.rip, b.rflags));
-    assert!(a.xsave == b.xsave && interpreted.2 == translated.2);
+    let (interpreted, translated) = (run(Tier::Interpreter, 0), run(Tier::Translator, 0));
+    let in_part = run(Tier::Translator, TRIALS);
+    for run in [&translated, &in_part] {
+        assert_eq!(interpreted.0, run.0);
+        let (a, b) = (&interpreted.1, &run.1);
+        assert_eq!((a.gpr, a.rip, a.rflags), (b.gpr, b.rip, b.rflags));
+        assert!(a.xsave == b.xsave && interpreted.2 == run.2);
+    }
     assert!(translated.3.blocks > 0, "it was translated");
+    assert!(in_part.3.blocks < translated.3.blocks, "what runs once is not");
     (translated.0, translated.1, translated.3)
 }
 
