@@ -2,13 +2,19 @@
 //!
 //! The words of its command line say what it does, one after the other: `hello`, `compute=ROUNDS`,
 //! `timer=TICKS`, `clock=periodic|once|deadline` (how the timer ticks from then on), `marks=ROUNDS`, `smp`,
-//! `team=ROUNDS`, `disk`, `doorbell=TIMES`, `echo`, `spin`, `halt`, `fault`, `trap`, and at the end `exit=VALUE`.
+//! `team=ROUNDS`, `disk`, `doorbell=TIMES`, `http=PORT/TIMES`, `vsock=PORT/TIMES`, `dial=PORT`, `echo`, `spin`, `halt`,
+//! `fault`, `trap`, and at the end `exit=VALUE`.
 
 #![no_std]
 #![no_main]
 
+extern crate alloc;
+
 mod compute;
+mod http;
+mod net;
 mod rt;
+mod vsock;
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -32,6 +38,12 @@ fn main(boot: &BootInfo) -> u32 {
             "team" => team(number),
             "disk" => disk(boot),
             "doorbell" => doorbell(boot, number),
+            "http" => http(boot, value),
+            "vsock" => {
+                let (port, times) = port_and_times(value, 5000);
+                vsock::serve(boot.cmdline, port, times);
+            }
+            "dial" => vsock::dial(boot.cmdline, port_and_times(value, 5000).0),
             "echo" => echo(),
             "spin" => spin(),
             "halt" => ring0::halt(),
@@ -181,6 +193,21 @@ fn doorbell(boot: &BootInfo, times: u32) {
     }
     interrupts::enable(irq, false);
     println!("doorbell: {times} requests, {} interrupts", ring0::interrupts() - first);
+}
+
+/// Answers requests.
+fn http(boot: &BootInfo, value: &str) {
+    let (port, times) = port_and_times(value, 80);
+    let port = u16::try_from(port).expect("not a port of TCP");
+    http::serve(boot.cmdline, port, times);
+}
+
+/// `PORT/TIMES`, both of which may be left out; without TIMES it goes on for ever.
+fn port_and_times(value: &str, usual: u32) -> (u32, u64) {
+    let (port, times) = value.split_once('/').unwrap_or((value, ""));
+    let number = |text: &str| text.parse::<u32>().expect("not a number");
+    let port = if port.is_empty() { usual } else { number(port) };
+    (port, if times.is_empty() { u64::MAX } else { number(times).into() })
 }
 
 /// Sends back what is typed, up to the end-of-transmission character (Ctrl-D).

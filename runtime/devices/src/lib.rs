@@ -5,6 +5,7 @@
 //!   engine; [`IoApic`] stands between the two.
 //! * [`Serial`], [`SystemControl`] and [`DebugExit`] are the few platform devices a guest expects
 //!   without discovery, [`PowerControl`] the one that ACPI needs.
+//! * [`Pit`] and [`Rtc`] are how kernels for PCs measure time that were told of no other way.
 //! * [`fw_cfg`], [`Scratch`] and [`TestInterrupts`] are what kernels made for PC emulators look for.
 //! * [`virtio`] has the transport (virtio-mmio version 2) and the devices behind it.
 //! * [`Hypercalls`] is what Solo5's guests have in place of all that.
@@ -41,6 +42,7 @@ pub use hvt::{HypercallConfig, HypercallDisk, HypercallNet, Hypercalls};
 pub use ioapic::{IoApic, IoApicPin, IoApicState};
 pub use irq::{EventFdLine, InterruptLine, MsiMessage, MsiSink};
 pub use platform::{
-    DebugExit, PostCode, PowerControl, PowerOff, Scratch, SystemControl, TestInterrupts,
+    DebugExit, Pit, PitState, PostCode, PowerControl, PowerOff, Rtc, RtcState, Scratch, SystemB,
+    SystemControl, TestInterrupts,
 };
 pub use serial::{Serial, SerialConfig, SerialInputError, SerialState};

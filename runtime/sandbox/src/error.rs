@@ -37,6 +37,14 @@ pub enum Error {
     /// There is no network for it.
     #[error(transparent)]
     Network(#[from] crate::network::Error),
+    /// The socket to the guest cannot be made.
+    #[error("--vsock {}: {source}", path.display())]
+    Vsock {
+        /// Where it was to be.
+        path: std::path::PathBuf,
+        /// What is wrong with that.
+        source: io::Error,
+    },
     /// The monitor process could not be started.
     #[error(transparent)]
     Launch(#[from] spawn::Error),

@@ -33,6 +33,7 @@ pub mod spec;
 pub mod state;
 pub mod timings;
 pub mod unikernel;
+mod vsock;
 
 pub use error::{EXIT_FAILURE, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, Error};
 pub use names::random_id;

@@ -15,8 +15,8 @@ use mvm_agent_protocol::{hello, port};
 use mvm_fs::{FileServer, NewShare};
 use mvm_net::Joined;
 use mvm_vmm::config::{
-    CmdlineStyle, CpuModel, DiskConfig, EngineConfig, FsConfig, GuestPort, HugePages, ImageSource,
-    MachineConfig, ModuleConfig, NetConfig, OwnerGone, VsockConfig,
+    CmdlineStyle, CpuModel, DialConfig, DiskConfig, EngineConfig, FsConfig, GuestPort, HugePages,
+    ImageSource, MachineConfig, ModuleConfig, NetConfig, OwnerGone, VsockConfig,
 };
 use mvm_vmm::monitor::spawn::Error as SpawnError;
 use mvm_vmm::monitor::{ControlClient, Event, FdTable, Launch, Monitor, Request, Response, spawn};
@@ -30,6 +30,7 @@ use crate::network::Card;
 use crate::registry::Place;
 use crate::sandbox::Disk;
 use crate::timings::Timings;
+use crate::vsock::Door;
 
 /// The control socket's name in the sandbox's directory.
 pub const CONTROL_SOCKET: &str = "control.sock";
@@ -284,6 +285,17 @@ impl Draft {
         self.config.nets.push(NetConfig { queues, mac: interface.mac, mtu: card.mtu });
     }
 
+    /// Sockets between the guest and whoever comes to `door`.
+    pub fn sockets(&mut self, door: Door) {
+        let Door { listener, directory, name } = door;
+        self.config.vsock = Some(VsockConfig {
+            cid: CID,
+            listener: Some(self.fds.add(listener)),
+            guest_ports: Vec::new(),
+            dial: Some(DialConfig { directory: self.fds.add(directory), name }),
+        });
+    }
+
     /// Starts it, with the monitor's own log at `place`.
     pub fn launch(self, launcher: &dyn Launcher, place: &Place) -> Result<Box<dyn Machine>, Error> {
         let mut launch = Launch::new(self.config, self.fds);
@@ -324,6 +336,7 @@ pub(crate) fn launch(
         cid: CID,
         listener: Some(draft.fds.add(listen(place, VSOCK_SOCKET)?)),
         guest_ports: vec![GuestPort { port: port::HELLO, stream: draft.fds.add(theirs) }],
+        dial: None,
     });
     let mut machine = draft.launch(launcher, place)?;
     if let Some(server) = server {

@@ -119,6 +119,9 @@ fn record(place: &Place, mut state: State, ending: &Ending) -> Result<State, Err
     if let Err(e) = crate::network::tear_down(&place.dir) {
         tracing::warn!("the network of sandbox {}: {e}", state.id);
     }
+    if let Err(e) = crate::vsock::tear_down(&place.dir) {
+        tracing::warn!("the socket to the guest of sandbox {}: {e}", state.id);
+    }
     state.finish(ending);
     state.save(&place.dir)?;
     ending::announce(&place.dir, ending).map_err(Error::io(place.dir.display().to_string()))?;

@@ -25,6 +25,7 @@ use crate::spec::{self, Container};
 use crate::state::{EngineChoice, SPEC_FILE, STATE_VERSION, State, Status, now_ms};
 use crate::timings::Timings;
 use crate::unikernel::Address;
+use crate::vsock;
 
 /// What is recorded about a sandbox from the beginning.
 #[derive(Debug, Clone, Default)]
@@ -136,6 +137,11 @@ impl Sandbox {
         let names = network.names();
         self.save()?;
         Ok(Some(names))
+    }
+
+    /// Network interfaces that [`Sandbox::connect`] gave the guest.
+    pub fn interfaces(&self) -> usize {
+        self.state.network.len()
     }
 
     /// What a guest without an agent is told of the network that [`Sandbox::connect`] made.
@@ -321,6 +327,9 @@ impl Sandbox {
         self.network = None;
         if let Err(e) = network::tear_down(&self.place.dir) {
             tracing::warn!("the network of sandbox {}: {e}", self.state.id);
+        }
+        if let Err(e) = vsock::tear_down(&self.place.dir) {
+            tracing::warn!("the socket to the guest of sandbox {}: {e}", self.state.id);
         }
         self.state.finish(ending);
         let recorded = self.record(ending, remove || self.state.auto_remove);

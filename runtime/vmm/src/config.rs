@@ -163,6 +163,13 @@ impl MachineConfig {
         if let Some(module) = self.modules.iter().find(|m| !fits(&m.text)) {
             return Err(Error::ModuleText { text: module.text.clone() });
         }
+        let names =
+            self.vsock.iter().filter_map(|vsock| vsock.dial.as_ref()).map(|dial| &dial.name);
+        let is_name =
+            |name: &str| (1..=MAX_DIAL_NAME).contains(&name.len()) && !name.contains(['/', '\0']);
+        if let Some(name) = names.into_iter().find(|name| !is_name(name)) {
+            return Err(Error::DialName { name: name.clone() });
+        }
         match &self.vsock {
             Some(vsock) if vsock.cid < 3 || vsock.cid >= u64::from(u32::MAX) => {
                 Err(Error::Cid { cid: vsock.cid })
@@ -186,6 +193,10 @@ pub const MAX_MODULE_TEXT: usize = 127;
 
 /// Longest serial number of a disk in bytes (virtio 1.2, 5.2.6).
 pub const MAX_SERIAL: usize = 20;
+
+/// Longest name of sockets that a guest dials, in bytes: with a port and a way to the directory it fits the
+/// address of a socket.
+pub const MAX_DIAL_NAME: usize = 64;
 
 /// Virtio devices that every machine has: entropy and balloon.
 const FIXED_VIRTIO_DEVICES: u64 = 2;
@@ -290,8 +301,21 @@ pub struct VsockConfig {
     /// Listening unix socket: who connects writes `CONNECT <port>\n` and then talks to that port
     /// of the guest.
     pub listener: Option<FdIndex>,
-    /// What the guest may dial; every other port is refused.
+    /// What the guest may dial once each.
     pub guest_ports: Vec<GuestPort>,
+    /// Where every other port leads; without it they are refused.
+    #[serde(default)]
+    pub dial: Option<DialConfig>,
+}
+
+/// Unix sockets that the guest may dial: port N is the one called `NAME_N` in a directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DialConfig {
+    /// The directory, opened in any way.
+    pub directory: FdIndex,
+    /// What all names begin with, at most [`MAX_DIAL_NAME`] bytes.
+    pub name: String,
 }
 
 /// A host port that the guest may dial, once.
@@ -415,6 +439,15 @@ pub enum Error {
         /// The id.
         cid: u64,
     },
+    /// A name that no socket in a directory has, or that is too long.
+    #[error(
+        "sockets that the guest dials are files of one directory, whose names begin with at most \
+         {MAX_DIAL_NAME} bytes; this is {name:?}"
+    )]
+    DialName {
+        /// What they were to begin with.
+        name: String,
+    },
     /// No such boot protocol.
     #[error("there is no boot protocol {name:?}: choose auto, linux, pvh, multiboot or hvt")]
     BootProtocol {
@@ -475,6 +508,13 @@ mod tests {
         assert_eq!(check(|c| c.id.clear()), Error::Id { len: 0 });
         let long = check(|c| c.fallback = Some("x".repeat(MAX_REASON + 1)));
         assert_eq!(long, Error::Reason { len: MAX_REASON + 1 });
+        for name in ["", "a/b", "a\0b", &"x".repeat(MAX_DIAL_NAME + 1)] {
+            let mut config = config();
+            let dial = Some(DialConfig { directory: FdIndex(1), name: name.into() });
+            config.vsock =
+                Some(VsockConfig { cid: 3, listener: None, guest_ports: Vec::new(), dial });
+            assert_eq!(config.validate().unwrap_err(), Error::DialName { name: name.into() });
+        }
         assert!(matches!(check(|c| c.empty_block_slots = 100), Error::TooManyDisks { .. }));
         assert!(matches!(check(|c| c.empty_block_slots = u32::MAX), Error::TooManyDisks { .. }));
         let module = |text: &str| ModuleConfig {
@@ -487,7 +527,7 @@ mod tests {
         for text in ["x".repeat(128), "\0".into()] {
             assert_eq!(with(vec![module(&text)]), Err(Error::ModuleText { text }));
         }
-        let vsock = |cid| VsockConfig { cid, listener: None, guest_ports: Vec::new() };
+        let vsock = |cid| VsockConfig { cid, listener: None, guest_ports: Vec::new(), dial: None };
         let mut config = config();
         config.vsock = Some(vsock(2));
         assert_eq!(config.validate().unwrap_err(), Error::Cid { cid: 2 });

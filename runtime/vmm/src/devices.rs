@@ -1,5 +1,6 @@
 //! The devices of a machine and where they are wired to.
 
+mod clocks;
 mod emulators;
 mod fs;
 mod hvt;
@@ -18,14 +19,16 @@ use mvm_devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
 use mvm_devices::virtio::fs::{Fs, FsError, Gone};
 use mvm_devices::virtio::net::{Net, NetError};
 use mvm_devices::virtio::rng::{Rng, RngError};
-use mvm_devices::virtio::vsock::{Joined, Vsock, VsockConfig, VsockError};
+use mvm_devices::virtio::vsock::{Dialer, Joined, Vsock, VsockConfig, VsockError};
 use mvm_devices::virtio::{MmioTransport, VirtioDevice};
 use mvm_devices::{
-    Bus, BusError, DebugExit, EventLoop, EventLoopError, HypercallConfig, Hypercalls, IoApic,
-    IoApicPin, PostCode, PowerControl, PowerOff, Serial, SerialConfig, SerialInputError,
+    Bus, BusDevice, BusError, DebugExit, EventLoop, EventLoopError, HypercallConfig, Hypercalls,
+    IoApic, IoApicPin, PostCode, PowerControl, PowerOff, Serial, SerialConfig, SerialInputError,
     SystemControl, VmEvent,
 };
 
+pub(crate) use clocks::Clocks;
+pub use clocks::ClocksState;
 pub use fs::SharedFiles;
 pub(crate) use hvt::Guest as HvtGuest;
 pub use net::NetCard;
@@ -126,7 +129,6 @@ pub struct Disk {
 }
 
 /// Sockets between host and guest.
-#[derive(Debug)]
 pub struct Sockets {
     /// Context id of the guest.
     pub cid: u64,
@@ -134,6 +136,14 @@ pub struct Sockets {
     pub listener: Option<UnixListener>,
     /// Ports that the guest may dial, once each, and the stream that it is joined to.
     pub guest_ports: Vec<(u32, UnixStream)>,
+    /// Who is asked for every other port.
+    pub dialer: Option<Dialer>,
+}
+
+impl std::fmt::Debug for Sockets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sockets").field("cid", &self.cid).finish_non_exhaustive()
+    }
 }
 
 /// A console besides the serial port, the guest's `/dev/hvc0`.
@@ -161,6 +171,8 @@ pub(crate) struct Parts {
     pub nets: Vec<NetCard>,
     /// Sockets between host and guest.
     pub vsock: Option<Sockets>,
+    /// A PC has the clocks of old ones: its kernel may know no others. Linux does without.
+    pub old_clocks: bool,
     /// The file system that the host shares.
     pub fs: Option<SharedFiles>,
     /// Told when its server is gone.
@@ -214,6 +226,8 @@ pub(crate) struct Devices {
     pub hypercalls: Option<Arc<Hypercalls>>,
     /// Tells kernels made for PC emulators of their machine.
     pub fw_cfg: Option<Arc<FwCfg>>,
+    /// Clocks of old PCs.
+    pub clocks: Option<Clocks>,
     /// The thread on which all but the block and network devices wait.
     events: Option<EventLoop>,
 }
@@ -248,6 +262,7 @@ impl Devices {
             fs: None,
             hypercalls: None,
             fw_cfg: None,
+            clocks: None,
             events: None,
         };
         if let Platform::Hypercalls(guest) = platform {
@@ -268,7 +283,10 @@ impl Devices {
             devices.hypercalls = Some(hvt::attach(config, &mut bus)?);
         } else {
             bus.memory.insert("ioapic", layout::IOAPIC, IoApic::LEN, devices.ioapic.clone())?;
-            place_ports(parts.on_event, &mut bus)?;
+            if parts.old_clocks {
+                devices.clocks = Some(Clocks::place(&mut bus)?);
+            }
+            place_ports(parts.on_event, devices.clocks.as_ref(), &mut bus)?;
             if matches!(platform, Platform::EmulatedPc) {
                 devices.fw_cfg = Some(emulators::place(ram, &devices.ioapic, &mut bus)?);
             }
@@ -446,9 +464,17 @@ impl Devices {
 }
 
 /// The ports that a PC's kernel expects without being told, and those by which it ends its machine.
-fn place_ports(events: mvm_devices::EventSink, bus: &mut Bus) -> Result<(), BusError> {
+fn place_ports(
+    events: mvm_devices::EventSink,
+    clocks: Option<&Clocks>,
+    bus: &mut Bus,
+) -> Result<(), BusError> {
     for (port, device) in SystemControl::ports(events.clone()) {
-        bus.ports.insert("system-control", port, 1, Arc::new(device))?;
+        let device: Arc<dyn BusDevice> = match clocks {
+            Some(clocks) if port == SystemControl::SYSTEM_B => Arc::new(clocks.pit.system_b()),
+            _ => Arc::new(device),
+        };
+        bus.ports.insert("system-control", port, 1, device)?;
     }
     bus.ports.insert("post-code", PostCode::PORT, 1, Arc::new(PostCode::default()))?;
     let power = Arc::new(PowerControl::new(events.clone()));
@@ -474,6 +500,9 @@ fn open_vsock(
     let vsock = Vsock::new(config, events)?;
     for (port, stream) in sockets.guest_ports {
         vsock.join(port, stream, on_hello.clone())?;
+    }
+    if let Some(dialer) = sockets.dialer {
+        vsock.dial_by(dialer);
     }
     Ok(vsock)
 }

@@ -345,6 +345,7 @@ impl Frame {
             disks: parts.disks,
             nets: parts.nets,
             vsock: parts.vsock,
+            old_clocks: !kernel.cmdline_style(parts.cmdline_style).is_linux(),
             fs: parts.fs,
             on_lost,
             on_hello: Arc::new({
@@ -378,22 +379,44 @@ impl Frame {
 
     /// Fills guest memory.
     fn place(&self, cargo: Cargo) -> Result<boot::Entry, Error> {
-        let cmdline = CmdlineParts {
-            style: cargo.kernel.cmdline_style(cargo.cmdline_style),
-            verbose: cargo.verbose,
+        let Cargo { kernel, modules, cmdline, .. } = cargo;
+        let cmdline = self.cmdline_parts(&kernel, cargo.cmdline_style, cargo.verbose, &cmdline);
+        let attached = self.devices.attached();
+        Ok(kernel.place(&self.facts(&attached), modules, &cmdline)?)
+    }
+
+    /// Tells of what [`Frame::place`] has filled it with in another machine. Returns how the kernel was entered.
+    fn tell_again(&self, cargo: Cargo) -> Result<BootProtocol, Error> {
+        let Cargo { kernel, modules, cmdline, .. } = cargo;
+        let cmdline = self.cmdline_parts(&kernel, cargo.cmdline_style, cargo.verbose, &cmdline);
+        kernel.tell_again(&self.facts(&[]), modules, &cmdline)?;
+        Ok(kernel.protocol())
+    }
+
+    fn cmdline_parts<'a>(
+        &self,
+        kernel: &Kernel,
+        style: CmdlineStyle,
+        verbose: bool,
+        extra: &'a str,
+    ) -> CmdlineParts<'a> {
+        CmdlineParts {
+            style: kernel.cmdline_style(style),
+            verbose,
             high_memory: self.ram.regions().len() > 1,
             virtio_devices: self.devices.virtio.len() as u32,
-            extra: &cargo.cmdline,
-        };
-        let attached = self.devices.attached();
-        let facts = Facts {
+            extra,
+        }
+    }
+
+    fn facts<'a>(&'a self, attached: &'a [boot::Attached]) -> Facts<'a> {
+        Facts {
             ram: &self.ram,
             vcpus: self.vcpus,
             tsc_khz: self.vm.tsc_khz(),
-            attached: &attached,
+            attached,
             fw_cfg: self.devices.fw_cfg.as_deref(),
-        };
-        Ok(cargo.kernel.place(&facts, cargo.modules, &cmdline)?)
+        }
     }
 
     fn create_vcpus(&self) -> Result<Vec<Box<dyn Vcpu>>, Error> {

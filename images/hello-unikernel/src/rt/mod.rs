@@ -3,8 +3,10 @@
 mod boot_info;
 mod console;
 pub mod cpus;
+mod heap;
 pub mod interrupts;
 mod memory;
+mod network_card;
 pub mod port;
 pub mod ring0;
 pub mod virtio;
@@ -13,6 +15,7 @@ use core::panic::PanicInfo;
 
 pub use boot_info::BootInfo;
 pub use console::Console;
+pub use network_card::{NetworkCard, Received};
 
 use crate::println;
 
@@ -26,6 +29,7 @@ extern "C" fn start_cpu(cpu: u32, protocol: u32, info: u64) -> ! {
         cpus::other(cpu);
     }
     Console::init();
+    heap::init();
     // SAFETY: ring0.s calls this with what it found.
     let boot = unsafe { BootInfo::read(protocol, info) };
     match crate::main(&boot) {

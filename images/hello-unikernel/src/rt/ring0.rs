@@ -104,6 +104,12 @@ pub fn wait_interrupt(seen: u64) {
     }
 }
 
+/// Waits until there are more interrupts of devices than `seen`, or there was any interrupt: with the timer on, a tick
+/// at the latest.
+pub fn wait_event(seen: u64) {
+    service(WAIT_DEVICE, seen);
+}
+
 /// Sends an interrupt command (SDM volume 3, 12.6.1) to all other processors.
 pub fn command_others(command: u32) {
     service(COMMAND_OTHERS, command.into());

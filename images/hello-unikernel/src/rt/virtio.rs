@@ -1,20 +1,26 @@
 //! Virtio devices that the command line tells of, `virtio_mmio.device=SIZE@ADDRESS:IRQ`; the drivers
 //! are those of the crate virtio-drivers.
 
-use core::cell::UnsafeCell;
+use alloc::alloc::{alloc_zeroed, dealloc};
+use core::alloc::Layout;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicUsize, Ordering};
 
 use virtio_drivers::device::blk::VirtIOBlk;
+use virtio_drivers::device::socket::{VirtIOSocket, VsockConnectionManager};
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::mmio::MmioTransport;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
+use super::NetworkCard;
+
 pub use virtio_drivers::device::blk::SECTOR_SIZE as SECTOR;
 
 /// A disk.
 pub type Disk = VirtIOBlk<Identity, MmioTransport<'static>>;
+
+/// Sockets to the host.
+pub type Sockets = VsockConnectionManager<Identity, MmioTransport<'static>>;
 
 /// A source of entropy, which tells by an interrupt that it has given some. (The crate's own driver only looks.)
 pub struct Entropy {
@@ -65,6 +71,21 @@ pub fn entropy(cmdline: &'static str) -> Option<(Entropy, u32)> {
     found.find_map(|(device, irq)| Some((Entropy::new(device)?, irq)))
 }
 
+/// The first network card of this machine, and its interrupt.
+pub fn network(cmdline: &'static str) -> Option<(NetworkCard, u32)> {
+    let (device, irq) = devices(cmdline, DeviceType::Network).next()?;
+    Some((NetworkCard::new(device).ok()?, irq))
+}
+
+/// The socket device of this machine, and its interrupt.
+pub fn sockets(cmdline: &'static str) -> Option<(Sockets, u32)> {
+    /// What may lie about of a connection before the other end has to wait.
+    const PER_CONNECTION: u32 = 16 << 10;
+    let (device, irq) = devices(cmdline, DeviceType::Socket).next()?;
+    let driver = VirtIOSocket::new(device).ok()?;
+    Some((VsockConnectionManager::new_with_capacity(driver, PER_CONNECTION), irq))
+}
+
 /// The devices of a type, and the interrupt of each.
 fn devices(
     cmdline: &'static str,
@@ -88,32 +109,28 @@ fn device(place: &str) -> Option<(MmioTransport<'static>, u32)> {
     Some((transport, irq))
 }
 
-/// Memory for queues; what is taken is not given back.
-#[repr(align(4096))]
-struct Pool(UnsafeCell<[u8; POOL_PAGES * PAGE_SIZE]>);
-
-const POOL_PAGES: usize = 32;
-
-// SAFETY: `dma_alloc` gives out each page once.
-unsafe impl Sync for Pool {}
-
-static POOL: Pool = Pool(UnsafeCell::new([0; POOL_PAGES * PAGE_SIZE]));
-
 /// Physical addresses are virtual addresses.
 pub struct Identity;
 
-// SAFETY: memory is mapped one to one, and `dma_alloc` gives out each zeroed page once.
+impl Identity {
+    fn layout(pages: usize) -> Layout {
+        let size = pages.checked_mul(PAGE_SIZE);
+        let layout = size.and_then(|size| Layout::from_size_align(size, PAGE_SIZE).ok());
+        layout.expect("less than all memory")
+    }
+}
+
+// SAFETY: memory is mapped one to one, and `dma_alloc` gives out zeroed pages that nobody else has.
 unsafe impl Hal for Identity {
     fn dma_alloc(pages: usize, _: BufferDirection) -> (PhysAddr, NonNull<u8>) {
-        static TAKEN: AtomicUsize = AtomicUsize::new(0);
-        let first = TAKEN.fetch_add(pages, Ordering::Relaxed);
-        assert!(first + pages <= POOL_PAGES, "no memory for more devices");
-        // SAFETY: so far into the pool and not to its end, as has just been checked.
-        let start = unsafe { POOL.0.get().cast::<u8>().add(first * PAGE_SIZE) };
-        (start as PhysAddr, NonNull::new(start).expect("the pool has an address"))
+        // SAFETY: queues have at least one page.
+        let start = unsafe { alloc_zeroed(Self::layout(pages)) };
+        (start as PhysAddr, NonNull::new(start).expect("no memory for more devices"))
     }
 
-    unsafe fn dma_dealloc(_: PhysAddr, _: NonNull<u8>, _: usize) -> i32 {
+    unsafe fn dma_dealloc(_: PhysAddr, start: NonNull<u8>, pages: usize) -> i32 {
+        // SAFETY: the caller has it from `dma_alloc`, with as many pages.
+        unsafe { dealloc(start.as_ptr(), Self::layout(pages)) };
         0
     }
 

@@ -16,6 +16,7 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 use mvm_memory::GuestRam;
+use serde::{Deserialize, Serialize};
 
 use crate::BusDevice;
 use items::Items;
@@ -40,6 +41,17 @@ struct State {
     offset: u64,
     /// The upper half of the next DMA descriptor's address.
     dma_high: u32,
+}
+
+/// What a guest can notice of the device besides its items, as a snapshot has it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FwCfgState {
+    /// Number of the selected item.
+    pub selected: u16,
+    /// Bytes of it that have been read.
+    pub offset: u64,
+    /// The upper half of the next DMA descriptor's address.
+    pub dma_high: u32,
 }
 
 impl FwCfg {
@@ -70,6 +82,20 @@ impl FwCfg {
     /// whether there was room for it.
     pub fn file(&self, name: &str, content: impl Into<Box<dyn Content>>) -> bool {
         self.lock().items.add_file(name, content.into())
+    }
+
+    /// Where the guest is. What the items say is not part of it.
+    pub fn state(&self) -> FwCfgState {
+        let State { selected, offset, dma_high, .. } = *self.lock();
+        FwCfgState { selected, offset, dma_high }
+    }
+
+    /// Goes on from `state`.
+    pub fn restore(&self, state: &FwCfgState) {
+        let mut now = self.lock();
+        now.selected = state.selected;
+        now.offset = state.offset;
+        now.dma_high = state.dma_high;
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {

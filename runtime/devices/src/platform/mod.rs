@@ -1,7 +1,9 @@
 //! The few PC devices that a guest expects without being told, and ACPI's power registers.
 
+mod pit;
 mod power;
 mod power_off;
+mod rtc;
 mod test_device;
 
 use std::fmt;
@@ -10,8 +12,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::BusDevice;
 use crate::events::{EventSink, VmEvent};
 
+pub use pit::{Pit, PitState, SystemB};
 pub use power::PowerControl;
 pub use power_off::PowerOff;
+pub use rtc::{Rtc, RtcState};
 pub use test_device::{Scratch, TestInterrupts};
 
 /// Which of the system control ports this is; each is placed on its own.

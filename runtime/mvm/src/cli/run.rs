@@ -222,6 +222,11 @@ pub struct RunArgs {
     )]
     pub disk: Vec<String>,
 
+    /// For unikernels: a unix socket for host processes that want the guest's sockets (virtio-vsock). They write
+    /// CONNECT PORT and a line break, and read OK; the guest's own connections go to PATH_PORT
+    #[arg(long, value_name = "PATH", help_heading = "Unikernels and systems of their own")]
+    pub vsock: Option<PathBuf>,
+
     /// Use this initramfs, which holds the agent, instead of the built-in one; with --unikernel its
     /// initrd (multiboot: its modules, FILE WORDS,FILE,...; also given more than once)
     #[arg(long, value_name = "FILE", help_heading = "Machine")]

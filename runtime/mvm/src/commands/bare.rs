@@ -129,6 +129,8 @@ pub(super) fn launch(
     if args.detach && !args.background {
         return detach::start();
     }
+    // Before the working directory is left.
+    let vsock = args.vsock.as_deref().map(std::path::absolute).transpose().context("--vsock")?;
     if args.background {
         detach::leave_session()?;
     }
@@ -154,7 +156,14 @@ pub(super) fn launch(
             return give_up(sandbox, e);
         }
         match tell(sandbox.address(), load.kind, load.old_unikraft, &cmdline) {
-            Ok(told) => cmdline = told,
+            Ok(told) => {
+                cmdline = told;
+                let left_out = sandbox.address().and_then(|address| address.left_out(load.kind));
+                left_out.iter().for_each(|what| complain(what));
+                if sandbox.interfaces() > 1 {
+                    complain("the guest is told of its first network interface alone");
+                }
+            }
             Err(why) => complain(&why),
         }
         timings.mark("network");
@@ -173,6 +182,7 @@ pub(super) fn launch(
         boot: load.boot,
         disks: load.disks,
         input: args.interactive && !args.detach,
+        vsock,
     };
     lead(args, sandbox, plan, load.command, &signals, timings)
 }
@@ -206,6 +216,7 @@ pub(super) fn refuse_what_does_not_hold(
     let deaf = args.interactive && !kind.takes_input();
     let asked = [
         (deaf, "--interactive", "Solo5 has no call that reads a console"),
+        (args.vsock.is_some() && !kind.has_sockets(), "--vsock", "Solo5 has no such device"),
         (args.tty && !args.interactive, "--tty", "without --interactive nobody types at it"),
         (args.init, "--init", "it has no processes"),
         (args.read_only, "--read-only", "it has no root file system of mvm's; see --disk FILE:ro"),
@@ -462,6 +473,8 @@ mod tests {
         for (name, kind) in [("linux", Kind::Linux), ("multiboot", Kind::Multiboot)] {
             refused(&args(&[name, "-i"]), kind).unwrap();
         }
+        let mute = refused(&args(&["hvt", "--vsock", "/x"]), Kind::Hvt).unwrap_err().to_string();
+        assert!(mute.contains("--vsock cannot hold"), "{mute}");
         let deaf = refused(&args(&["hvt", "-i"]), Kind::Hvt).unwrap_err().to_string();
         assert!(deaf.contains("--interactive cannot hold"), "{deaf}");
     }

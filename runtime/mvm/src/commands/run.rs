@@ -68,6 +68,9 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         }
         Recognised::Linux(size) => size,
     };
+    if args.vsock.is_some() {
+        bail!("--vsock cannot hold for a container: what it has of the kind is its agent's");
+    }
     settings.suggest(size);
     let resources = Resources::of(&settings, MIN_MEMORY)?;
     options.cpus = Some(resources.cpus);

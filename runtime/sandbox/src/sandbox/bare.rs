@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use mvm_vmm::Outcome;
@@ -24,6 +25,7 @@ use crate::network::Network;
 use crate::procid::ProcessId;
 use crate::state::{Status, now_ms};
 use crate::timings::Timings;
+use crate::vsock;
 
 /// How long loading a kernel may take: reading a large one from a slow disk, not running it.
 const LOAD: Duration = Duration::from_secs(60);
@@ -66,6 +68,8 @@ pub struct BarePlan {
     pub disks: Vec<Disk>,
     /// Whether something is to be typed at its serial port.
     pub input: bool,
+    /// Where host processes find the guest's sockets; without it the machine has no such device.
+    pub vsock: Option<PathBuf>,
 }
 
 /// Our ends of a bare machine's serial port.
@@ -175,6 +179,9 @@ impl BarePlan {
         draft.console(console);
         if let Some(typed) = typed {
             draft.console_input(typed);
+        }
+        if let Some(path) = &self.vsock {
+            draft.sockets(vsock::open(&place.dir, path)?);
         }
         Ok(draft)
     }

@@ -24,6 +24,22 @@ impl Address {
         Ipv4Addr::from_bits(!host)
     }
 
+    /// Whether the gateway is in the guest's own network, or there is none.
+    fn gateway_is_near(&self) -> bool {
+        let network = |ip: Ipv4Addr| ip.to_bits() & self.mask().to_bits();
+        self.gateway.is_none_or(|gateway| network(gateway) == network(self.ip))
+    }
+
+    /// What cannot be said of it in the words of this kind.
+    pub fn left_out(&self, kind: Kind) -> Option<String> {
+        let gateway = self.gateway.filter(|_| kind == Kind::Linux && !self.gateway_is_near())?;
+        let Self { ip, prefix, .. } = self;
+        Some(format!(
+            "the guest is not told its gateway {gateway}: it is outside of the network of {ip}/{prefix}, \
+             and Linux takes no such one from its command line"
+        ))
+    }
+
     /// The parameters, each of which is one or two words; `None` if the kind knows none.
     fn parameters(&self, kind: Kind, old_unikraft: bool) -> Option<Vec<Vec<String>>> {
         let Self { ip, prefix, gateway, name_server } = *self;
@@ -59,7 +75,9 @@ impl Address {
             }
             // Linux, Documentation/admin-guide/nfs/nfsroot.rst: client, server, gateway, mask, host,
             // device, method, name server.
+            // A gateway elsewhere would have it give up the whole.
             Kind::Linux => {
+                let gateway = gateway.filter(|_| self.gateway_is_near());
                 let line = format!("ip={ip}::{}:{mask}:::off:{}", text(gateway), text(name_server));
                 all.push(vec![line.trim_end_matches(':').to_owned()]);
             }
@@ -193,6 +211,19 @@ mod tests {
         );
         let line = "-ip 1.2.3.4 -mask 255.0.0.0 -gateway 1.1.1.1 -- a";
         assert_eq!(FULL.tell(Kind::Hermit, false, line).unwrap(), line);
+    }
+
+    #[test]
+    fn a_gateway_elsewhere_is_told_to_those_who_take_it() {
+        let gateway = Some(Ipv4Addr::new(169, 254, 1, 1));
+        let far = Address { prefix: 32, gateway, name_server: None, ..FULL };
+        let told = |kind| far.tell(kind, false, "a").unwrap();
+        assert_eq!(told(Kind::Unikraft), "a netdev.ip=10.0.0.2/32:169.254.1.1");
+        assert_eq!(told(Kind::Rust), "ip=10.0.0.2/32 gateway=169.254.1.1 a");
+        assert_eq!(told(Kind::Linux), "ip=10.0.0.2:::255.255.255.255:::off a");
+        assert_eq!(far.left_out(Kind::Rust), None);
+        assert!(far.left_out(Kind::Linux).unwrap().contains("169.254.1.1"));
+        assert_eq!(FULL.left_out(Kind::Linux), None);
     }
 
     #[test]

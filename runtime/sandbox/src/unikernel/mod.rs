@@ -58,6 +58,11 @@ impl Kind {
         self == Self::Unikraft
     }
 
+    /// Whether its machine has devices by virtio, sockets among them.
+    pub fn has_sockets(self) -> bool {
+        !matches!(self, Self::Hvt | Self::Rumprun)
+    }
+
     /// Whether it can be typed at: Solo5's hypercalls have none that reads.
     pub fn takes_input(self) -> bool {
         !matches!(self, Self::Hvt | Self::Rumprun)

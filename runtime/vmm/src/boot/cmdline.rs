@@ -108,16 +108,34 @@ fn add_devices(line: &mut Cmdline, parts: &Parts<'_>) -> linux_loader::cmdline::
     Ok(())
 }
 
-/// Puts `words` before the first separator that is a word of its own, or at the end.
+/// Puts `words` before the first separator that is a word of its own and not in quotes, or at the end.
 fn insert_words(line: &str, words: &str) -> String {
-    let is_gap = |c: Option<char>| c.is_none_or(|c| c.is_ascii_whitespace());
-    let separator = line.match_indices(SEPARATOR).map(|(at, _)| at).find(|&at| {
-        let (before, after) = (&line[..at], &line[at + SEPARATOR.len()..]);
-        is_gap(before.chars().next_back()) && is_gap(after.chars().next())
-    });
-    let (before, after) = line.split_at(separator.unwrap_or(line.len()));
+    let (before, after) = line.split_at(separator(line).unwrap_or(line.len()));
     let parts = [before.trim_end(), words, after];
     parts.iter().filter(|p| !p.is_empty()).copied().collect::<Vec<_>>().join(" ")
+}
+
+/// Where the separator is. A kind of quotes that is never closed is none.
+fn separator(line: &str) -> Option<usize> {
+    let is_gap = |c: Option<char>| c.is_none_or(|c| c.is_ascii_whitespace());
+    let mut quoted_until = 0;
+    for (at, c) in line.char_indices().filter(|(_, c)| matches!(c, '"' | '\'' | '-')) {
+        if at < quoted_until {
+            continue;
+        }
+        let (before, rest) = line.split_at(at);
+        if let Some(after) = rest.strip_prefix(SEPARATOR) {
+            let alone = is_gap(before.chars().next_back()) && is_gap(after.chars().next());
+            if alone {
+                return Some(at);
+            }
+        } else if c != '-'
+            && let Some(len) = rest[1..].find(c)
+        {
+            quoted_until = at + 1 + len + 1;
+        }
+    }
+    None
 }
 
 /// `line` as it is: whatever a C string can hold, the encoding is the application's affair.
@@ -186,17 +204,23 @@ mod tests {
 
     #[test]
     fn other_kernels_get_the_users_words_and_nothing_of_linux() {
-        let line =
-            |style, extra| text(&Parts { style, virtio_devices: 1, extra, ..Parts::default() });
+        let line = |style, extra: &str| {
+            text(&Parts { style, virtio_devices: 1, extra, ..Parts::default() })
+        };
         for exact in ["", " --ipv4=10.0.0.2/24  \"two  gaps\" ", "ünïcode"] {
             assert_eq!(line(CmdlineStyle::Bare, exact), exact);
         }
         let device = "virtio_mmio.device=4K@0xd0000000:5";
-        let with = |extra| line(CmdlineStyle::Devices, extra);
+        let with = |extra: &str| line(CmdlineStyle::Devices, extra);
         assert_eq!(with("app a=b -- x -- y"), format!("app a=b {device} -- x -- y"));
         assert_eq!(with("app --x=1"), format!("app --x=1 {device}"));
         assert_eq!(with("-- x"), format!("{device} -- x"));
         assert_eq!(with("app --"), format!("app {device} --"));
         assert_eq!(with(""), device);
+        for quoted in ["app env.vars=[ \"A=x -- y\" 'B= -- ' ]", "it's one -quote"] {
+            assert_eq!(with(&format!("{quoted} -- z -- ")), format!("{quoted} {device} -- z -- "));
+        }
+        assert_eq!(with("a \"b -- c"), format!("a \"b {device} -- c"));
+        assert_eq!(with("a \"b -- c\""), format!("a \"b -- c\" {device}"));
     }
 }

@@ -141,10 +141,10 @@ impl BootImage for LinuxImage {
             }
         };
         placing.write("command line", layout::CMDLINE, placing.cmdline.to_bytes_with_nul())?;
-        let cmdline_len = placing.cmdline.to_bytes().len();
+        let cmdline_size = placing.cmdline.to_bytes_with_nul().len();
         let ramdisk = placing.modules.first().map(|initramfs| (initramfs.start, initramfs.len));
         let rsdp = placing.rsdp;
-        let page = ZeroPage { header, ramdisk, cmdline_len, rsdp, ram };
+        let page = ZeroPage { header, ramdisk, cmdline_size, rsdp, ram };
         ram.memory()
             .write_obj(page.build(), GuestAddress(layout::ZERO_PAGE))
             .map_err(|_| Error::Structure { what: "zero page", at: layout::ZERO_PAGE })?;

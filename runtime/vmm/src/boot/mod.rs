@@ -191,17 +191,28 @@ impl Kernel {
         let placing = Placing { ram, cmdline: &cmdline, modules: &loaded, rsdp, tsc_khz, attached };
         let entry = self.image.place(&mut self.file, &placing)?;
         if let Some(device) = fw_cfg {
-            let initrd = match (loaded.first(), modules.first()) {
-                (Some(place), Some(module)) => {
-                    let content = module.content.try_clone();
-                    Some((*place, content.map_err(Error::reading("the initramfs"))?))
-                }
-                _ => None,
-            };
-            fw_cfg::tell(device, facts, rsdp.is_some(), &cmdline, initrd);
+            tell(device, facts, rsdp.is_some(), &cmdline, &modules, &loaded)?;
         }
         modules::load(modules, at, ram)?;
         Ok(entry)
+    }
+
+    /// Tells a kernel made for PC emulators of its machine, as [`Kernel::place`] does, without touching guest memory: it
+    /// goes on from a state in which it is there already.
+    ///
+    /// # Errors
+    /// These are not the parts that were placed then.
+    pub fn tell_again(
+        &self,
+        facts: &Facts<'_>,
+        modules: impl IntoIterator<Item = Module>,
+        cmdline: &CmdlineParts<'_>,
+    ) -> Result<(), Error> {
+        let Some(device) = facts.fw_cfg else { return Ok(()) };
+        let modules: Vec<Module> = modules.into_iter().filter(|m| m.content.size() > 0).collect();
+        let loaded = modules::layout(&modules, self.plan(facts.ram, &modules)?);
+        let acpi = !cmdline.style.announces_devices();
+        tell(device, facts, acpi, &cmdline::build(cmdline)?, &modules, &loaded)
     }
 
     /// Checks that everything fits and says where the initramfs or the first module goes.
@@ -234,6 +245,26 @@ impl Kernel {
             ModulePlace::AfterKernel | ModulePlace::Nowhere => after.unwrap_or(need),
         })
     }
+}
+
+/// Fills the firmware configuration device.
+fn tell(
+    device: &FwCfg,
+    facts: &Facts<'_>,
+    acpi: bool,
+    cmdline: &CStr,
+    modules: &[Module],
+    loaded: &[Loaded<'_>],
+) -> Result<(), Error> {
+    let initrd = match (loaded.first(), modules.first()) {
+        (Some(place), Some(module)) => {
+            let content = module.content.try_clone();
+            Some((*place, content.map_err(Error::reading("the initramfs"))?))
+        }
+        _ => None,
+    };
+    fw_cfg::tell(device, facts, acpi, cmdline, initrd);
+    Ok(())
 }
 
 /// Writes what a kernel looks for without being told: MP table, reset code and, if its command line

@@ -72,6 +72,11 @@ pub enum CmdlineStyle {
 }
 
 impl CmdlineStyle {
+    /// Whether the kernel is Linux.
+    pub(crate) fn is_linux(self) -> bool {
+        matches!(self, Self::Linux | Self::Stock)
+    }
+
     /// Whether the command line tells where the virtio devices are. If it does not, ACPI does: a
     /// kernel that heeds both would find each device twice.
     pub(crate) fn announces_devices(self) -> bool {

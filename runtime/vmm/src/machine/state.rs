@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
+use mvm_devices::fw_cfg::FwCfgState;
 use mvm_devices::virtio::MmioState;
 use mvm_devices::{IoApicState, SerialState};
 use mvm_engine::tsc::host_tsc;
@@ -10,6 +11,7 @@ use mvm_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Frame, Machine, Parts};
+use crate::devices::ClocksState;
 use crate::events::Events;
 use crate::layout;
 use crate::vcpu_thread::Control;
@@ -27,6 +29,12 @@ pub struct MachineState {
     pub serial: SerialState,
     /// Virtio devices, in the order of their register windows.
     pub virtio: Vec<MmioState>,
+    /// The firmware configuration device, where there is one. What it tells follows from [`Parts`].
+    #[serde(default)]
+    pub fw_cfg: Option<FwCfgState>,
+    /// Clocks of old PCs, where there are some.
+    #[serde(default)]
+    pub clocks: Option<ClocksState>,
 }
 
 impl MachineState {
@@ -82,6 +90,8 @@ impl Machine {
             ioapic: self.devices.ioapic.state(),
             serial: self.devices.serial.state(),
             virtio: self.devices.virtio.transports().map(|v| v.save()).collect(),
+            fw_cfg: self.devices.fw_cfg.as_ref().map(|device| device.state()),
+            clocks: self.devices.clocks.as_ref().map(|clocks| clocks.state()),
         })
     }
 
@@ -130,7 +140,13 @@ impl Machine {
                 Error::State(format!("virtio device {index} ({}): {e}", transport.device().name()))
             })?;
         }
-        let boot = cargo.kernel.protocol();
+        if let (Some(device), Some(state)) = (&devices.fw_cfg, &state.fw_cfg) {
+            device.restore(state);
+        }
+        if let (Some(clocks), Some(state)) = (&devices.clocks, &state.clocks) {
+            clocks.restore(state);
+        }
+        let boot = frame.tell_again(cargo)?;
         frame.finish(vcpus, boot)
     }
 }

@@ -8,6 +8,7 @@
 
 pub mod client;
 mod control;
+mod dial;
 pub mod fds;
 mod process;
 pub mod protocol;

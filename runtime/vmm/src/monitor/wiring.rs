@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use super::dial;
 use super::fds::FdTable;
 use super::process::Error;
 use crate::config::{ImageSource, MachineConfig};
@@ -50,9 +51,14 @@ pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, 
             cid: vsock.cid,
             listener: listener.map(UnixListener::from),
             guest_ports: Vec::new(),
+            dialer: None,
         };
         for port in &vsock.guest_ports {
             sockets.guest_ports.push((port.port, UnixStream::from(fds.take(port.stream)?)));
+        }
+        if let Some(dial) = &vsock.dial {
+            let directory = fds.take(dial.directory)?;
+            sockets.dialer = Some(dial::dialer(directory, dial.name.clone()));
         }
         parts.vsock = Some(sockets);
     }

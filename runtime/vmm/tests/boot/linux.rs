@@ -26,7 +26,7 @@ fn dumper() -> Vec<u8> {
 fn cmdline(dump: &Dump) -> String {
     let page = dump.dword(SAVED);
     let text = dump.text(dump.dword(page + 0x228));
-    assert_eq!(dump.dword(page + 0x238) as usize, text.len());
+    assert_eq!(dump.dword(page + 0x238) as usize, text.len() + 1, "with its NUL");
     text
 }
 

@@ -1,6 +1,7 @@
 //! Every boot protocol, seen by guests: small kernels written in assembly, in files made here, run by
 //! every engine that this host has.
 
+mod clocks;
 mod emulators;
 mod guest;
 mod hvt;

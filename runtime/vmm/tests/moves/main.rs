@@ -12,6 +12,7 @@ mod elf;
 mod guest;
 
 mod clocks;
+mod firmware;
 mod halted;
 mod interrupts;
 mod journey;

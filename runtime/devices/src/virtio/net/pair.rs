@@ -160,19 +160,25 @@ impl Pair {
         self.gone.load(Ordering::Acquire)
     }
 
-    /// Puts the pair to use or takes it out of use; only if it has queues, and not while it works.
-    /// Returns whether it is as wanted.
+    /// Puts the pair to use or takes it out of use; not while it works. A pair without queues cannot be used: what
+    /// the network had for it would go nowhere. Returns whether it is as wanted.
     pub fn set_active(&self, active: bool, tell_backend: bool) -> bool {
-        let done = self.core.inspect(|work| {
-            if tell_backend && let Err(error) = self.backend.set_active(active) {
+        let tell = |active| {
+            let told = if tell_backend { self.backend.set_active(active) } else { Ok(()) };
+            if let Err(error) = &told {
                 tracing::warn!(device = self.core.name(), "cannot switch a queue: {error}");
+            }
+            told.is_ok()
+        };
+        let done = self.core.inspect(|work| {
+            if !tell(active) {
                 return false;
             }
             work.active = active;
             self.ready(true, true);
             true
         });
-        done.unwrap_or(!active)
+        done.unwrap_or_else(|| tell(false) && !active)
     }
 
     /// Moves packets both ways as far as both sides allow.

@@ -337,6 +337,17 @@ fn without_multiqueue_the_control_queue_is_the_third() {
 }
 
 #[test]
+fn pairs_without_a_driver_get_no_packets() {
+    let control = feature::CTRL_VQ | feature::CTRL_GUEST_OFFLOADS;
+    let mut bench = Bench::new(3, feature::MQ | control);
+    let active = |bench: &Bench, pair: usize| bench.asked[pair].active.lock().unwrap().clone();
+    assert_eq!([0, 1, 2].map(|pair| active(&bench, pair)), [vec![true], vec![false], vec![false]]);
+    let buffers = bench.offer(0, 4, 2048);
+    bench.networks[0].send(&packet(60, 1)).unwrap();
+    bench.receive(0, &buffers);
+}
+
+#[test]
 fn broken_rules_stop_the_device() {
     let wrong: [(usize, &[Segment]); 4] = [
         (1, &[Segment::readable(0x9_0000, 11)]),

@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::sys::socket::{MsgFlags, recv};
 
@@ -18,6 +18,10 @@ pub type Acceptor = Arc<dyn Fn(UnixStream) + Send + Sync>;
 
 /// Told that the guest has made a connection. Called on the devices' thread.
 pub type Joined = Arc<dyn Fn() + Send + Sync>;
+
+/// Connects to whoever is meant by a port of the host at which nobody waits. Called on the devices' thread,
+/// with any port that the guest likes: it does not block.
+pub type Dialer = Arc<dyn Fn(u32) -> io::Result<UnixStream> + Send + Sync>;
 
 /// Who waits at a port of the host.
 enum Listener {
@@ -33,11 +37,17 @@ pub enum Accepted {
     Handed(u32, UnixStream),
     /// It goes on in a stream that was there before.
     Joined(Joined),
+    /// It goes to somebody outside this process, who knows already.
+    Dialled,
 }
 
 /// Ports of the host that the guest may connect to.
 #[derive(Default)]
-pub struct Listeners(Mutex<HashMap<u32, Listener>>);
+pub struct Listeners {
+    ports: Mutex<HashMap<u32, Listener>>,
+    /// For all other ports.
+    dialer: OnceLock<Dialer>,
+}
 
 impl Listeners {
     /// False if somebody listens there already.
@@ -48,6 +58,11 @@ impl Listeners {
     /// As [`Listeners::add`], for one connection that goes on in `stream`.
     pub fn add_stream(&self, port: u32, stream: UnixStream, joined: Joined) -> bool {
         self.insert(port, Listener::Stream(stream, joined))
+    }
+
+    /// Has `dialer` asked for the ports at which nobody waits. The first one counts.
+    pub fn dial_by(&self, dialer: Dialer) {
+        self.dialer.get_or_init(|| dialer);
     }
 
     fn insert(&self, port: u32, listener: Listener) -> bool {
@@ -63,9 +78,16 @@ impl Listeners {
     /// listens there.
     pub fn open(&self, port: u32) -> Option<io::Result<(UnixStream, Accepted)>> {
         let mut all = self.lock();
-        if let Listener::Acceptor(_) = all.get(&port)? {
-            let pair = UnixStream::pair();
-            return Some(pair.map(|(ours, theirs)| (ours, Accepted::Handed(port, theirs))));
+        match all.get(&port) {
+            Some(Listener::Acceptor(_)) => {
+                let pair = UnixStream::pair();
+                return Some(pair.map(|(ours, theirs)| (ours, Accepted::Handed(port, theirs))));
+            }
+            Some(Listener::Stream(..)) => {}
+            None => {
+                let dialled = self.dialer.get()?(port);
+                return Some(dialled.map(|stream| (stream, Accepted::Dialled)));
+            }
         }
         match all.remove(&port)? {
             Listener::Stream(stream, joined) => Some(Ok((stream, Accepted::Joined(joined)))),
@@ -81,6 +103,7 @@ impl Listeners {
     pub fn deliver(&self, accepted: Accepted) {
         match accepted {
             Accepted::Joined(joined) => joined(),
+            Accepted::Dialled => {}
             Accepted::Handed(port, stream) => {
                 let acceptor = match self.lock().get(&port) {
                     Some(Listener::Acceptor(acceptor)) => acceptor.clone(),
@@ -93,7 +116,7 @@ impl Listeners {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u32, Listener>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -4,9 +4,10 @@
 //!   the start: connect to it, write `CONNECT <port>\n`, read `OK <host port>\n`, and the guest's
 //!   bytes follow (the convention of other microVM monitors).
 //! * Guest to host: ports registered with [`Vsock::listen`], whose acceptor gets the stream, or with
-//!   [`Vsock::join`], for one connection through a stream that is there already.
+//!   [`Vsock::join`], for one connection through a stream that is there already; for all others whoever
+//!   was registered with [`Vsock::dial_by`] is asked.
 //!
-//! Nothing is opened by path. Waiting data is bounded on both ways: see `connection.rs`.
+//! Nothing is opened by path here. Waiting data is bounded on both ways: see `connection.rs`.
 
 mod connection;
 mod host;
@@ -32,7 +33,7 @@ use super::{
 use crate::event_loop::{EventLoop, EventLoopError, Interest, Registrar, Source, Subscriber};
 use connection::Opener;
 use host::Listeners;
-pub use host::{Acceptor, Joined};
+pub use host::{Acceptor, Dialer, Joined};
 use host::{ConnectRequest, Door, Hello};
 use muxer::Muxer;
 
@@ -234,6 +235,12 @@ impl Vsock {
     pub fn join(&self, port: u32, stream: UnixStream, joined: Joined) -> Result<(), VsockError> {
         let added = self.listeners.add_stream(port, stream, joined);
         if added { Ok(()) } else { Err(VsockError::PortTaken(port)) }
+    }
+
+    /// Has `dialer` make the connections of the guest to ports that nobody has registered; without one they
+    /// are refused. Only the first dialer counts.
+    pub fn dial_by(&self, dialer: Dialer) {
+        self.listeners.dial_by(dialer);
     }
 
     /// Refuses further connections to `port`; those that stand are not touched. Returns whether

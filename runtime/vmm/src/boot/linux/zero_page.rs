@@ -24,8 +24,8 @@ pub struct ZeroPage<'a> {
     pub header: Option<setup_header>,
     /// Address and length of the initramfs.
     pub ramdisk: Option<(u64, u64)>,
-    /// Length of the command line in bytes without its NUL.
-    pub cmdline_len: usize,
+    /// Length of the command line in bytes with its NUL.
+    pub cmdline_size: usize,
     /// Address of ACPI's root pointer, if there are such tables.
     pub rsdp: Option<u64>,
     /// Guest RAM.
@@ -46,8 +46,9 @@ impl ZeroPage<'_> {
         page.hdr.type_of_loader = LOADER_UNDEFINED;
         page.hdr.cmd_line_ptr = layout::CMDLINE as u32;
         page.ext_cmd_line_ptr = (layout::CMDLINE >> 32) as u32;
-        // Kernels that are no Linux take 0 for "no command line", whatever the pointer.
-        page.hdr.cmdline_size = self.cmdline_len as u32;
+        // Linux does not read it. Others take it for the bytes of the text with its NUL, which loaders of small
+        // machines make it, and look for the NUL in so many.
+        page.hdr.cmdline_size = self.cmdline_size as u32;
         if let Some((start, len)) = self.ramdisk {
             page.hdr.ramdisk_image = start as u32;
             page.ext_ramdisk_image = (start >> 32) as u32;
@@ -86,7 +87,7 @@ mod tests {
     fn the_zero_page_has_its_fields_where_the_protocol_puts_them() {
         let ram = GuestRam::new(&layout::ram_ranges(64 << 20)).unwrap();
         let ramdisk = Some((0x3f0_0000, 0x1234));
-        let page = ZeroPage { header: None, ramdisk, cmdline_len: 77, rsdp: None, ram: &ram };
+        let page = ZeroPage { header: None, ramdisk, cmdline_size: 77, rsdp: None, ram: &ram };
         let built = page.build();
         let bytes = built.as_slice();
         assert_eq!(dword(bytes, 0x1fe) & 0xffff, 0xaa55);

@@ -112,6 +112,39 @@ fn the_guest_connects_to_listeners_only() {
 }
 
 #[test]
+fn ports_at_which_nobody_waits_are_dialled() {
+    let mut b = bench();
+    let (sender, streams) = channel();
+    b.device.dial_by(Arc::new(move |port| {
+        let (ours, theirs) = UnixStream::pair()?;
+        let wanted = port == 6000;
+        sender.send((port, wanted.then_some(theirs))).unwrap();
+        if wanted { Ok(ours) } else { Err(io::ErrorKind::ConnectionRefused.into()) }
+    }));
+    // Those who wait come first.
+    let waiting = b.listen();
+    let _waited = b.accept(&waiting, 77);
+    assert!(streams.try_recv().is_err());
+    let mut refused = End::new(u32::MAX, 78);
+    refused.send(&mut b.guest, op::REQUEST, &[]);
+    refused.expect(&mut b.guest, op::RST);
+    assert_eq!(streams.recv_timeout(SOON).unwrap().0, u32::MAX);
+    let mut end = End::new(6000, 79);
+    end.send(&mut b.guest, op::REQUEST, &[]);
+    end.expect(&mut b.guest, op::RESPONSE);
+    let mut stream = streams.recv_timeout(SOON).unwrap().1.unwrap();
+    end.send(&mut b.guest, op::RW, b"hello");
+    let mut got = [0; 5];
+    stream.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"hello");
+    drop(stream);
+    let mut flags = 0;
+    while flags != shutdown::BOTH {
+        flags = end.expect(&mut b.guest, op::SHUTDOWN).0.flags;
+    }
+}
+
+#[test]
 fn one_connection_goes_on_in_a_stream_that_was_there() {
     let mut b = bench();
     let (mut stream, theirs) = UnixStream::pair().unwrap();
