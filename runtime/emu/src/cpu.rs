@@ -11,7 +11,8 @@ use crate::sys::SystemState;
 /// Width of code and stack, from CR0.PE, EFER.LMA and the CS descriptor (SDM vol. 3, chapter 9).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
-    /// Real-address mode: 16 bits, no protection. A processor starts here.
+    /// Real-address mode: 16 bits, no protection. A processor starts here. Virtual-8086 mode looks the same to most
+    /// instructions, and is told from it by [`Cpu::virtual_8086`].
     #[default]
     Real,
     /// Protected or compatibility mode with a 16-bit code segment.
@@ -119,6 +120,12 @@ impl Cpu {
     pub fn set_rflags(&mut self, flags: u64) {
         self.cc = rflags_to_cc(flags);
         self.sysflags = flags & !rflags::ARITH | rflags::FIXED;
+    }
+
+    /// In virtual-8086 mode? (SDM vol. 3, 21.2)
+    #[inline]
+    pub fn virtual_8086(&self) -> bool {
+        self.sysflags & rflags::VM != 0
     }
 
     /// Ends an op with `fault`.

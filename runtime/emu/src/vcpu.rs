@@ -57,6 +57,21 @@ impl EmuVcpu {
             return exit;
         }
         loop {
+            // An exception that the first instruction of a new task would have.
+            if self.cpu.sys.deferred.is_some()
+                && let Some(fault) = self.cpu.sys.deferred.take()
+                && let Err(exit) = self.deliver(fault)
+            {
+                return exit;
+            }
+            // A trap by an instruction that was not stepped: SYSRET that sets TF, a switch to a task that asks for it.
+            if !self.cpu.shadow
+                && self.cpu.sys.hits != 0
+                && let Some(trap) = self.cpu.take_trap()
+                && let Err(exit) = self.deliver(trap)
+            {
+                return exit;
+            }
             if !self.cpu.shadow
                 && (self.cpu.sys.attention().any() || self.cpu.sys.activity != MpState::Running)
             {
@@ -107,6 +122,7 @@ impl EmuVcpu {
         self.cpu.shadow = false;
         let stop = self.dispatcher.step(&mut self.cpu);
         if stop == Stop::Fault {
+            self.cpu.sys.hits = 0;
             return self.after(stop);
         }
         // RF that was not there before comes from an IRET, for the next instruction.
@@ -120,6 +136,8 @@ impl EmuVcpu {
     fn deliver(&mut self, fault: Fault) -> std::result::Result<(), VmExit> {
         self.counters.exceptions.fetch_add(1, Ordering::Relaxed);
         self.cpu.shadow = false;
+        // A trap after HLT comes at once: its handler runs.
+        self.cpu.wake();
         self.cpu.deliver(fault).map_err(|shutdown| VmExit::TripleFault(shutdown.0))
     }
 

@@ -9,6 +9,8 @@
 //! 0x1_0000_0000      RAM that did not fit below 3 GiB
 //! ```
 
+use std::ops::Range;
+
 /// Most vCPUs: what the guest kernel is built for.
 pub const MAX_VCPUS: u32 = 32;
 
@@ -78,7 +80,17 @@ pub const MP_TABLE_MAX: u64 = 0x2000;
 /// Entry point of a PC's BIOS, F000:FFF0 in real mode.
 pub const BIOS_ENTRY: u64 = 0xf_fff0;
 
-/// Where extended memory begins: nothing of a kernel lies below.
+/// Where a multiboot kernel may lie below 1 MiB: between the descriptor table, the command line, and what follows.
+pub const LOW_KERNEL: [Range<u64>; 2] =
+    [0x1000..CMDLINE, CMDLINE + CMDLINE_MAX as u64..LOW_KERNEL_STACK - 0x1000];
+
+/// Top of the stack of such a kernel's entry code.
+pub const LOW_KERNEL_STACK: u64 = LOW_KERNEL_BOOT_INFO;
+
+/// What such a kernel is told, [`BOOT_INFO_MAX`] bytes.
+pub const LOW_KERNEL_BOOT_INFO: u64 = 0x9_0000;
+
+/// Where extended memory begins: nothing else of a kernel lies below.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
 /// End of RAM below the device hole (3 GiB); the rest follows at [`HIGH_MEMORY`].
@@ -143,6 +155,7 @@ const _: () = assert!(SOLO5_BOOT_INFO + SOLO5_BOOT_INFO_MAX as u64 <= CMDLINE);
 const _: () = assert!(HIGH_RAM_START == mvm_devices::Hypercalls::GUEST_MEMORY);
 const _: () = assert!(BOOT_INFO + BOOT_INFO_MAX as u64 <= ZERO_PAGE);
 const _: () = assert!(CMDLINE + CMDLINE_MAX as u64 <= LOW_RAM_END);
+const _: () = assert!(LOW_KERNEL_BOOT_INFO + BOOT_INFO_MAX as u64 <= LOW_RAM_END);
 const _: () = assert!(LOW_RAM_END <= ACPI_TABLES && ACPI_TABLES + ACPI_TABLES_MAX <= MP_TABLE);
 const _: () = assert!(MP_TABLE + MP_TABLE_MAX <= BIOS_ENTRY);
 const _: () = assert!(virtio_mmio(MAX_VIRTIO_DEVICES) <= IOAPIC);

@@ -133,7 +133,7 @@ impl ApicBus {
             reached += 1;
             match message.delivery {
                 Delivery::Fixed => port.post(message.vector, message.level),
-                Delivery::Nmi => port.attention.raise(reason::NMI),
+                Delivery::Nmi => port.nmi(),
                 Delivery::Init => port.attention.raise(reason::INIT),
                 Delivery::StartUp => port.start_up(message.vector),
                 Delivery::LowestPriority | Delivery::Ignored => {}

@@ -12,6 +12,7 @@ mod timer;
 
 pub use bus::{ApicBus, Delivery, Message, Target};
 pub use lapic::Lapic;
+pub(crate) use port::NMIS_MAX;
 pub use port::{ApicMode, Port, VectorSet};
 pub use timer::{NEVER, Timer, TimerMode};
 

@@ -2,6 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
+/// NMIs that a processor can hold: one on its way to the handler, and one behind it.
+pub(crate) const NMIS_MAX: u8 = 2;
+
 use crate::sys::attention::{Attention, reason};
 
 /// How a local APIC is addressed (IA32_APIC_BASE bits 10 and 11).
@@ -88,6 +91,7 @@ pub struct Port {
     logical_id: AtomicU32,
     flat: AtomicBool,
     sipi: AtomicU8,
+    nmis: AtomicU8,
     bad_vector: AtomicBool,
 }
 
@@ -104,6 +108,7 @@ impl Port {
             logical_id: AtomicU32::new(0),
             flat: AtomicBool::new(true),
             sipi: AtomicU8::new(0),
+            nmis: AtomicU8::new(0),
             bad_vector: AtomicBool::new(false),
         }
     }
@@ -131,6 +136,19 @@ impl Port {
     /// Takes the note that an interrupt with a vector below 16 was received.
     pub fn take_bad_vector(&self) -> bool {
         self.bad_vector.swap(false, Ordering::SeqCst)
+    }
+
+    /// Delivers a non-maskable interrupt. They are counted, as far as a processor can hold them: of two that come at
+    /// once the first is taken, which leaves room for the other.
+    pub fn nmi(&self) {
+        let more = |count: u8| (count < NMIS_MAX).then_some(count + 1);
+        let _ = self.nmis.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more);
+        self.attention.raise(reason::NMI);
+    }
+
+    /// Takes the non-maskable interrupts that came.
+    pub fn take_nmis(&self) -> u8 {
+        self.nmis.swap(0, Ordering::SeqCst)
     }
 
     /// Delivers a start-up IPI.

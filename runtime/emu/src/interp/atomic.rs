@@ -95,11 +95,13 @@ pub fn cmpxchg16b(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     let pair = |high: u64, low: u64| u128::from(high) << 64 | u128::from(low);
     let expected = pair(cpu.gpr[2], cpu.gpr[0]);
     let new = pair(cpu.gpr[1], cpu.gpr[3]);
-    let Some((host, after)) = or_raise!(cpu, cpu.locked_block(linear)) else {
-        // Not RAM: no device has registers of this width.
-        return cpu.raise(Fault::GP0);
+    let (old, flow) = match or_raise!(cpu, cpu.locked_block(linear)) {
+        Some((host, after)) => {
+            let old = host.compare_exchange_16(expected, new);
+            (old, after(cpu))
+        }
+        None => or_raise!(cpu, cpu.compare_exchange_16_on_bus(linear, expected, new)),
     };
-    let old = host.compare_exchange_16(expected, new);
     if old == expected {
         cpu.cc |= cc::ZF;
     } else {
@@ -107,5 +109,5 @@ pub fn cmpxchg16b(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
         cpu.gpr[0] = old as u64;
         cpu.gpr[2] = (old >> 64) as u64;
     }
-    after(cpu)
+    flow
 }

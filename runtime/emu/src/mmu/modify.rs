@@ -162,6 +162,36 @@ impl Cpu {
     }
 }
 
+impl Cpu {
+    /// CMPXCHG16B of memory that is not RAM, in halves: alone in the machine among operations of this kind. Returns what
+    /// was there.
+    ///
+    /// # Errors
+    /// #PF, #GP(0).
+    #[cold]
+    pub(crate) fn compare_exchange_16_on_bus(
+        &mut self,
+        linear: u64,
+        expected: u128,
+        new: u128,
+    ) -> Result<(u128, Flow), Fault> {
+        let phys = self.mmu.phys.clone();
+        let _alone = phys.split_lock();
+        let mut bytes = [0; 16];
+        for half in [0, 8] {
+            let word = self.read::<u64>(linear.wrapping_add(half))?;
+            bytes[half as usize..][..8].copy_from_slice(&word.to_le_bytes());
+        }
+        let old = u128::from_le_bytes(bytes);
+        // The processor stores in any case.
+        let stored = if old == expected { new } else { old };
+        for half in [0, 8] {
+            self.write::<u64>(linear.wrapping_add(half), (stored >> (half * 8)) as u64)?;
+        }
+        Ok((old, Flow::Next))
+    }
+}
+
 /// Replaces the value at `host` by `f` of it in one locked step.
 #[inline(always)]
 fn atomic<T: Int, R>(host: HostAddr, cc: Cc, f: impl Fn(T, Cc) -> (T, Cc, R)) -> (Cc, R) {

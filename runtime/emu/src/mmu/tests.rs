@@ -378,9 +378,14 @@ fn pcid_and_invpcid() {
         assert_eq!((guest.reg(8), guest.reg(9), guest.reg(10)), (1, 1, 3), "type {kind}");
     }
     // What is not a type, a PCID, an address; PCIDs without CR4.PCIDE; user code.
-    for (pcide, kind, pcid, linear) in
-        [(true, 4u64, 0u64, 0u64), (true, 1, 0x1000, 0), (true, 0, 5, 1 << 47), (false, 1, 5, 0)]
-    {
+    for (pcide, kind, pcid, linear) in [
+        (true, 4u64, 0u64, 0u64),
+        (true, 1, 0x1000, 0),
+        (true, 2, 0x1000, 0),
+        (true, 3, 1 << 63, 0),
+        (true, 0, 5, 1 << 47),
+        (false, 1, 5, 0),
+    ] {
         let mut guest = Guest::new();
         guest.put64(DATA, pcid);
         guest.put64(DATA + 8, linear);

@@ -64,6 +64,7 @@ pub mod dr {
     pub const DR6_B: u64 = 0xf;
     pub const DR6_BD: u64 = 1 << 13;
     pub const DR6_BS: u64 = 1 << 14;
+    pub const DR6_BT: u64 = 1 << 15;
     /// Bits of DR6 that always read as one.
     pub const DR6_FIXED: u64 = 0xffff_0ff0;
     pub const DR7_GD: u64 = 1 << 13;

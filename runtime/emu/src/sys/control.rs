@@ -1,18 +1,40 @@
 //! Control registers and the TLB instructions (SDM vol. 3, 2.5 and 4.10).
 
+use mvm_engine::cpuid::CpuidTable;
+
 use super::bits::{canonical, cr0, cr4, efer, xcr0};
 use super::decode::AUX_MEM;
 use super::descriptor::access;
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode, seg};
 use crate::fault::Fault;
-use crate::mmu::PHYSICAL_BITS;
 use crate::op::{Flow, Op};
 
 /// Bit 63 of a value for CR3: keep the TLB.
 const NO_FLUSH: u64 = 1 << 63;
 /// The PCID in CR3.
 pub(crate) const PCID: u64 = 0xfff;
+
+/// The bits that a processor of `model` lets a guest set in CR4.
+pub(crate) fn cr4_bits(model: &CpuidTable) -> u64 {
+    const ALWAYS: u64 = cr4::TSD
+        | cr4::DE
+        | cr4::PSE
+        | cr4::PAE
+        | cr4::PGE
+        | cr4::PCE
+        | cr4::OSFXSR
+        | cr4::OSXMMEXCPT;
+    const BY_FEATURE: [(&str, u64); 6] = [
+        ("umip", cr4::UMIP),
+        ("fsgsbase", cr4::FSGSBASE),
+        ("pcid", cr4::PCIDE),
+        ("xsave", cr4::OSXSAVE),
+        ("smep", cr4::SMEP),
+        ("smap", cr4::SMAP),
+    ];
+    BY_FEATURE.iter().filter(|(name, _)| model.has(name)).fold(ALWAYS, |all, (_, bit)| all | bit)
+}
 
 /// MOV from control register `op.src`.
 pub(crate) fn read(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
@@ -112,7 +134,7 @@ impl Cpu {
         let pcids = self.sys.cr4 & cr4::PCIDE != 0;
         let keep = pcids && value & NO_FLUSH != 0;
         let value = if pcids { value & !NO_FLUSH } else { value };
-        if self.sys.long_mode() && value >> PHYSICAL_BITS != 0 {
+        if self.sys.long_mode() && value >> self.sys.platform.physical_bits != 0 {
             return Err(Fault::GP0);
         }
         self.sys.cr3 = value;
@@ -123,27 +145,6 @@ impl Cpu {
         }
         self.tlb_set_context();
         Ok(())
-    }
-
-    /// The bits that this model lets a guest set in CR4.
-    fn cr4_allowed(&self) -> u64 {
-        let mut allowed = cr4::TSD
-            | cr4::DE
-            | cr4::PSE
-            | cr4::PAE
-            | cr4::PGE
-            | cr4::PCE
-            | cr4::OSFXSR
-            | cr4::OSXMMEXCPT
-            | cr4::UMIP
-            | cr4::FSGSBASE
-            | cr4::PCIDE
-            | cr4::SMEP
-            | cr4::SMAP;
-        if self.sys.platform.model.has("xsave") {
-            allowed |= cr4::OSXSAVE;
-        }
-        allowed
     }
 
     /// The components that this model has.
@@ -157,7 +158,7 @@ impl Cpu {
     /// # Errors
     /// #GP(0): bits this model does not have, or a transition that SDM vol. 3, 2.5 forbids.
     pub(crate) fn write_cr4(&mut self, value: u64) -> Result<(), Fault> {
-        if value & !self.cr4_allowed() != 0 {
+        if value & !self.sys.platform.cr4 != 0 {
             return Err(Fault::GP0);
         }
         let old = self.sys.cr4;
@@ -223,6 +224,9 @@ pub(crate) fn invlpg(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 
 /// INVPCID: `op.dst` is the type's register, the memory operand the descriptor.
 pub(crate) fn invpcid(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+    if !cpu.sys.platform.instructions.invpcid {
+        return cpu.raise(Fault::UD);
+    }
     if cpu.cpl != 0 {
         return cpu.raise(Fault::GP0);
     }
@@ -237,7 +241,7 @@ fn invalidate(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     let pcid = cpu.read::<u64>(address)?;
     let linear = cpu.read::<u64>(address.wrapping_add(8))?;
     let pcids = cpu.sys.cr4 & cr4::PCIDE != 0;
-    if kind <= 1 && (pcid > PCID || pcid != 0 && !pcids) {
+    if pcid > PCID || kind <= 1 && pcid != 0 && !pcids {
         return Err(Fault::GP0);
     }
     match kind {

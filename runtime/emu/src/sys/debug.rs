@@ -1,5 +1,7 @@
 //! Debug registers, breakpoints, single step (SDM vol. 3, chapter 18).
 
+use mvm_engine::cpuid::Vendor;
+
 use super::bits::{cr4, dr};
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode, seg};
@@ -45,7 +47,6 @@ fn access(cpu: &mut Cpu, number: u8) -> Result<u8, Fault> {
     }
     if cpu.sys.dr7 & dr::DR7_GD != 0 {
         cpu.sys.dr6 |= dr::DR6_BD;
-        cpu.sys.dr7 &= !dr::DR7_GD;
         return Err(DB);
     }
     Ok(number)
@@ -88,9 +89,15 @@ pub(crate) fn write(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     Flow::Break
 }
 
-/// INT1.
+/// INT1. A debug exception that was held off until after it becomes one with its own.
 pub(crate) fn int1(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     let next = cpu.next_rip(op);
+    let held = std::mem::take(&mut cpu.sys.hits);
+    if held != 0 {
+        cpu.sys.dr6 = cpu.sys.dr6 & !dr::DR6_B | held;
+    }
+    // Handlers of debug exceptions may use the debug registers (SDM vol. 3, 18.2.4).
+    cpu.sys.dr7 &= !dr::DR7_GD;
     cpu.software_interrupt(vector::DB, next, super::deliver::Cause::Trap)
 }
 
@@ -123,11 +130,14 @@ impl Cpu {
     }
 
     /// Before an instruction while [`Cpu::stepping`]: is there a breakpoint on it? RF holds it off
-    /// once.
+    /// once, and so do Intel's processors after a load of SS (SDM vol. 3, 6.8.3).
     pub fn before_step(&mut self) -> Option<Fault> {
-        self.sys.hits = 0;
         self.sys.step_inhibited = false;
+        let after_ss = std::mem::take(&mut self.sys.ss_loaded) && self.shadow;
         if self.sysflags & rflags::RF != 0 || self.sys.dr7 & dr::DR7_ENABLES == 0 {
+            return None;
+        }
+        if after_ss && self.sys.vendor == Vendor::Intel {
             return None;
         }
         let rip = match self.mode {
@@ -152,11 +162,18 @@ impl Cpu {
         if !restored_flags {
             self.sysflags &= !rflags::RF;
         }
-        let mut status = std::mem::take(&mut self.sys.hits);
         let inhibited = std::mem::take(&mut self.sys.step_inhibited);
         if flags & rflags::TF != 0 && !inhibited {
-            status |= dr::DR6_BS;
+            self.sys.hits |= dr::DR6_BS;
         }
+        // A watchpoint that a load of SS hits is told after the next instruction (SDM vol. 3, 6.8.3). If that one
+        // interrupts by INT n, it is the first thing in the handler.
+        if self.sys.ss_loaded { None } else { self.take_trap() }
+    }
+
+    /// The trap for what waits in [`SystemState::hits`](super::SystemState), if there is anything.
+    pub fn take_trap(&mut self) -> Option<Fault> {
+        let status = std::mem::take(&mut self.sys.hits);
         if status == 0 {
             return None;
         }

@@ -78,7 +78,7 @@ pub fn decode(insn: &Instruction) -> Option<SysOp> {
         }
         M::Iret | M::Iretd | M::Iretq => Some(SysOp::new(iret::iret, true).aux(size_suffix(insn))),
         M::Int => Some(SysOp::new(misc::int, true).imm(insn.immediate8().into())),
-        M::Int3 => Some(SysOp::new(misc::int, true).imm(3)),
+        M::Int3 => Some(SysOp::new(misc::int3, true).imm(3)),
         M::Int1 => end(debug::int1),
         M::Into => end(misc::into),
         M::Bound => Some(rm(insn, misc::bound, false).dst(insn.op0_register())),

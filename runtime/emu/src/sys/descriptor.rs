@@ -32,6 +32,8 @@ pub mod access {
     pub const DATA: u32 = P | S | RW | A | DB | G;
     /// A real-mode segment.
     pub const REAL_DATA: u32 = P | S | RW | A;
+    /// A segment of virtual-8086 mode.
+    pub const DATA_8086: u32 = REAL_DATA | 3 << DPL_SHIFT;
     /// A real-mode code segment.
     pub const REAL_CODE: u32 = REAL_DATA | CODE;
 }

@@ -4,6 +4,7 @@ use mvm_engine::{MpState, VmExit};
 
 use super::attention::reason;
 use super::clock::host_tsc;
+use crate::apic::NMIS_MAX;
 use crate::cpu::Cpu;
 use crate::fault::vector;
 use crate::flags::rflags;
@@ -77,8 +78,12 @@ impl Cpu {
             self.start_up(vector);
         }
         // A processor that waits for a SIPI ignores them (SDM vol. 3, 9.4.1).
-        if reasons & reason::NMI != 0 && self.sys.activity != MpState::WaitForSipi {
-            self.sys.nmi_pending = true;
+        if reasons & reason::NMI != 0 {
+            let came = self.sys.lapic.port().take_nmis();
+            if self.sys.activity != MpState::WaitForSipi {
+                let room = if self.sys.nmi_masked { 1 } else { NMIS_MAX };
+                self.sys.nmis_pending = self.sys.nmis_pending.saturating_add(came).min(room);
+            }
         }
         if reasons & reason::UNHALT != 0 {
             self.unhalt();
@@ -90,9 +95,9 @@ impl Cpu {
         if self.sys.activity == MpState::WaitForSipi {
             return Ok(());
         }
-        if self.sys.nmi_pending && !self.sys.nmi_masked {
+        if self.sys.nmis_pending > 0 && !self.sys.nmi_masked {
             self.wake();
-            self.sys.nmi_pending = false;
+            self.sys.nmis_pending -= 1;
             self.deliver_interrupt(vector::NMI)?;
             self.sys.nmi_masked = true;
         } else if self.sysflags & rflags::IF != 0
@@ -111,7 +116,7 @@ impl Cpu {
         Ok(())
     }
 
-    fn wake(&mut self) {
+    pub(crate) fn wake(&mut self) {
         self.sys.activity = MpState::Running;
     }
 
@@ -129,7 +134,7 @@ impl Cpu {
             MpState::Running => false,
             MpState::WaitForSipi => true,
             MpState::Halted => {
-                let nmi = self.sys.nmi_pending && !self.sys.nmi_masked;
+                let nmi = self.sys.nmis_pending > 0 && !self.sys.nmi_masked;
                 self.sysflags & rflags::IF == 0 && !nmi
             }
         }
@@ -181,8 +186,8 @@ impl Cpu {
 
     /// IRET: NMIs may come again.
     pub(crate) fn unmask_nmi(&mut self) {
-        if std::mem::take(&mut self.sys.nmi_masked) && self.sys.nmi_pending {
-            self.sys.attention().raise_self(reason::NMI);
+        if std::mem::take(&mut self.sys.nmi_masked) && self.sys.nmis_pending > 0 {
+            self.sys.attention().raise_self(reason::INTERRUPT);
         }
     }
 }

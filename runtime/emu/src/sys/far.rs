@@ -6,6 +6,7 @@ use super::descriptor::{Descriptor, Gate, access, system};
 use super::iret::{return_stack, return_target};
 use super::segments::{gp, is_null, np, null_stack, ts};
 use super::stack::Stack;
+use super::task::{Resume, Way};
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode, SegmentReg, seg};
 use crate::fault::{Fault, vector};
@@ -35,11 +36,13 @@ fn done(cpu: &mut Cpu, result: Result<(), Fault>) -> Flow {
 
 /// JMP far.
 pub(crate) fn jump(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    let result = target(cpu, op).and_then(|(selector, offset)| far_jump(cpu, selector, offset));
+    let next = cpu.next_rip(op);
+    let result =
+        target(cpu, op).and_then(|(selector, offset)| far_jump(cpu, selector, offset, next));
     done(cpu, result)
 }
 
-fn far_jump(cpu: &mut Cpu, selector: u16, offset: u64) -> Result<(), Fault> {
+fn far_jump(cpu: &mut Cpu, selector: u16, offset: u64, next: u64) -> Result<(), Fault> {
     if cpu.mode == Mode::Real {
         return real_transfer(cpu, selector, offset);
     }
@@ -48,6 +51,10 @@ fn far_jump(cpu: &mut Cpu, selector: u16, offset: u64) -> Result<(), Fault> {
     }
     let descriptor = cpu.descriptor(selector)?;
     if descriptor.is_system() {
+        if let Some(tss) = task(cpu, selector, descriptor)? {
+            let resume = Resume { rip: next, flags: cpu.rflags() };
+            return cpu.switch_task(tss, Way::Jump, resume, None);
+        }
         let (code_selector, offset) = call_gate(cpu, selector, descriptor)?;
         let code = gate_code(cpu, code_selector)?;
         // A jump never changes the privilege level.
@@ -105,16 +112,28 @@ fn check_offset(cpu: &Cpu, selector: u16, code: Descriptor, offset: u64) -> Resu
     if offset > code.limit().into() { Err(Fault::GP0) } else { Ok(()) }
 }
 
+/// The TSS that a far jump or call to `selector` leads to, if it is one or a task gate.
+fn task(cpu: &Cpu, selector: u16, descriptor: Descriptor) -> Result<Option<u16>, Fault> {
+    let kind = descriptor.kind();
+    let gate = kind == system::TASK_GATE;
+    if cpu.sys.long_mode() || !gate && !matches!(kind & !2, system::TSS | system::TSS16) {
+        return Ok(None);
+    }
+    if descriptor.dpl() < cpu.cpl.max(selector as u8 & 3) {
+        return Err(gp(selector));
+    }
+    if gate && !descriptor.present() {
+        return Err(np(selector));
+    }
+    Ok(Some(if gate { Gate(descriptor.0).selector() } else { selector }))
+}
+
 /// The target of the call gate `gate` found under `selector`.
 fn call_gate(cpu: &mut Cpu, selector: u16, gate: Descriptor) -> Result<(u16, u64), Fault> {
     let long = cpu.sys.long_mode();
     let known = match gate.kind() {
         system::CALL => true,
         system::CALL16 => !long,
-        system::TSS | system::TASK_GATE | system::TSS16 if !long => {
-            cpu.log_odd("hardware task switch, which is not implemented");
-            false
-        }
         _ => false,
     };
     if !known || gate.dpl() < cpu.cpl || gate.dpl() < selector as u8 & 3 {
@@ -176,6 +195,10 @@ fn far_call(cpu: &mut Cpu, selector: u16, offset: u64, next: u64, size: u8) -> R
     }
     let descriptor = cpu.descriptor(selector)?;
     if descriptor.is_system() {
+        if let Some(tss) = task(cpu, selector, descriptor)? {
+            let resume = Resume { rip: next, flags: cpu.rflags() };
+            return cpu.switch_task(tss, Way::Nest, resume, None);
+        }
         return call_through_gate(cpu, selector, descriptor, next);
     }
     direct_checks(cpu, selector, descriptor)?;

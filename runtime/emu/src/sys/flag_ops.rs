@@ -45,6 +45,9 @@ impl Cpu {
 
 /// PUSHF.
 pub(crate) fn pushf(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+    if cpu.virtual_8086() && !cpu.io_privileged() {
+        return cpu.raise(Fault::GP0);
+    }
     let image = cpu.rflags() & !(rflags::RF | rflags::VM);
     let mut stack = Stack::of(cpu);
     match stack.push(cpu, operand_size(op), image) {
@@ -58,6 +61,9 @@ pub(crate) fn pushf(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 
 /// POPF.
 pub(crate) fn popf(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+    if cpu.virtual_8086() && !cpu.io_privileged() {
+        return cpu.raise(Fault::GP0);
+    }
     let size = operand_size(op);
     let mut stack = Stack::of(cpu);
     let image = match stack.pop(cpu, size) {
@@ -105,13 +111,14 @@ pub(crate) fn sti(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
     }
     cpu.sysflags |= rflags::IF;
     cpu.shadow = true;
+    cpu.sys.ss_loaded = false;
     cpu.interrupts_may_be_on();
     Flow::Break
 }
 
 /// CLAC (`op.aux` 0) and STAC (1).
 pub(crate) fn set_ac(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    if cpu.cpl != 0 || cpu.mode == Mode::Real {
+    if cpu.cpl != 0 || cpu.mode == Mode::Real || !cpu.sys.platform.instructions.smap {
         return cpu.raise(Fault::UD);
     }
     if op.aux == 0 {

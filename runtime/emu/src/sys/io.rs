@@ -13,7 +13,8 @@ const SLICE: u32 = 64;
 impl Cpu {
     /// May the running code access `size` bytes from `port`?
     fn check_port(&mut self, port: u16, size: u8) -> Result<(), Fault> {
-        if self.mode == Mode::Real || self.io_privileged() {
+        // In virtual-8086 mode the bitmap alone decides.
+        if !self.virtual_8086() && self.io_privileged() {
             return Ok(());
         }
         if self.io_bitmap_allows(port, size.into())? { Ok(()) } else { Err(Fault::GP0) }

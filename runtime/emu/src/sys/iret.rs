@@ -4,6 +4,7 @@ use super::bits::canonical;
 use super::descriptor::{Descriptor, access};
 use super::segments::{gp, is_null, np, null_stack, ss_fault};
 use super::stack::Stack;
+use super::task::{Resume, Way};
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode, SegmentReg, seg};
 use crate::fault::Fault;
@@ -12,7 +13,8 @@ use crate::op::{Flow, Op};
 
 /// IRET with an operand size of `op.aux` bytes.
 pub(crate) fn iret(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    match interrupt_return(cpu, op.aux) {
+    let next = cpu.next_rip(op);
+    match interrupt_return(cpu, op.aux, next) {
         Ok(()) => {
             cpu.unmask_nmi();
             Flow::Jump
@@ -21,21 +23,27 @@ pub(crate) fn iret(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     }
 }
 
-fn interrupt_return(cpu: &mut Cpu, size: u8) -> Result<(), Fault> {
+fn interrupt_return(cpu: &mut Cpu, size: u8, next: u64) -> Result<(), Fault> {
     if cpu.mode == Mode::Real {
+        if cpu.virtual_8086() && !cpu.io_privileged() {
+            return Err(Fault::GP0);
+        }
         return real(cpu, size);
     }
     if cpu.sysflags & rflags::NT != 0 {
-        // In IA-32e mode always; elsewhere it would be a task switch, which does not exist here.
-        return Err(Fault::GP0);
+        if cpu.sys.long_mode() {
+            return Err(Fault::GP0);
+        }
+        let link = cpu.read_sys::<u16>(cpu.sys.tr.base)?;
+        let resume = Resume { rip: next, flags: cpu.rflags() };
+        return cpu.switch_task(link, Way::Return, resume, None);
     }
     let mut stack = Stack::of(cpu);
     let rip = stack.pop(cpu, size)?;
     let cs = stack.pop(cpu, size)? as u16;
     let flags = stack.pop(cpu, size)?;
     if size > 2 && flags & rflags::VM != 0 && !cpu.sys.long_mode() && cpu.cpl == 0 {
-        cpu.log_odd("return to virtual-8086 mode, which is not implemented");
-        return Err(Fault::GP0);
+        return to_8086(cpu, stack, (rip, cs, flags));
     }
     let (code, cpl) = return_target(cpu, cs, rip)?;
     let to_64 = cpu.sys.long_mode() && code.access() & access::L != 0;
@@ -68,6 +76,28 @@ fn interrupt_return(cpu: &mut Cpu, size: u8) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Goes on in virtual-8086 mode: the stack pointer and all segments are on the stack too.
+fn to_8086(
+    cpu: &mut Cpu,
+    mut stack: Stack,
+    (rip, cs, flags): (u64, u16, u64),
+) -> Result<(), Fault> {
+    if rip > 0xffff {
+        return Err(Fault::GP0);
+    }
+    let mut words = [0; 6];
+    for word in &mut words {
+        *word = stack.pop(cpu, 4)?;
+    }
+    let [rsp, ss, es, ds, fs, gs] = words;
+    cpu.load_8086_segments([es as u16, cs, ss as u16, ds as u16, fs as u16, gs as u16]);
+    (cpu.rip, cpu.gpr[4]) = (rip, rsp);
+    let mask = flags_for_iret(0, cpu.sysflags, 4) | rflags::VM | rflags::VIF | rflags::VIP;
+    cpu.replace_flags(flags & mask);
+    cpu.update_mode();
+    Ok(())
+}
+
 fn real(cpu: &mut Cpu, size: u8) -> Result<(), Fault> {
     let mut stack = Stack::of(cpu);
     let rip = stack.pop(cpu, size)?;
@@ -79,7 +109,7 @@ fn real(cpu: &mut Cpu, size: u8) -> Result<(), Fault> {
     stack.commit(cpu);
     cpu.rip = rip;
     cpu.set_real_cs(cs);
-    let changed = flags_for_iret(0, cpu.sysflags, size);
+    let changed = flags_for_iret(cpu.cpl, cpu.sysflags, size);
     cpu.replace_flags(cpu.rflags() & !changed | flags & changed);
     Ok(())
 }

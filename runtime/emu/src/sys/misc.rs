@@ -80,8 +80,16 @@ pub(crate) fn pause(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
     Flow::Break
 }
 
-/// INT n: `op.imm` is the vector.
-pub(crate) fn int(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+/// INT n: `op.imm` is the vector. Virtual-8086 mode needs a privilege for it.
+pub(crate) fn int(cpu: &mut Cpu, op: &Op, block: &Block) -> Flow {
+    if cpu.virtual_8086() && !cpu.io_privileged() {
+        return cpu.raise(Fault::GP0);
+    }
+    int3(cpu, op, block)
+}
+
+/// INT3, with 3 in `op.imm`.
+pub(crate) fn int3(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     let next = cpu.next_rip(op);
     cpu.software_interrupt(op.imm as u8, next, Cause::Software)
 }

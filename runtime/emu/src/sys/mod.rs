@@ -1,7 +1,7 @@
 //! The system side of the processor: everything that is not arithmetic on registers and memory.
 //!
-//! Not implemented, because no 64-bit system needs it: virtual-8086 mode, hardware task switches,
-//! system management mode, machine checks, performance counters.
+//! Not implemented, because no 64-bit system needs it: the extensions of virtual-8086 mode (CR4.VME), system management
+//! mode, machine checks, performance counters.
 
 pub mod attention;
 pub mod bits;
@@ -29,6 +29,7 @@ mod stack;
 mod state;
 mod syscall;
 mod tables;
+mod task;
 #[cfg(test)]
 mod tests;
 

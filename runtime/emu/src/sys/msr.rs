@@ -2,6 +2,7 @@
 //!
 //! An MSR that is not here raises #GP, with a log line: systems probe for MSRs that way.
 
+use mvm_engine::cpuid::Vendor;
 use mvm_engine::msr as index;
 
 use super::bits::{canonical, cr4, efer};
@@ -83,6 +84,8 @@ impl Cpu {
             // There is no northbridge. Kernels with support for one switch a bit of its on each processor.
             index::AMD_NB_CFG => 0,
             index::AMD_HWCR => HWCR_TSC_AT_P0,
+            // All of AMD's processors have four counters. These count nothing.
+            index::AMD_PERF_FIRST..=index::AMD_PERF_LAST if sys.vendor == Vendor::Amd => 0,
             index::AMD_DE_CFG => DE_CFG_LFENCE_SERIALIZES,
             index::SYSENTER_CS => msrs.sysenter_cs,
             index::SYSENTER_ESP => msrs.sysenter_esp,
@@ -114,6 +117,7 @@ impl Cpu {
         let sys = &mut self.sys;
         match msr {
             index::TSC => self.write_tsc(value),
+            index::APIC_BASE if value >> sys.platform.physical_bits != 0 => return Err(Fault::GP0),
             index::APIC_BASE => sys.lapic.set_base(value).ok_or(Fault::GP0)?,
             index::TSC_ADJUST => self.write_tsc_adjust(value),
             index::BIOS_SIGN_ID => sys.msrs.bios_sign = value,
@@ -126,6 +130,7 @@ impl Cpu {
             index::DEBUG_CTL if value == 0 => {}
             index::MCG_STATUS | index::AMD_HWCR | index::AMD_SYSCFG => {}
             index::AMD_INT_PENDING | index::AMD_DE_CFG | index::AMD_NB_CFG => {}
+            index::AMD_PERF_FIRST..=index::AMD_PERF_LAST if sys.vendor == Vendor::Amd => {}
             index::PAT => {
                 sys.msrs.pat = valid_pat(value).then_some(value).ok_or(Fault::GP0)?;
             }
@@ -205,6 +210,9 @@ pub(crate) fn rdtscp(cpu: &mut Cpu, op: &Op, block: &Block) -> Flow {
 
 /// RDPID.
 pub(crate) fn rdpid(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+    if !cpu.sys.platform.instructions.rdpid {
+        return cpu.raise(Fault::UD);
+    }
     cpu.gpr[usize::from(op.dst)] = cpu.sys.msrs.tsc_aux;
     Flow::Next
 }

@@ -7,6 +7,7 @@ use mvm_engine::msr;
 
 use super::attention::reason;
 use super::clock::host_tsc;
+use crate::apic::{Delivery, Message, Target};
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode};
 use crate::fault::Fault;
@@ -16,6 +17,8 @@ use crate::op::{Flow, Op};
 /// Hypercall numbers and results.
 mod call {
     pub const KICK_CPU: u64 = 5;
+    pub const SEND_IPI: u64 = 10;
+    pub const EINVAL: u64 = (-22i64) as u64;
     pub const ENOSYS: u64 = (-1000i64) as u64;
     pub const EPERM: u64 = (-1i64) as u64;
 }
@@ -232,11 +235,35 @@ pub(crate) fn hypercall(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
                 }
                 0
             }
+            call::SEND_IPI => send_ipis(cpu, mask),
             _ => call::ENOSYS,
         }
     };
     cpu.gpr[0] = result & mask;
     Flow::Next
+}
+
+/// Logical destination, or a shorthand: there are none in this call's interrupt command.
+const ICR_DESTINATION: u64 = 1 << 11 | 3 << 18;
+
+/// Sends an interrupt (RSI, as the low half of an ICR) to each processor in a bitmap (RBX, RCX) that begins with the APIC id in
+/// RDX. Returns how many it reached.
+fn send_ipis(cpu: &Cpu, mask: u64) -> u64 {
+    let [low, high, first, icr] = [3, 1, 2, 6].map(|register| cpu.gpr[register] & mask);
+    if icr & ICR_DESTINATION != 0 {
+        return call::EINVAL;
+    }
+    let bitmap = u128::from(low) | u128::from(high) << mask.count_ones();
+    let apics = &cpu.sys.platform.apics;
+    let wanted = |id: &usize| {
+        let place = (*id as u64).checked_sub(first);
+        place.is_some_and(|bit| bit < 128 && bitmap >> bit & 1 != 0)
+    };
+    let sent = (0..apics.count()).filter(wanted).map(|id| {
+        let (target, delivery) = (Target::Index(id), Delivery::from_bits(icr as u32 >> 8));
+        apics.send(Message { target, delivery, vector: icr as u8, level: false })
+    });
+    sent.sum::<usize>() as u64
 }
 
 /// How far the guest's clock is, for `VcpuState`.

@@ -4,12 +4,30 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use mvm_engine::IoBus;
-use mvm_engine::cpuid::{CpuModel, CpuidTable};
+use mvm_engine::cpuid::{CpuModel, CpuidTable, PHYSICAL_BITS};
 
 use super::alarm::Alarm;
 use super::attention::reason;
 use super::clock::Clock;
+use super::control::cr4_bits;
 use crate::apic::ApicBus;
+
+/// Instructions that are undefined on a processor whose CPUID does not show them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Instructions {
+    /// INVPCID.
+    pub invpcid: bool,
+    /// CLAC and STAC.
+    pub smap: bool,
+    /// RDPID.
+    pub rdpid: bool,
+}
+
+impl Instructions {
+    fn of(model: &CpuidTable) -> Self {
+        Self { invpcid: model.has("invpcid"), smap: model.has("smap"), rdpid: model.has("rdpid") }
+    }
+}
 
 /// Devices, local APICs, clock and processor model of one machine.
 #[derive(Debug)]
@@ -26,6 +44,12 @@ pub struct Platform {
     pub cpu: CpuModel,
     /// The processor that the guest sees.
     pub model: CpuidTable,
+    /// Bits of CR4 that this processor has.
+    pub(crate) cr4: u64,
+    /// Which instructions it has of those that the engine could always do.
+    pub(crate) instructions: Instructions,
+    /// Width of its physical addresses.
+    pub(crate) physical_bits: u32,
     /// Timers of vCPUs that run translated code.
     pub(super) alarm: Alarm,
     /// vCPUs that halted with interrupts off, or wait for a start-up IPI.
@@ -35,13 +59,18 @@ pub struct Platform {
 impl Platform {
     /// A machine of `vcpus` processors of model `cpu` over `io`, with a TSC of `tsc_khz`.
     pub fn new(cpu: CpuModel, vcpus: u32, io: Arc<dyn IoBus>, tsc_khz: u64) -> Arc<Self> {
+        let model = CpuidTable::new(cpu, vcpus, tsc_khz, None);
+        let address_sizes = model.entries(0).iter().find(|e| e.leaf == 0x8000_0008);
         Arc::new(Self {
             vcpus,
             io,
             apics: ApicBus::new(vcpus),
             clock: Clock::new(tsc_khz),
             cpu,
-            model: CpuidTable::new(cpu, vcpus, tsc_khz, None),
+            cr4: cr4_bits(&model),
+            instructions: Instructions::of(&model),
+            physical_bits: address_sizes.map_or(PHYSICAL_BITS, |e| e.eax & 0xff),
+            model,
             alarm: Alarm::new(vcpus, tsc_khz),
             stopped: AtomicU32::new(0),
         })

@@ -15,6 +15,7 @@ fn loaded(cpu: &mut Cpu, register: usize, result: Result<(), Fault>) -> Flow {
         Ok(()) if register == seg::SS => {
             cpu.shadow = true;
             cpu.sys.step_inhibited = true;
+            cpu.sys.ss_loaded = true;
             Flow::Break
         }
         Ok(()) if cpu.mode == Mode::Code64 => Flow::Next,
@@ -91,8 +92,10 @@ pub(crate) fn load_far(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     });
     match loaded(cpu, register, result) {
         // LSS holds nothing off: it loads both halves at once.
-        Flow::Break => {
+        Flow::Break if register == seg::SS => {
             cpu.shadow = false;
+            cpu.sys.step_inhibited = false;
+            cpu.sys.ss_loaded = false;
             Flow::Break
         }
         flow => flow,

@@ -38,7 +38,7 @@ impl Cpu {
     /// vector accesses check.
     pub(crate) fn update_mode(&mut self) {
         let cs = self.seg[seg::CS].access;
-        self.mode = if !self.sys.protected() {
+        self.mode = if !self.sys.protected() || self.virtual_8086() {
             Mode::Real
         } else if self.sys.long_mode() && cs & access::L != 0 {
             Mode::Code64
@@ -48,7 +48,7 @@ impl Cpu {
             Mode::Code16
         };
         if self.mode == Mode::Real {
-            self.cpl = 0;
+            self.cpl = if self.virtual_8086() { 3 } else { 0 };
         }
         self.tlb_set_context();
         self.vec.update_access(self.sys.cr0, self.sys.cr4, self.sys.xcr0);
@@ -180,7 +180,21 @@ impl Cpu {
         Ok(self.mark_accessed(selector, descriptor)?.load(selector))
     }
 
-    /// After a return to an outer level: data segments of a higher privilege are dropped.
+    /// Loads the segments of virtual-8086 mode, by their numbers (SDM vol. 3, 21.2.2 and 27.3.1.2 for their rights).
+    pub(crate) fn load_8086_segments(&mut self, selectors: [u16; 6]) {
+        for (segment, selector) in self.seg.iter_mut().zip(selectors) {
+            let base = u64::from(selector) << 4;
+            *segment = SegmentReg { selector, access: access::DATA_8086, base, limit: 0xffff };
+        }
+    }
+
+    /// Is there the part of protected mode that virtual-8086 mode has not: descriptors?
+    pub(crate) fn has_descriptors(&self) -> bool {
+        self.sys.protected() && !self.virtual_8086()
+    }
+
+    /// After a return to an outer level: data segments of a higher privilege are dropped. Their bases stay, which
+    /// 64-bit code sees in FS and GS.
     pub(crate) fn drop_privileged_segments(&mut self) {
         let cpl = self.cpl;
         for register in [seg::ES, seg::DS, seg::FS, seg::GS] {
@@ -189,7 +203,8 @@ impl Cpu {
             let dpl = (rights >> access::DPL_SHIFT & 3) as u8;
             let conforming_code = rights & (access::CODE | access::DC) == access::CODE | access::DC;
             if rights & access::UNUSABLE == 0 && dpl < cpl && !conforming_code {
-                *segment = SegmentReg { selector: 0, access: access::UNUSABLE, base: 0, limit: 0 };
+                segment.selector = 0;
+                segment.access = access::UNUSABLE;
             }
         }
     }

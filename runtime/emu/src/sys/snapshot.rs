@@ -48,7 +48,7 @@ impl Cpu {
         let events = PendingEvents {
             exception: self.fault.map(|f| (f.vector(), f.code())),
             shadow: self.shadow,
-            nmi_pending: sys.nmi_pending,
+            nmi_pending: sys.nmis_pending != 0,
             nmi_masked: sys.nmi_masked,
             sipi: None,
             unhalted: sys.pv.unhalted,
@@ -111,7 +111,7 @@ impl Cpu {
         if !state.cpuid.is_empty() {
             sys.cpuid = state.cpuid.as_slice().into();
         }
-        sys.nmi_pending = state.events.nmi_pending;
+        sys.nmis_pending = state.events.nmi_pending.into();
         sys.nmi_masked = state.events.nmi_masked;
         sys.pv.unhalted = state.events.unhalted;
         sys.activity = state.mp_state;

@@ -12,6 +12,7 @@ use super::paravirt::Paravirt;
 use super::platform::Platform;
 use crate::apic::Lapic;
 use crate::cpu::{Cpu, SegmentReg, seg};
+use crate::fault::Fault;
 use crate::flags::rflags;
 use crate::op::reg;
 
@@ -83,13 +84,17 @@ pub struct SystemState {
     pub activity: MpState,
     /// Halted with interrupts off or waiting for a start-up IPI, and counted as such in the platform.
     pub(crate) counted_stopped: bool,
-    /// An NMI waits.
-    pub nmi_pending: bool,
+    /// NMIs that wait: one, or two if none is being handled.
+    pub nmis_pending: u8,
     /// NMIs wait for an IRET.
     pub nmi_masked: bool,
     /// The op that just ran takes no single-step trap (MOV SS, INT n, SYSCALL).
     pub step_inhibited: bool,
-    /// Breakpoints hit by the op that is running: bits of DR6.
+    /// The op that just ran loaded SS, which holds debug exceptions off until after the next one.
+    pub ss_loaded: bool,
+    /// An exception of a task that was just switched to.
+    pub deferred: Option<Fault>,
+    /// Debug exceptions that wait, of the op that is running or held off: bits of DR6.
     pub hits: u64,
     /// The CPUID of this vCPU.
     pub cpuid: Arc<[CpuidEntry]>,
@@ -131,9 +136,11 @@ impl SystemState {
             tsc_offset,
             activity: if index == 0 { MpState::Running } else { MpState::WaitForSipi },
             counted_stopped: false,
-            nmi_pending: false,
+            nmis_pending: 0,
             nmi_masked: false,
             step_inhibited: false,
+            ss_loaded: false,
+            deferred: None,
             hits: 0,
             cpuid,
             vendor,
@@ -227,9 +234,11 @@ impl Cpu {
         sys.gdtr = Table { base: 0, limit: 0xffff };
         sys.idtr = Table { base: 0, limit: 0xffff };
         sys.lapic.init();
-        sys.nmi_pending = false;
+        sys.nmis_pending = 0;
         sys.nmi_masked = false;
         sys.step_inhibited = false;
+        sys.ss_loaded = false;
+        sys.deferred = None;
         sys.hits = 0;
         sys.activity = if sys.index == 0 { MpState::Running } else { MpState::WaitForSipi };
         self.reset_registers();

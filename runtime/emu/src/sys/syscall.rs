@@ -2,7 +2,7 @@
 
 use mvm_engine::cpuid::Vendor;
 
-use super::bits::{canonical, cr4, efer};
+use super::bits::{canonical, cr4, dr, efer};
 use super::decode::operand_size;
 use super::descriptor::access;
 use crate::block::Block;
@@ -77,6 +77,10 @@ pub(crate) fn sysret(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     cpu.seg[seg::SS] = flat(base.wrapping_add(8) | 3, access::DATA | DPL3);
     cpu.set_code_segment(flat(selector | 3, code | DPL3), 3);
     cpu.replace_flags(flags);
+    if flags & rflags::TF != 0 {
+        // Unlike IRET it traps before the first instruction that it returns to.
+        cpu.sys.hits |= dr::DR6_BS;
+    }
     Flow::Jump
 }
 

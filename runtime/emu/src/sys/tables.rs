@@ -81,7 +81,7 @@ pub(crate) fn sidt(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 
 /// The checks that LLDT and LTR share, and their operand.
 fn privileged_selector(cpu: &mut Cpu, op: &Op) -> Result<u16, Fault> {
-    if !cpu.sys.protected() {
+    if !cpu.has_descriptors() {
         return Err(Fault::UD);
     }
     if cpu.cpl != 0 {
@@ -104,7 +104,7 @@ pub(crate) fn ltr(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 
 /// SLDT.
 pub(crate) fn sldt(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    if !cpu.sys.protected() {
+    if !cpu.has_descriptors() {
         return cpu.raise(Fault::UD);
     }
     let selector = cpu.sys.ldtr.selector;
@@ -113,7 +113,7 @@ pub(crate) fn sldt(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 
 /// STR.
 pub(crate) fn str(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    if !cpu.sys.protected() {
+    if !cpu.has_descriptors() {
         return cpu.raise(Fault::UD);
     }
     let selector = cpu.sys.tr.selector;
@@ -141,7 +141,7 @@ fn examine(
     op: &Op,
     look: impl FnOnce(&mut Cpu, u16, Descriptor) -> Option<u32>,
 ) -> Flow {
-    if !cpu.sys.protected() {
+    if !cpu.has_descriptors() {
         return cpu.raise(Fault::UD);
     }
     let found = cpu.operand16(op).and_then(|s| Ok((s, visible(cpu, s)?)));
@@ -190,7 +190,7 @@ pub(crate) fn lsl(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 }
 
 fn verify(cpu: &mut Cpu, op: &Op, fits: impl FnOnce(Descriptor) -> bool) -> Flow {
-    if !cpu.sys.protected() {
+    if !cpu.has_descriptors() {
         return cpu.raise(Fault::UD);
     }
     match cpu.operand16(op).and_then(|selector| visible(cpu, selector)) {
@@ -214,7 +214,7 @@ pub(crate) fn verw(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 
 /// ARPL (not in 64-bit mode): `op.src` is the register operand, the other is `op.dst` or memory.
 pub(crate) fn arpl(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    if !cpu.sys.protected() {
+    if !cpu.has_descriptors() {
         return cpu.raise(Fault::UD);
     }
     let wanted = cpu.gpr[usize::from(op.src)] as u16 & 3;

@@ -14,6 +14,7 @@ use crate::mmu::{Mmu, PhysMemory};
 use crate::sys::bits::{cr0, cr4, efer};
 use crate::sys::clock::host_tsc_khz;
 use crate::sys::descriptor::{Descriptor, access};
+use crate::sys::platform::Instructions;
 use crate::sys::{Platform, SystemState};
 use crate::vcpu::EmuVcpu;
 use mvm_engine::Table;
@@ -45,8 +46,16 @@ pub const USER_GPA: u64 = 0x40_0000;
 pub const USER_DATA: u64 = USER + 0x8000;
 pub const USER_STACK: u64 = USER + 0x2_0000;
 
+/// Physical address of memory behind the bus. See [`TestBus::scratch`].
+pub const SCRATCH: u64 = 0xff00_0000;
+const SCRATCH_LEN: u64 = 0x2000;
+
 /// See [`TestBus::kick`].
 pub const KICK_PORT: u16 = 0xe9;
+
+/// Bits of CR4 that the engine can do, whatever the host is.
+const ALL_OF_CR4: u64 =
+    cr4::UMIP | cr4::FSGSBASE | cr4::PCIDE | cr4::OSXSAVE | cr4::SMEP | cr4::SMAP;
 
 /// Selectors.
 pub mod sel {
@@ -102,6 +111,8 @@ pub struct TestBus {
     pub mmio_writes: Mutex<Vec<(u64, Vec<u8>)>>,
     pub mmio_reads: Mutex<Vec<(u64, usize)>>,
     pub eois: Mutex<Vec<u8>>,
+    /// Bytes at [`SCRATCH`] that keep what is written.
+    pub scratch: Mutex<Vec<u8>>,
     /// Kicked by a write to [`KICK_PORT`].
     pub kick: Mutex<Option<Arc<dyn Kick>>>,
 }
@@ -117,10 +128,25 @@ impl IoBus for TestBus {
         lock(&self.port_writes).push((port, data.to_vec()));
     }
     fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        if let Some(at) = address.checked_sub(SCRATCH).filter(|at| *at < SCRATCH_LEN) {
+            let bytes = lock(&self.scratch);
+            (at as usize..)
+                .zip(data)
+                .for_each(|(i, byte)| *byte = bytes.get(i).copied().unwrap_or(0));
+            return;
+        }
         lock(&self.mmio_reads).push((address, data.len()));
         data.fill(0xab);
     }
     fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some(at) = address.checked_sub(SCRATCH).filter(|at| *at < SCRATCH_LEN) {
+            let (mut bytes, at) = (lock(&self.scratch), at as usize);
+            if bytes.len() < at + data.len() {
+                bytes.resize(at + data.len(), 0);
+            }
+            bytes[at..at + data.len()].copy_from_slice(data);
+            return;
+        }
         lock(&self.mmio_writes).push((address, data.to_vec()));
     }
     fn eoi(&self, vector: u8) {
@@ -187,9 +213,17 @@ pub struct Guest {
 
 impl Guest {
     fn bare(power_up: bool) -> Self {
+        Self::with(power_up, Instructions { invpcid: true, smap: true, rdpid: true })
+    }
+
+    fn with(power_up: bool, instructions: Instructions) -> Self {
         let ram = GuestRam::new(&[(0, RAM)]).expect("RAM");
         let bus = Arc::new(TestBus::default());
-        let platform = Platform::new(CpuModel::V3, 1, bus.clone(), host_tsc_khz());
+        let mut platform = Platform::new(CpuModel::V3, 1, bus.clone(), host_tsc_khz());
+        // What the host lacks is tested all the same.
+        let shared = Arc::get_mut(&mut platform).expect("nobody else has it");
+        shared.cr4 |= ALL_OF_CR4;
+        shared.instructions = instructions;
         let phys = Arc::new(PhysMemory::new(ram.clone(), bus.clone(), 1));
         let mut cpu = Cpu::new(Mmu::new(phys, 0), SystemState::new(platform.clone(), 0));
         if power_up {
@@ -217,7 +251,17 @@ impl Guest {
 
     /// 64-bit mode, privilege level 0, paging on: the first 16 MiB for the supervisor, pages for the user.
     pub fn new() -> Self {
-        let mut guest = Self::bare(true);
+        Self::bare(true).in_64_bit_mode()
+    }
+
+    /// The same, of a processor without [`Instructions`].
+    pub fn without_features() -> Self {
+        let none = Instructions { invpcid: false, smap: false, rdpid: false };
+        Self::with(true, none).in_64_bit_mode()
+    }
+
+    fn in_64_bit_mode(self) -> Self {
+        let mut guest = self;
         guest.tables();
         for vector in 0..256 {
             guest.gate(vector as u8, HANDLERS + vector * 16, gate_dpl(vector), 0);

@@ -43,6 +43,9 @@ use crate::{detach, embedded, env_file};
 /// Memory if nobody says otherwise: far more than most unikernels touch.
 const MEMORY: u64 = 64 << 20;
 
+/// The same for kernels that expect to be started as PC emulators do it, which give as much. Test kernels take it for granted.
+const MEMORY_OF_EMULATORS: u64 = 128 << 20;
+
 /// How long what is left in the console's pipe may take to be written once the machine is gone.
 const GRACE: Duration = Duration::from_secs(30);
 
@@ -245,7 +248,7 @@ pub(super) fn refuse_what_does_not_hold(
 
 fn memory(settings: &Settings, kind: Kind) -> anyhow::Result<u64> {
     if settings.memory.origin == Origin::Default && kind != Kind::Linux {
-        return Ok(MEMORY);
+        return Ok(if kind == Kind::Multiboot { MEMORY_OF_EMULATORS } else { MEMORY });
     }
     let named = settings.memory.named("memory");
     let memory = parse_size(&settings.memory.value).with_context(|| named.clone())?;
@@ -491,6 +494,7 @@ mod tests {
             memory(&settings, args.unikernel.unwrap().into())
         };
         assert_eq!(of(&["rust"]).unwrap(), 64 << 20);
+        assert_eq!(of(&["multiboot"]).unwrap(), 128 << 20);
         assert_eq!(of(&["linux"]).unwrap(), 512 << 20);
         assert_eq!(of(&["hvt", "-m", "16m"]).unwrap(), 16 << 20);
         assert!(of(&["hvt", "-m", "1m"]).unwrap_err().to_string().contains("--memory 1m"));

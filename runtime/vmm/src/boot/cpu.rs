@@ -98,7 +98,11 @@ impl Entry {
             }
         }
         sregs.gdtr = Table { base: layout::GDT, limit: (gdt.len() * 8 - 1) as u16 };
-        sregs.idtr = Table::default();
+        sregs.idtr = match self.mode {
+            // As a PC's firmware leaves it: kernels that go back to real mode need not load it.
+            Mode::Protected => Table { base: 0, limit: REAL_MODE_VECTORS * 4 - 1 },
+            Mode::Linux64 | Mode::Solo5 => Table::default(),
+        };
         sregs.cr3 = 0;
         sregs.cr4 = 0;
         sregs.efer = 0;
@@ -115,6 +119,9 @@ impl Entry {
         }
     }
 }
+
+/// Entries of real mode's vector table.
+const REAL_MODE_VECTORS: u16 = 256;
 
 /// The bit of the access rights that tells code and data from system segments.
 const DATA_OR_CODE: u32 = 1 << 4;

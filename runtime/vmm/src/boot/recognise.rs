@@ -25,7 +25,9 @@ pub fn recognise(file: &Section, wanted: BootProtocol) -> Result<Box<dyn BootIma
     let protocol = |reason: &str| Error::Protocol { wanted, reason: reason.into() };
     match wanted {
         BootProtocol::Auto => automatic(file, &head),
-        BootProtocol::Linux if is_elf => Ok(Box::new(LinuxImage::elf(ElfFile::open(file)?)?)),
+        BootProtocol::Linux if is_elf => {
+            Ok(Box::new(LinuxImage::elf(ElfFile::open(file)?.high()?)?))
+        }
         BootProtocol::Linux => match linux::bzimage(&head, file.size())? {
             Some(image) => Ok(Box::new(image)),
             None => Err(protocol("it is neither an ELF file nor a bzImage")),
@@ -36,7 +38,7 @@ pub fn recognise(file: &Section, wanted: BootProtocol) -> Result<Box<dyn BootIma
         },
         BootProtocol::Pvh if !is_elf => Err(protocol("it is no ELF file")),
         BootProtocol::Pvh => {
-            let elf = ElfFile::open(file)?;
+            let elf = ElfFile::open(file)?.high()?;
             match pvh::entry(&elf)? {
                 Some(entry) => Ok(Box::new(PvhImage::new(elf, entry))),
                 None => Err(protocol("it has no ELF note of Xen's with a PVH entry (type 18)")),
@@ -44,7 +46,7 @@ pub fn recognise(file: &Section, wanted: BootProtocol) -> Result<Box<dyn BootIma
         }
         BootProtocol::Hvt if !is_elf => Err(protocol("it is no ELF file")),
         BootProtocol::Hvt => {
-            let elf = ElfFile::open(file)?;
+            let elf = ElfFile::open(file)?.high()?;
             match hvt::target(&elf)? {
                 target if hvt::is_hvt(target) => Ok(Box::new(HvtImage::new(elf)?)),
                 Some(other) => Err(hvt::wrong_target(other)),
@@ -70,11 +72,12 @@ fn automatic(file: &Section, head: &[u8]) -> Result<Box<dyn BootImage>, Error> {
     let elf = ElfFile::open(file)?;
     let solo5 = hvt::target(&elf)?;
     if hvt::is_hvt(solo5) {
-        return Ok(Box::new(HvtImage::new(elf)?));
+        return Ok(Box::new(HvtImage::new(elf.high()?)?));
     }
     if let Some(image) = multiboot(file, head)? {
         return Ok(image);
     }
+    let elf = elf.high()?;
     if !linux::is_linux(&elf)
         && let Some(entry) = pvh::entry(&elf)?
     {

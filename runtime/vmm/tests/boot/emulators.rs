@@ -159,6 +159,50 @@ fn the_test_device_keeps_bytes_and_pulls_interrupts() {
 }
 
 #[test]
+fn processors_are_started_without_a_pause_from_page_0() {
+    // As test kernels do it: INIT and the start-up IPI right after each other to all others, to code that was copied to 0.
+    const COUNT: u32 = 0x7e00;
+    let trampoline = assemble(16, 0, |a| {
+        a.xor(ax, ax)?;
+        a.mov(ds, ax)?;
+        a.lock().inc(word_ptr(COUNT))?;
+        a.cli()?;
+        a.hlt()
+    });
+    let kernel = kernel(|a| {
+        for (at, bytes) in (0u32..).step_by(4).zip(trampoline.chunks(4)) {
+            let mut word = [0; 4];
+            word[..bytes.len()].copy_from_slice(bytes);
+            a.mov(dword_ptr(at), i32::from_le_bytes(word))?;
+        }
+        a.mov(dword_ptr(COUNT), 1)?;
+        for (register, value) in
+            [(0xfee0_00f0u32, 0x1ff), (0xfee0_0300, 0xc_4500), (0xfee0_0300, 0xc_4600)]
+        {
+            a.mov(eax, value)?;
+            a.mov(dword_ptr(register), eax)?;
+        }
+        a.mov(eax, NB_CPUS)?;
+        a.mov(edx, SELECTOR)?;
+        a.out(dx, ax)?;
+        a.inc(edx)?;
+        a.xor(eax, eax)?;
+        a.in_(al, dx)?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.pause()?;
+        a.cmp(word_ptr(COUNT), ax)?;
+        a.jne(again)?;
+        a.out(0xf4, eax)?;
+        halt(a)
+    });
+    for vcpus in [1, 2, 4] {
+        let run = run_on_emu(Parts { vcpus, ..parts(&kernel) });
+        assert_eq!(run.reason, EndReason::DebugExit { status: vcpus << 1 | 1 });
+    }
+}
+
+#[test]
 fn a_kernel_that_is_entered_as_linux_finds_none_of_it() {
     let code = assemble(64, AT, |a| {
         a.mov(edx, DATA)?;

@@ -8,6 +8,7 @@ use mvm_vmm::{EndReason, Module, Parts};
 use crate::guest::*;
 
 const MAGIC: u32 = 0x1bad_b002;
+const MAGIC_OF_LOADER: i32 = 0x2bad_b002;
 const HAS_ADDRESSES: u32 = 1 << 16;
 
 /// Code comes after the header.
@@ -82,6 +83,73 @@ fn a_kernel_of_each_form_finds_what_the_specification_promises() {
         assert_eq!(map[0], (0, 0xa_0000, 1));
         assert_eq!(map.last(), Some(&(0x10_0000, MEMORY - 0x10_0000, 1)));
     }
+}
+
+#[test]
+fn a_kernel_below_1_mib_goes_on_in_real_mode() {
+    // At 32 KiB, entry included: protected mode of 16 bits, then none, as small kernels do it that call a BIOS. An interrupt
+    // by the table at 0 works there, and what the kernel was told is still where it is said to be.
+    const LOW: u64 = 0x8000;
+    const ENTRY: u64 = LOW + 0x40;
+    const MODE_16: u64 = LOW + 0x80;
+    const HANDLER: u32 = 0x1000;
+    let flat_16: [u64; 3] = [0, 0x9b00_0000_ffff, 0x9300_0000_ffff];
+    let enter = assemble(32, ENTRY, |a| {
+        a.push(eax)?;
+        a.pop(esi)?;
+        a.mov(ecx, dword_ptr(ebx + 16))?;
+        a.lgdt(fword_ptr(LOW as u32 + 0x20))?;
+        // JMP 8:MODE_16.
+        a.db(&[0xea])?;
+        a.dd(&[MODE_16 as u32])?;
+        a.dw(&[8])
+    });
+    let mode_16 = assemble(16, MODE_16, |a| {
+        a.mov(ax, 16)?;
+        a.mov(ds, ax)?;
+        a.mov(ss, ax)?;
+        a.mov(eax, cr0)?;
+        a.and(eax, -2)?;
+        a.mov(cr0, eax)?;
+        // JMP 0:the next instruction.
+        a.db(&[0xea])?;
+        a.dw(&[MODE_16 as u16 + 24, 0])?;
+        a.xor(ax, ax)?;
+        a.mov(ds, ax)?;
+        a.mov(ss, ax)?;
+        a.mov(sp, 0x7f00)?;
+        a.mov(dword_ptr(0x11 * 4), HANDLER as i32)?;
+        // Its handler: IRET.
+        a.mov(byte_ptr(HANDLER), 0xcf)?;
+        a.int(0x11)?;
+        // The command line's first byte, if the magic number was right.
+        a.mov(al, 1)?;
+        a.cmp(esi, MAGIC_OF_LOADER)?;
+        let mut bad = a.create_label();
+        a.jne(bad)?;
+        a.shr(ecx, 4)?;
+        a.mov(es, cx)?;
+        a.mov(al, byte_ptr(0).es())?;
+        a.set_label(&mut bad)?;
+        a.out(0xf4, al)?;
+        a.hlt()
+    });
+    assert_eq!(&mode_16[19..24], &[0xea, 0x98, 0x80, 0, 0], "the far jump goes to what follows it");
+    let mut image = header(0, [0; 5]);
+    image[0x20..0x22].copy_from_slice(&23u16.to_le_bytes());
+    image[0x22..0x26].copy_from_slice(&(LOW as u32 + 0x28).to_le_bytes());
+    image[0x28..0x40].copy_from_slice(&flat_16.map(u64::to_le_bytes).concat());
+    image.extend(enter);
+    image.resize(0x80, 0x90);
+    image.extend(mode_16);
+    let kernel = ElfBuilder::elf32(ENTRY).load(LOW, &image).build();
+    let module = Module { content: section(b"NR_CPUS=1").unwrap(), text: "env".into() };
+    let run = run(Parts { cmdline: "7".into(), modules: vec![module], ..parts(&kernel) });
+    assert_eq!(run.reason, EndReason::DebugExit { status: u32::from(b'7') << 1 | 1 });
+    // Not where the loader's own structures are.
+    let kernel = ElfBuilder::elf32(0x2_0040).load(0x2_0000, &image).build();
+    let refused = refusal(parts(&kernel)).to_string();
+    assert!(refused.contains("0x20000"), "{refused}");
 }
 
 #[test]

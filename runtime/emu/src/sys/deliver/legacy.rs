@@ -1,12 +1,11 @@
 //! Delivery in protected mode without IA-32e (SDM vol. 3, 6.12).
-//!
-//! Task gates are not implemented: they raise #GP as an absent gate would.
 
 use super::{Cause, Event};
-use crate::cpu::{Cpu, seg};
+use crate::cpu::{Cpu, SegmentReg, seg};
 use crate::fault::{Fault, vector};
 use crate::sys::descriptor::{Gate, access, system};
 use crate::sys::segments::{gp, is_null, np, ts};
+use crate::sys::task::{Resume, Way};
 
 impl Cpu {
     pub(super) fn enter_legacy(&mut self, event: Event) -> Result<(), Fault> {
@@ -21,6 +20,7 @@ impl Cpu {
             system::TRAP16 => (2, false),
             system::INT => (4, true),
             system::TRAP => (4, false),
+            system::TASK_GATE => (0, false),
             _ => return Err(Fault::gp(event.gate_code())),
         };
         if !descriptor.is_system() || event.cause == Cause::Software && descriptor.dpl() < self.cpl
@@ -31,6 +31,10 @@ impl Cpu {
             return Err(Fault::with_code(vector::NP, event.gate_code()));
         }
         let selector = gate.selector();
+        if size == 0 {
+            let resume = Resume { rip: event.rip, flags: event.pushed_flags(self) };
+            return self.switch_task(selector, Way::Nest, resume, event.code);
+        }
         if is_null(selector) {
             return Err(Fault::GP0);
         }
@@ -46,6 +50,10 @@ impl Cpu {
             return Err(Fault::GP0);
         }
         let cpl = if code.conforming() { self.cpl } else { code.dpl() };
+        let from_8086 = self.virtual_8086();
+        if from_8086 && cpl != 0 {
+            return Err(gp(selector));
+        }
         let (ss, sp) = if cpl == self.cpl {
             (self.seg[seg::SS], self.gpr[4] as u32)
         } else {
@@ -57,7 +65,12 @@ impl Cpu {
             })?;
             (segment, sp)
         };
-        let mut words = Vec::with_capacity(6);
+        let mut words = Vec::with_capacity(10);
+        if from_8086 {
+            words.extend(
+                [seg::GS, seg::FS, seg::DS, seg::ES].map(|s| u32::from(self.seg[s].selector)),
+            );
+        }
         if cpl != self.cpl {
             words.push(u32::from(self.seg[seg::SS].selector));
             words.push(self.gpr[4] as u32);
@@ -80,6 +93,12 @@ impl Cpu {
         let cs = self.mark_accessed(selector, code)?.load(selector);
         self.seg[seg::SS] = ss;
         self.gpr[4] = self.gpr[4] & !u64::from(mask) & 0xffff_ffff | u64::from(top & mask);
+        if from_8086 {
+            for register in [seg::ES, seg::DS, seg::FS, seg::GS] {
+                self.seg[register] =
+                    SegmentReg { access: access::UNUSABLE, ..SegmentReg::default() };
+            }
+        }
         self.rip = rip;
         self.set_code_segment(cs, cpl);
         self.leave_gate_flags(interrupt);

@@ -11,6 +11,7 @@ use crate::cpu::{Cpu, Mode, seg};
 use crate::fault::{Fault, vector};
 use crate::flags::rflags;
 use crate::op::Flow;
+use crate::sys::bits::dr;
 
 /// What is being delivered: decides privilege checks, the pushed RF, and the EXT bit of error
 /// codes on the way.
@@ -108,7 +109,7 @@ impl Cpu {
         }
         let cause = if fault.vector() == vector::DB { Cause::Trap } else { Cause::Fault };
         let mut code = fault.code();
-        if self.mode == Mode::Real {
+        if !self.sys.protected() {
             code = None;
         }
         (Event { vector: fault.vector(), code, cause, rip: self.rip }, class(fault))
@@ -116,7 +117,16 @@ impl Cpu {
 
     fn deliver_all(&mut self, mut event: Event, mut first: Class) -> Result<(), Shutdown> {
         loop {
-            let Err(fault) = self.enter(event) else { return Ok(()) };
+            let Err(fault) = self.enter(event) else {
+                // Watchpoints on the frame would make debug exceptions of debug exceptions without end. What a new task
+                // asks for is another matter.
+                self.sys.hits &= dr::DR6_BT;
+                if event.vector == vector::DB {
+                    // Its handler may use the debug registers (SDM vol. 3, 18.2.4).
+                    self.sys.dr7 &= !dr::DR7_GD;
+                }
+                return Ok(());
+            };
             let second = class(fault);
             let double = match first {
                 Class::Benign => false,

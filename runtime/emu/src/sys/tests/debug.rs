@@ -1,10 +1,13 @@
 //! Breakpoints, watchpoints, single steps (SDM vol. 3, chapter 18).
 
 use iced_x86::code_asm::*;
+use mvm_engine::cpuid::Vendor;
 
 use crate::fault::vector;
 use crate::testing::asm::asm;
-use crate::testing::guest::{CODE, DATA, End, Guest, HANDLERS, USER, USER_DATA};
+use crate::testing::guest::{
+    CODE, DATA, End, Guest, HANDLERS, STACK, USER, USER_DATA, USER_GPA, sel,
+};
 
 const DB: u8 = vector::DB;
 const TF: u64 = 1 << 8;
@@ -56,11 +59,11 @@ fn tf_traps_after_every_instruction() {
 fn single_steps_of_a_repeat_trap_per_iteration() {
     let mut guest = Guest::new();
     tracing(&mut guest, false);
-    let code = asm!(64 at CODE; rep().movsb(); nop(); hlt(););
+    let code = asm!(64 at CODE; rep().movsb(); nop(); ud2(););
     let cpu = guest.cpu();
     (cpu.gpr[1], cpu.gpr[6], cpu.gpr[7]) = (3, DATA, DATA + 0x100);
     cpu.set_rflags(TF | 2);
-    assert_eq!(guest.run(&code), End::Halt);
+    assert_eq!(guest.run(&code).frame().vector, vector::UD);
     let at: Vec<u64> = traced(&mut guest).iter().map(|t| t.0 - CODE).collect();
     assert_eq!(at, [0, 0, 2, 3]);
 }
@@ -86,8 +89,8 @@ fn mov_ss_holds_off_the_single_step() {
     let mut guest = Guest::new();
     tracing(&mut guest, false);
     guest.cpu().set_rflags(TF | 2);
-    let code = asm!(64 at CODE; mov(eax, 0x10i32); mov(ss, ax); nop(); nop(); hlt(););
-    assert_eq!(guest.run(&code), End::Halt);
+    let code = asm!(64 at CODE; mov(eax, 0x10i32); mov(ss, ax); nop(); nop(); ud2(););
+    assert_eq!(guest.run(&code).frame().vector, vector::UD);
     let at: Vec<u64> = traced(&mut guest).iter().map(|t| t.0 - CODE).collect();
     assert_eq!(at, [5, 9, 10]);
 }
@@ -231,4 +234,127 @@ fn odd_breakpoint_registers_break_nothing() {
             assert_eq!(guest.run(&code), End::Halt, "{address:#x} {control}");
         }
     }
+}
+
+#[test]
+fn watchpoints_on_a_load_of_ss_are_told_after_the_next_instruction() {
+    // SDM vol. 3, 6.8.3. At DATA is a selector for SS, watched by DR0.
+    let watched = || {
+        let mut guest = Guest::new();
+        tracing(&mut guest, false);
+        guest.put64(DATA, 0x10);
+        guest.cpu().sys.dr = [DATA, 0, 0, 0];
+        guest.cpu().sys.dr7 = 0x401 | 0b1111 << 16;
+        guest.cpu().gpr[3] = DATA;
+        guest
+    };
+    const B0: u64 = 0xffff_0ff1;
+    let mut guest = watched();
+    let code = asm!(64 at CODE; mov(ss, word_ptr(rbx)); nop(); nop(); ud2(););
+    assert_eq!(guest.run(&code).frame().vector, vector::UD);
+    assert_eq!(traced(&mut guest), [(CODE + 3, B0)]);
+    // A single step that is held off is dropped; a watchpoint is not.
+    let mut guest = watched();
+    guest.cpu().set_rflags(TF | 2);
+    assert_eq!(guest.run(&code).frame().vector, vector::UD);
+    assert_eq!(traced(&mut guest)[0], (CODE + 3, B0 | BS));
+    // INT1 makes one exception of both.
+    let mut guest = watched();
+    let code = [&asm!(64 at CODE; mov(ss, word_ptr(rbx));)[..], &[0xf1, 0x90, 0xf4]].concat();
+    assert_eq!(guest.run(&code), End::Halt);
+    assert_eq!(traced(&mut guest), [(CODE + 3, B0)]);
+    // INT n goes to its handler, and there it is told first.
+    for interrupt in [asm!(64 at 0; int(0x80i32);), vec![0xcc]] {
+        let vector = if interrupt[0] == 0xcc { vector::BP } else { 0x80 };
+        let mut guest = watched();
+        guest.handler(vector, &asm!(64 at 0; mov(rsi, qword_ptr(rsp)); iretq();));
+        let mov = asm!(64 at CODE; mov(ss, word_ptr(rbx)););
+        let code = [&mov[..], &interrupt, &[0x90, 0xf4]].concat();
+        assert_eq!(guest.run(&code), End::Halt);
+        assert_eq!(traced(&mut guest), [(Guest::handler_at(vector), B0)], "{interrupt:x?}");
+        assert_eq!(guest.reg(6), CODE + 2 + interrupt.len() as u64);
+    }
+    // LSS is not among those that hold anything off.
+    let mut guest = watched();
+    guest.put64(DATA - 4, 0x10 << 32 | STACK);
+    guest.cpu().set_rflags(TF | 2);
+    let code = asm!(64 at CODE; lss(esp, fword_ptr(rbx - 4)); nop(); ud2(););
+    assert_eq!(guest.run(&code).frame().vector, vector::UD);
+    assert_eq!(traced(&mut guest)[0], (CODE + 4, B0 | BS));
+}
+
+#[test]
+fn breakpoints_after_a_load_of_ss() {
+    // Intel's processors hold them off as well (SDM vol. 3, 6.8.3), AMD's do not; STI holds off none.
+    let code = asm!(64 at CODE; mov(eax, 0x10i32); mov(ss, ax); nop(); sti(); nop(); cli(); hlt(););
+    for (vendor, at, hits) in
+        [(Vendor::Intel, 8, 0), (Vendor::Amd, 8, 1), (Vendor::Intel, 10, 1), (Vendor::Amd, 10, 1)]
+    {
+        let mut guest = Guest::new();
+        tracing(&mut guest, true);
+        guest.cpu().sys.vendor = vendor;
+        guest.cpu().sys.dr = [CODE + at, 0, 0, 0];
+        guest.cpu().sys.dr7 = 0x401;
+        assert_eq!(guest.run(&code), End::Halt);
+        assert_eq!(traced(&mut guest), vec![(CODE + at, 0xffff_0ff1); hits], "{vendor:?} {at}");
+    }
+}
+
+#[test]
+fn general_detect_is_not_held_off_by_a_load_of_ss() {
+    let mut guest = Guest::new();
+    tracing(&mut guest, false);
+    guest.cpu().sys.dr7 |= 0x2000;
+    let code = asm!(64 at CODE;
+        mov(ebx, 0x10i32); pushfq(); or(dword_ptr(rsp), 0x100i32); popfq(); mov(ss, bx); mov(rcx, dr0); nop(); ud2();
+    );
+    assert_eq!(guest.run(&code).frame().vector, vector::UD);
+    let end = CODE + code.len() as u64;
+    let detected = 0xffff_0ff0 | 1 << 13;
+    assert_eq!(traced(&mut guest), [(end - 6, detected), (end - 3, BS), (end - 2, BS)]);
+    // Any debug exception clears the bit for its handler.
+    let mut guest = Guest::new();
+    tracing(&mut guest, false);
+    guest.cpu().sys.dr7 |= 0x2000;
+    guest.cpu().set_rflags(TF | 2);
+    assert_eq!(
+        guest.run(&asm!(64 at CODE; nop(); mov(rcx, dr0); ud2();)).frame().vector,
+        vector::UD
+    );
+    assert_eq!(traced(&mut guest), [(CODE + 1, BS), (CODE + 4, BS)]);
+    assert_eq!(guest.cpu().sys.dr7 & 0x2000, 0);
+}
+
+#[test]
+fn sysret_that_sets_tf_traps_before_anything_runs() {
+    // Unlike IRET and POPF (which is why Linux never returns that way with TF). No instruction of the user's is run.
+    let mut guest = Guest::new();
+    guest.cpu().sys.msrs.star = 0x1b << 48 | 0x08 << 32;
+    guest.put(USER_GPA, &asm!(64 at USER; inc(ebx); inc(ebx); ud2();));
+    let code = asm!(64 at CODE; mov(rcx, USER); mov(r11, 0x102u64); xor(ebx, ebx); sysretq(););
+    let frame = guest.run(&code).frame();
+    assert_eq!((frame.vector, frame.rip, frame.cs, guest.reg(3)), (DB, USER, sel::USER64, 0));
+    assert_eq!((guest.cpu().sys.dr6, frame.flags & (TF | RF)), (BS, TF));
+    // And one that is stepped itself.
+    let mut guest = Guest::new();
+    guest.cpu().sys.msrs.star = 0x1b << 48 | 0x08 << 32;
+    guest.put(USER_GPA, &asm!(64 at USER; inc(ebx); inc(ebx); ud2();));
+    guest.cpu().set_rflags(TF | 2);
+    tracing(&mut guest, false);
+    assert_eq!(guest.run(&code).frame().vector, vector::UD);
+    let at: Vec<u64> = traced(&mut guest).iter().map(|t| t.0).collect();
+    assert_eq!(at[3..], [USER, USER + 2, USER + 4]);
+}
+
+#[test]
+fn a_watched_stack_of_the_handler_makes_no_endless_exceptions() {
+    let mut guest = Guest::new();
+    tracing(&mut guest, false);
+    // Four of the words that a frame is pushed to; the program writes to one of them.
+    guest.cpu().sys.dr = [STACK - 8, STACK - 16, STACK - 24, STACK - 40];
+    guest.cpu().sys.dr7 = 0x4ff | 0x9999 << 16;
+    guest.cpu().gpr[3] = STACK - 40;
+    let code = asm!(64 at CODE; mov(dword_ptr(rbx), eax); nop(); ud2(););
+    assert_eq!(guest.run(&code).frame().vector, vector::UD);
+    assert_eq!(traced(&mut guest), [(CODE + 2, 0xffff_0ff8)]);
 }

@@ -7,7 +7,6 @@ use mvm_engine::{MpState, Vcpu, VmExit};
 
 use crate::apic::{Delivery, Message, Target};
 use crate::fault::vector;
-use crate::sys::attention::reason;
 use crate::testing::asm::asm;
 use crate::testing::guest::{CODE, End, Guest, USER, USER_GPA, lock, sel};
 
@@ -97,13 +96,13 @@ fn an_nmi_before_the_start_up_is_ignored() {
     let mut guest = Guest::real();
     guest.put(0x8000, &asm!(16 at 0; mov(ax, 5i32); cli(); hlt();));
     guest.cpu().sys.activity = MpState::WaitForSipi;
-    guest.platform.apics.port(0).attention.raise(reason::NMI);
+    guest.platform.apics.port(0).nmi();
     assert_eq!(guest.run_vcpu(), VmExit::HaltedForever);
     assert_eq!(guest.cpu().sys.activity, MpState::WaitForSipi);
     guest.platform.apics.port(0).start_up(8);
     assert_eq!(guest.run_vcpu(), VmExit::HaltedForever);
     assert_eq!((guest.reg(0) as u16, guest.cpu().rip), (5, 5));
-    assert!(!guest.cpu().sys.nmi_pending);
+    assert_eq!(guest.cpu().sys.nmis_pending, 0);
 }
 
 #[test]
@@ -116,7 +115,7 @@ fn a_halted_processor_wakes_for_an_nmi() {
         while !platform.apics.port(0).attention.sleeping() {
             std::thread::yield_now();
         }
-        platform.apics.port(0).attention.raise(reason::NMI);
+        platform.apics.port(0).nmi();
     });
     assert_eq!(guest.run(&asm!(64 at CODE; sti(); hlt(); cli(); hlt();)), End::Halt);
     assert_eq!(guest.reg(0), 9);
@@ -355,4 +354,59 @@ fn halted_is_a_state() {
     post(&other, 0x41);
     assert_eq!(other.run_vcpu(), VmExit::HaltedForever);
     assert_eq!((other.reg(3), other.cpu().rip), (0x77, CODE + 4));
+}
+
+#[test]
+fn two_nmis_at_once_are_two() {
+    // One is taken at once and one waits behind it; while one is being handled, one can wait (as on the processor: two from
+    // different senders may come before the next instruction).
+    for (before, within, handled) in
+        [(1, 0, 1), (2, 0, 2), (5, 0, 2), (1, 1, 2), (1, 9, 2), (2, 9, 2)]
+    {
+        let mut guest = guest();
+        let handler = asm!(64 at Guest::handler_at(2), [again, out];
+            inc(r15); cmp(r15, 1i32); jne(out); mov(ecx, 0x830i32); mov(eax, 0x4_0400i32); xor(edx, edx);
+            set_label(&mut again); dec(r14); js(out); wrmsr(); jmp(again); set_label(&mut out); iretq();
+        );
+        guest.handler(vector::NMI, &handler);
+        (guest.cpu().gpr[14], guest.cpu().gpr[15]) = (within, 0);
+        for _ in 0..before {
+            guest.platform.apics.port(0).nmi();
+        }
+        assert_eq!(guest.run(&asm!(64 at CODE; nop(); nop(); hlt();)), End::Halt);
+        assert_eq!(guest.reg(15), handled, "{before} before, {within} within");
+        assert_eq!(guest.cpu().sys.nmis_pending, 0);
+    }
+}
+
+#[test]
+fn a_single_step_ends_a_halt() {
+    // HLT is done when it traps (SDM vol. 2, "HLT"): the handler runs at once, nobody has to wake the processor.
+    let mut guest = guest();
+    guest.handler(vector::DB, &asm!(64 at 0; inc(r15); mov(r14, qword_ptr(rsp)); hlt();));
+    guest.cpu().gpr[15] = 0;
+    let code = asm!(64 at CODE; pushfq(); or(dword_ptr(rsp), 0x100i32); popfq(); hlt(););
+    assert_eq!(guest.run(&code), End::Halt);
+    assert_eq!((guest.reg(15), guest.reg(14)), (1, CODE + code.len() as u64));
+}
+
+#[test]
+fn interrupts_by_hypercall() {
+    let mut guest = guest();
+    // KVM_HC_SEND_IPI: (RBX, RCX) a bitmap from APIC id RDX on, RSI an interrupt command.
+    let call = |guest: &mut Guest, low: u64, first: u64, icr: u64| {
+        let cpu = guest.cpu();
+        (cpu.gpr[0], cpu.gpr[3], cpu.gpr[1]) = (10, low, 0);
+        (cpu.gpr[2], cpu.gpr[6]) = (first, icr);
+        assert_eq!(guest.run_kernel(&asm!(64 at CODE; vmcall(); hlt();)), End::Halt);
+        guest.reg(0) as i64
+    };
+    assert_eq!(call(&mut guest, 1, 0, 0x41), 1);
+    assert_eq!(guest.cpu().sys.lapic.deliverable(), Some(0x41));
+    assert_eq!(call(&mut guest, 0xffff_ffff, 0xffff_ffff, 0), 0, "beyond all processors");
+    assert_eq!(call(&mut guest, u64::MAX, u64::MAX, 0x42), 0);
+    assert_eq!(call(&mut guest, !1, 0, 0x42), 0, "not this one");
+    assert_eq!(call(&mut guest, 1, 0, 0x842), -22, "a logical destination");
+    assert_eq!(call(&mut guest, 1, 0, 0x4_0042), -22, "a shorthand");
+    assert_eq!(guest.cpu().sys.lapic.port().irr.highest(), Some(0x41));
 }

@@ -6,12 +6,15 @@ mod debug;
 mod events;
 mod faults;
 mod features;
+mod mmio;
 mod modes;
 mod simd;
 mod smc;
 mod smp;
 mod state;
 mod system;
+mod tasks;
+mod virtual_8086;
 mod xsave;
 
 use mvm_engine::cpuid::features::FEATURES;

@@ -318,6 +318,53 @@ fn msis_and_ipis_reach_their_processor() {
     assert_eq!((guest.get32(DATA + 64), guest.get32(DATA + 68)), (1, 3));
 }
 
+#[test]
+fn nmis_of_two_senders_are_both_taken() {
+    // The first sends itself an NMI while the second sends it one, and an interrupt behind that; when the interrupt is there,
+    // both were handled. As many rounds as it takes to see them come in every order.
+    const ROUNDS: i32 = 3000;
+    let mut machine = Machine::new(2);
+    let (ready, go, answered, over) = (0, 8, 16, 24);
+    let (received, flushed) = (32, 40);
+    machine.guest.handler(
+        2,
+        &asm!(64 at Guest::handler_at(2); inc(qword_ptr((DATA + received) as u32)); iretq();),
+    );
+    machine.guest.handler(
+        0x44,
+        &asm!(64 at Guest::handler_at(0x44);
+            push(rax); push(rcx); push(rdx); mov(qword_ptr((DATA + flushed) as u32), 1i32); mov(ecx, 0x80bi32); xor(eax, eax);
+            xor(edx, edx); wrmsr(); pop(rdx); pop(rcx); pop(rax); iretq();),
+    );
+    machine.guest.put(
+        AP_CODE,
+        &asm!(64 at AP_CODE, [again, wait_, out];
+            mov(rbx, DATA); xor(esi, esi);
+            set_label(&mut again); inc(rsi); mov(qword_ptr(rbx + ready), rsi);
+            set_label(&mut wait_); pause(); cmp(qword_ptr(rbx + over), 0i32); jne(out); cmp(qword_ptr(rbx + go), rsi); jne(wait_);
+            mov(ecx, 0x830i32); xor(edx, edx); mov(eax, 0x4400i32); wrmsr(); mov(eax, 0x4044i32); wrmsr();
+            mov(qword_ptr(rbx + answered), rsi); jmp(again); set_label(&mut out); cli(); hlt();
+        ),
+    );
+    let mut code = start_others();
+    let at = CODE + code.len() as u64;
+    code.extend(asm!(64 at at, [again, wait_, come, done, out];
+        mov(rbx, DATA); xor(esi, esi); sti();
+        set_label(&mut again); inc(rsi); mov(qword_ptr(rbx + received), 0i32); mov(qword_ptr(rbx + flushed), 0i32);
+        set_label(&mut wait_); pause(); cmp(qword_ptr(rbx + ready), rsi); jne(wait_); mov(qword_ptr(rbx + go), rsi);
+        mov(ecx, 0x830i32); xor(edx, edx); mov(eax, 0x4400i32); wrmsr();
+        set_label(&mut come); pause(); cmp(qword_ptr(rbx + flushed), 1i32); jne(come);
+        mov(rdi, qword_ptr(rbx + received)); cmp(rdi, 2i32); jne(out);
+        set_label(&mut done); pause(); cmp(qword_ptr(rbx + answered), rsi); jne(done);
+        cmp(rsi, ROUNDS); jb(again);
+        set_label(&mut out); mov(qword_ptr(rbx + over), 1i32); mov(qword_ptr(rbx + 48), rsi); mov(qword_ptr(rbx + 56), rdi); cli(); hlt();
+    ));
+    machine.guest.put(CODE, &code);
+    let (guest, exits) = machine.run();
+    assert!(exits.contains(&VmExit::HaltedForever), "{exits:?}");
+    assert_eq!((guest.get64(DATA + 48), guest.get64(DATA + 56)), (ROUNDS as u64, 2));
+}
+
 /// How Linux's paravirtual spinlocks wait: halted with interrupts off until the holder kicks.
 #[test]
 fn halts_without_interrupts_and_kicks_lose_nobody() {

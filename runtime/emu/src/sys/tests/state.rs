@@ -100,14 +100,14 @@ fn the_shadow_nmi_masks_and_pending_interrupts_survive() {
     let cpu = guest.cpu();
     cpu.sys.lapic.accept(0x61);
     cpu.sys.lapic.set_tsc_deadline(u64::MAX >> 1, cpu.sys.tsc_offset);
-    (cpu.shadow, cpu.sys.nmi_masked, cpu.sys.nmi_pending) = (true, true, true);
+    (cpu.shadow, cpu.sys.nmi_masked, cpu.sys.nmis_pending) = (true, true, 1);
     (cpu.sys.dr, cpu.sys.dr7, cpu.sys.cr2) = ([1, 2, 3, 4], 0x4aa, 0x1234);
     cpu.sys.msrs.tsc_aux = 77;
     let state = guest.vcpu.state().expect("a state");
     let mut other = Guest::new();
     other.vcpu.set_state(&state).expect("it is taken");
     let cpu = other.cpu();
-    assert!(cpu.shadow && cpu.sys.nmi_masked && cpu.sys.nmi_pending);
+    assert!(cpu.shadow && cpu.sys.nmi_masked && cpu.sys.nmis_pending == 1);
     assert_eq!(
         (cpu.sys.dr, cpu.sys.dr7, cpu.sys.cr2, cpu.sys.msrs.tsc_aux),
         ([1, 2, 3, 4], 0x4aa, 0x1234, 77)
@@ -232,13 +232,14 @@ fn states_of_nonsense_do_not_end_the_engine() {
 #[test]
 fn what_others_have_sent_is_part_of_the_state() {
     let mut guest = Guest::new();
-    let attention = &guest.platform.apics.port(0).attention;
-    attention.raise(reason::NMI | reason::UNHALT | reason::KICK);
+    let port = guest.platform.apics.port(0);
+    port.nmi();
+    port.attention.raise(reason::UNHALT | reason::KICK);
     let state = guest.vcpu.state().expect("a state");
     assert!(state.events.nmi_pending && state.events.unhalted);
     let mut other = Guest::new();
     other.vcpu.set_state(&state).expect("it is taken");
-    assert!(other.cpu().sys.nmi_pending && other.cpu().sys.pv.unhalted);
+    assert!(other.cpu().sys.nmis_pending == 1 && other.cpu().sys.pv.unhalted);
     // Whoever wanted the run to end still does.
     assert_eq!(guest.vcpu.run().expect("the host does not fail"), VmExit::Kicked);
     // INIT takes effect, as it would before the next instruction.

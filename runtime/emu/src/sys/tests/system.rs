@@ -1,11 +1,12 @@
 //! System calls, bases, tables, clocks: instructions of operating systems.
 
 use iced_x86::code_asm::*;
-use mvm_engine::cpuid::Vendor;
+use mvm_engine::cpuid::{CpuModel, CpuidTable, Vendor};
 
 use super::has;
 use crate::cpu::{Mode, seg};
 use crate::fault::vector;
+use crate::sys::control::cr4_bits;
 use crate::testing::asm::asm;
 use crate::testing::guest::{
     CODE, DATA, End, Guest, HANDLERS, STACK, USER, USER_DATA, USER_GPA, USER_STACK, sel,
@@ -205,6 +206,19 @@ fn msrs_read_back() {
         assert_eq!(guest.run_kernel(&code), End::Halt, "{msr:#x}");
         assert_eq!(guest.cpu().gpr[2] << 32 | guest.cpu().gpr[0], value, "{msr:#x}");
     }
+    // AMD's processors have four counters of events each; these count nothing.
+    for vendor in [Vendor::Amd, Vendor::Intel] {
+        guest.cpu().sys.vendor = vendor;
+        for msr in 0xc001_0000u32..0xc001_0008 {
+            let code =
+                asm!(64 at CODE; mov(ecx, msr); mov(eax, 7i32); cdq(); wrmsr(); rdmsr(); hlt(););
+            let end = guest.run_kernel(&code);
+            match vendor {
+                Vendor::Amd => assert_eq!((end, guest.reg(0), guest.reg(2)), (End::Halt, 0, 0)),
+                _ => assert_eq!(end.fault(), (vector::GP, Some(0), CODE + 11)),
+            }
+        }
+    }
     // What kernels for AMD's processors ask for on each of them, and a bit that they set.
     for (msr, value) in [(0xc001_0015u32, 1u64 << 24), (0xc001_001f, 0), (0xc001_1029, 2)] {
         let code = asm!(64 at CODE;
@@ -287,6 +301,79 @@ fn null_selectors_clear_the_base() {
         asm!(64 at CODE; xor(eax, eax); mov(fs, ax); mov(ecx, 0xc000_0100u32); rdmsr(); hlt(););
     assert_eq!(guest.run(&code), End::Halt);
     assert_eq!((guest.cpu().gpr[0], guest.cpu().gpr[2]), (0, 0));
+}
+
+#[test]
+fn a_return_to_user_code_drops_segments_but_not_their_bases() {
+    let mut guest = Guest::new();
+    guest.cpu().seg[seg::GS].base = 0x1234;
+    guest.put(USER_GPA, &asm!(64 at USER; mov(eax, gs); mov(ecx, ds); mov(rdx, qword_ptr(USER_DATA - 0x1234).gs()); ud2();));
+    guest.put64(USER_GPA + 0x8000, 77);
+    let code = asm!(64 at CODE;
+        mov(edi, i32::from(sel::USER_DATA)); mov(ds, di); push(i32::from(sel::USER_DATA)); mov(rax, USER_STACK); push(rax); push(2i32);
+        push(i32::from(sel::USER64)); mov(rax, USER); push(rax); iretq();
+    );
+    assert_eq!(guest.run(&code).frame().vector, vector::UD);
+    assert_eq!((guest.reg(0), guest.reg(1), guest.reg(2)), (0, sel::USER_DATA.into(), 77));
+}
+
+#[test]
+fn control_registers_have_no_bits_of_features_that_are_not_shown() {
+    let features =
+        [(11, "umip"), (16, "fsgsbase"), (17, "pcid"), (18, "xsave"), (20, "smep"), (21, "smap")];
+    let bits = cr4_bits(&CpuidTable::new(CpuModel::V3, 1, 1_000_000, None));
+    for (bit, feature) in features {
+        assert_eq!(bits >> bit & 1 != 0, has(feature), "{feature}");
+    }
+    // Machine checks, 57 bits of addresses, keys for pages, shadow stacks, what nobody knows.
+    for bit in [6, 12, 22, 23, 31, 63] {
+        let mut guest = Guest::new();
+        let code = asm!(64 at CODE; mov(rax, cr4); bts(rax, bit); mov(cr4, rax););
+        assert_eq!(guest.run(&code).fault(), (vector::GP, Some(0), CODE + 8), "bit {bit}");
+    }
+    // Addresses wider than those of CPUID 8000_0008H.
+    let mut guest = Guest::new();
+    let bits = guest.platform.physical_bits;
+    let code = asm!(64 at CODE; mov(rax, cr3); bts(rax, bits as i32); mov(cr3, rax););
+    assert_eq!(guest.run(&code).fault(), (vector::GP, Some(0), CODE + 8));
+    for bit in [0, 1, 9, bits, 63] {
+        let code = asm!(64 at CODE;
+            mov(ecx, 0x1bi32); rdmsr(); shl(rdx, 32i32); or(rax, rdx); btc(rax, bit as i32); mov(rdx, rax); shr(rdx, 32i32); wrmsr(); hlt();
+        );
+        assert_eq!(guest.run_kernel(&code).fault().0, vector::GP, "bit {bit} of IA32_APIC_BASE");
+    }
+}
+
+#[test]
+fn instructions_that_are_not_shown_are_undefined() {
+    let codes = [
+        asm!(64 at CODE; mov(eax, 2i32); invpcid(rax, xmmword_ptr(rsp - 16)); hlt();),
+        asm!(64 at CODE; stac(); clac(); hlt();),
+        asm!(64 at CODE; rdpid(rax); hlt();),
+    ];
+    for (code, at) in codes.iter().zip([5, 0, 0]) {
+        let mut guest = Guest::new();
+        assert_eq!(guest.run(code), End::Halt, "{code:02x?}");
+        let mut guest = Guest::without_features();
+        assert_eq!(guest.run(code).fault(), (vector::UD, None, CODE + at), "{code:02x?}");
+    }
+}
+
+#[test]
+fn the_end_of_the_canonical_addresses() {
+    // The last instruction is run; the next one is not canonical.
+    const LAST: u64 = (1 << 47) - 0x1000;
+    for code in
+        [asm!(64 at 0; vmcall();), asm!(64 at 0; vmmcall();), asm!(64 at 0; nop(); nop(); nop();)]
+    {
+        let mut guest = Guest::new();
+        guest.map(LAST, 0x60_0000, 3);
+        guest.put(0x60_0ffd, &code);
+        let frame = guest
+            .run(&asm!(64 at CODE; mov(eax, -1i32); mov(rcx, LAST + 0xffd); jmp(rcx);))
+            .frame();
+        assert_eq!((frame.vector, frame.code, frame.rip), (vector::GP, Some(0), 1 << 47));
+    }
 }
 
 #[test]

@@ -2,11 +2,12 @@
 //! processors, devices, and the registers by which it switches the machine off.
 //!
 //! The platform is *hardware-reduced* (4.1): no SCI, no PM timer, no fixed-function registers, no
-//! legacy PIC, PIT or RTC, which is what the machine is. Everything there is stands in five tables:
+//! legacy PIC, PIT or RTC, which is what the machine is. Everything there is stands in three tables; small kernels
+//! know the list of ACPI 1.0 only.
 //!
 //! ```text
 //! RSDP -> XSDT -> FADT -> DSDT    flags, power registers -> COM1, virtio-mmio devices, \_S5
-//!              -> MADT            local APICs, IOAPIC
+//!      -> RSDT -> MADT            local APICs, IOAPIC
 //! ```
 //!
 //! Docs: `docs/acpi.md`.
@@ -58,8 +59,9 @@ fn build(platform: Platform) -> Vec<u8> {
     let dsdt = area.put(dsdt::table(platform).as_slice());
     let fadt = area.put(&bytes(&tables::fadt(dsdt)));
     let madt = area.put(&bytes(&tables::madt(platform)));
+    let rsdt = area.put(tables::rsdt(&[fadt, madt]).as_slice());
     let xsdt = area.put(&bytes(&tables::xsdt(&[fadt, madt])));
-    let rsdp = bytes(&acpi_tables::rsdp::Rsdp::new(OEM_ID, xsdt));
+    let rsdp = tables::rsdp(rsdt, xsdt);
     area.0[..rsdp.len()].copy_from_slice(&rsdp);
     area.0
 }

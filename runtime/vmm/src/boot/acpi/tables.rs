@@ -1,10 +1,13 @@
-//! The tables of fixed form: FADT (5.2.9), MADT (5.2.12), XSDT (5.2.8).
+//! The tables of fixed form: RSDP (5.2.5), RSDT (5.2.7), XSDT (5.2.8), FADT (5.2.9), MADT (5.2.12).
 
+use acpi_tables::Aml;
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
     EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
 };
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use mvm_devices::PowerControl;
 
@@ -59,4 +62,30 @@ pub fn xsdt(tables: &[u64]) -> XSDT {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     tables.iter().for_each(|&table| xsdt.add_entry(table));
     xsdt
+}
+
+/// The list of tables with addresses of 32 bits. All tables are below 1 MiB.
+pub fn rsdt(tables: &[u64]) -> Sdt {
+    const HEADER: u32 = 36;
+    let mut rsdt = Sdt::new(*b"RSDT", HEADER, 1, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    tables.iter().for_each(|&table| rsdt.append(table as u32));
+    rsdt
+}
+
+/// The root pointer, to both lists.
+pub fn rsdp(rsdt: u64, xsdt: u64) -> Vec<u8> {
+    // The places of its fields: the first checksum is of the bytes that ACPI 1.0 had, the second of all.
+    const CHECKSUM: usize = 8;
+    const RSDT: usize = 16;
+    const ACPI_1: usize = 20;
+    const CHECKSUM_OF_ALL: usize = 32;
+    let mut bytes = Vec::new();
+    Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut bytes);
+    bytes[RSDT..RSDT + 4].copy_from_slice(&(rsdt as u32).to_le_bytes());
+    for (place, len) in [(CHECKSUM, ACPI_1), (CHECKSUM_OF_ALL, bytes.len())] {
+        bytes[place] = 0;
+        let sum = bytes[..len].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        bytes[place] = sum.wrapping_neg();
+    }
+    bytes
 }

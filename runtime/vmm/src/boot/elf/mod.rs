@@ -2,7 +2,7 @@
 //! (System V gABI, "Object Files" and "Program Loading").
 //!
 //! Both classes come out in the same form. Whatever is accepted here has segments whose bytes are in
-//! the file, which lie above the first MiB, and which do not overlap.
+//! the file and which do not overlap.
 
 mod notes;
 
@@ -139,6 +139,17 @@ impl ElfFile {
         Ok(file)
     }
 
+    /// The same, if all of it lies above the first MiB.
+    ///
+    /// # Errors
+    /// [`Error::Segment`].
+    pub fn high(self) -> Result<Self, Error> {
+        match self.segments.iter().find(|s| s.start < layout::HIGH_RAM_START) {
+            Some(&Segment { start, size, .. }) => Err(Error::Segment { start, size }),
+            None => Ok(self),
+        }
+    }
+
     /// First address after the last segment.
     pub fn end(&self) -> u64 {
         self.segments.last().map_or(0, Segment::end)
@@ -217,7 +228,7 @@ fn check(segment: Segment, section: &Section) -> Result<Segment, Error> {
         let what = format!("the segment at {start:#x} has more bytes in the file than in memory");
         return Err(Error::Elf(what));
     }
-    if start < layout::HIGH_RAM_START || start.checked_add(size).is_none() {
+    if start.checked_add(size).is_none() {
         return Err(Error::Segment { start, size });
     }
     if offset.checked_add(file_size).is_none_or(|end| end > section.size()) {

@@ -24,16 +24,16 @@ const LOADER_NAME: &[u8] = b"mvm\0";
 /// Bytes of a memory map entry, without the size field that leads it.
 const MAP_ENTRY: u32 = 20;
 
-/// Writes the structure to [`layout::BOOT_INFO`], and what it points to.
+/// Writes the structure to `at`, where there are [`layout::BOOT_INFO_MAX`] bytes for it and for what it points to.
 ///
 /// # Errors
 /// It does not fit its place or guest memory.
-pub fn write(placing: &Placing<'_>) -> Result<(), Error> {
+pub fn write(placing: &Placing<'_>, at: u64) -> Result<(), Error> {
     let mut head = [0; SIZE];
     let mut set = |at: usize, value: u32| head[at..at + 4].copy_from_slice(&value.to_le_bytes());
     let mut flags = has::MEMORY | has::CMDLINE | has::MEMORY_MAP | has::LOADER_NAME;
     // All that is pointed to lies below 4 GiB: RAM below the device hole.
-    let mut area = Area::new(layout::BOOT_INFO, layout::BOOT_INFO_MAX, SIZE);
+    let mut area = Area::new(at, layout::BOOT_INFO_MAX, SIZE);
 
     let upper = memory_map::low_end(placing.ram).saturating_sub(layout::HIGH_RAM_START);
     set(4, (layout::LOW_RAM_END >> 10) as u32);

@@ -2,7 +2,8 @@
 //! protected mode, and a structure that tells of memory, modules and command line.
 //!
 //! The kernel is an ELF file (64-bit ones are loaded too and entered in 32-bit mode all the same, as
-//! is common practice), or anything with address fields in its header.
+//! is common practice), or anything with address fields in its header. It may lie below 1 MiB, as kernels do that
+//! go on in real mode.
 
 mod header;
 mod info;
@@ -70,9 +71,26 @@ impl MultibootImage {
         let Some(elf) = elf()? else {
             return Err(failed("it has no address fields, and the file is no ELF file"));
         };
+        if let Some(s) = elf.segments.iter().find(|s| !fits(s.start, s.end())) {
+            return Err(Error::Segment { start: s.start, size: s.size });
+        }
         let entry = elf.check_entry(elf.physical_entry())?;
         Ok(Self { form: Form::Elf(elf), entry })
     }
+
+    /// Its first address.
+    fn start(&self) -> u64 {
+        match &self.form {
+            Form::Elf(elf) => elf.segments.first().map_or(u64::MAX, |s| s.start),
+            Form::Plain(extent) => extent.start,
+        }
+    }
+}
+
+/// May a kernel lie from `start` to `end`? Below 1 MiB there is what it is told, and the tables.
+fn fits(start: u64, end: u64) -> bool {
+    start >= layout::HIGH_RAM_START
+        || layout::LOW_KERNEL.iter().any(|free| free.start <= start && end <= free.end)
 }
 
 /// Where a kernel goes by its address fields; the error is what is wrong with them.
@@ -94,8 +112,10 @@ fn extent(header: &Header, addresses: Addresses, size: u64) -> Result<Extent, &'
     if end < loaded_to {
         return Err("the bytes to be zeroed end before they begin");
     }
-    if start < layout::HIGH_RAM_START {
-        return Err("the kernel is to lie below 1 MiB");
+    if !fits(start, end) {
+        return Err(
+            "the kernel is to lie where its loader's structures or the machine's tables are",
+        );
     }
     if !(start..end).contains(&entry) {
         return Err("nothing is loaded at the entry point");
@@ -121,10 +141,12 @@ impl BootImage for MultibootImage {
     }
 
     fn end(&self) -> u64 {
-        match &self.form {
+        let end = match &self.form {
             Form::Elf(elf) => elf.end(),
             Form::Plain(extent) => extent.end,
-        }
+        };
+        // Modules follow it in extended memory.
+        end.max(layout::HIGH_RAM_START)
     }
 
     fn module_place(&self) -> ModulePlace {
@@ -141,13 +163,18 @@ impl BootImage for MultibootImage {
             Form::Plain(extent) => extent.load(file, placing.ram)?,
         }
         placing.write("command line", layout::CMDLINE, placing.cmdline.to_bytes_with_nul())?;
-        info::write(placing)?;
+        let (info, stack) = if self.start() < layout::HIGH_RAM_START {
+            (layout::LOW_KERNEL_BOOT_INFO, layout::LOW_KERNEL_STACK)
+        } else {
+            (layout::BOOT_INFO, layout::BOOT_STACK)
+        };
+        info::write(placing, info)?;
         cpu::write_gdt(placing.ram, Mode::Protected)?;
         let registers = [
             (reg::RAX, BOOTED),
-            (reg::RBX, layout::BOOT_INFO),
+            (reg::RBX, info),
             // The kernel has to make a stack of its own; some push before that.
-            (reg::RSP, layout::BOOT_STACK),
+            (reg::RSP, stack),
         ];
         Ok(Entry::new(Mode::Protected, self.entry, &registers))
     }
@@ -196,12 +223,24 @@ mod tests {
             [MIB + 0x40, MIB, MIB - 4, 0, MIB],      // ends before it begins
             [MIB + 0x40, MIB, MIB + 0x1001, 0, MIB], // longer than the file
             [MIB + 0x40, MIB, MIB + 0x200, MIB + 0x1ff, MIB], // zeroed before loaded
-            [0x1040, 0x1000, 0, 0, 0x1000],          // too low
+            [0x540, 0x500, 0, 0, 0x500],             // where the descriptor table is
+            [0x1_f040, 0x1_f000, 0, 0x2_0001, 0x1_f000], // across the command line
+            [0x9_0040, 0x9_0000, 0, 0, 0x9_0000],    // in what it is told
+            [0xf_0040, 0xf_0000, 0, 0, 0xf_0000],    // in the MP table
+            [0x4_0040, 0x4_0000, 0, MIB + 1, 0x4_0000], // out of low memory
             [MIB + 0x40, MIB, 0, 0, MIB + 4096],     // entry after the end
             [MIB + 0x40, MIB, 0, 0, MIB - 1],
             [u32::MAX, 0, u32::MAX, u32::MAX, 0],
         ] {
             assert!(matches!(plain(wrong), Err(Error::Multiboot { at: 0x40, .. })), "{wrong:x?}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_may_lie_below_1_mib() {
+        for start in [0x1000, 0x8000, 0x1_f000, 0x2_2000, 0x8_e000] {
+            let extent = plain([start + 0x40, start, 0, 0, start]).unwrap();
+            assert_eq!((extent.start, extent.end), (start.into(), u64::from(start) + 0x1000));
         }
     }
 

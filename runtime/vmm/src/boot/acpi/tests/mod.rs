@@ -65,6 +65,10 @@ impl Tables {
         assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0));
         let xsdt = self.table(quad(&rsdp, 24), b"XSDT");
         let tables: Vec<u64> = xsdt[36..].chunks_exact(8).map(|c| quad(c, 0)).collect();
+        let rsdt = self.table(word(&rsdp, 16).into(), b"RSDT");
+        assert!(
+            rsdt[36..].chunks_exact(4).map(|c| u64::from(word(c, 0))).eq(tables.iter().copied())
+        );
         let [fadt, madt] = tables[..] else { panic!("{tables:x?}") };
         let fadt = self.table(fadt, b"FACP");
         let dsdt = self.table(quad(&fadt, 140), b"DSDT");
