@@ -8,6 +8,7 @@
 
 mod binds;
 pub mod cgroup;
+mod forward;
 pub mod holder;
 pub mod hooks;
 mod machine;
@@ -37,6 +38,7 @@ use crate::backend::{Backend, Exit, NewContainer, NewExec, Target};
 use crate::error::{Error, Result};
 use crate::host::{Hardware, Host};
 use cgroup::Cgroups;
+use forward::Forward;
 use holder::{Heritage, Holder};
 use hooks::{Kind, Told};
 use machine::{Awaited, Machine, root_share};
@@ -97,6 +99,8 @@ struct Container {
     running: Mutex<Option<Running>>,
     /// What stands for a sandbox's process.
     standing: Standing,
+    /// What is dialled on the loopback of a pod's namespace reaches the guest.
+    forward: Mutex<Option<Forward>>,
     /// Raised to make a start fail.
     interrupt: Flag,
 }
@@ -250,6 +254,10 @@ impl Machines {
         };
         let (machine, ()) = self.boot(container, &spec, plan, |sandbox| Ok(sandbox.stand_by()?))?;
         let guest = machine.guest().clone();
+        match Forward::start(container.holder.pid(), &guest) {
+            Ok(forward) => *lock(&container.forward) = Some(forward),
+            Err(e) => tracing::warn!(container = container.id, "port-forward reaches nobody: {e}"),
+        }
         let running = Running { machine: Arc::new(machine), guest, shares: Vec::new() };
         Ok((running, Streams { input: None, output: None, error: None }))
     }
@@ -378,6 +386,7 @@ impl Container {
             holder,
             running: Mutex::new(None),
             standing: Standing::new().map_err(Error::failed)?,
+            forward: Mutex::new(None),
             interrupt: Flag::new().map_err(Error::failed)?,
         })
     }
@@ -458,6 +467,7 @@ impl Container {
 
     /// Takes everything down. The holder goes with the container.
     fn dismantle(&self) -> Result<()> {
+        drop(lock(&self.forward).take());
         let running = lock(&self.running).take();
         let ended = match running {
             Some(running) if self.role == Role::Member => {
