@@ -16,6 +16,7 @@ mod channel;
 mod child;
 mod container;
 mod error;
+mod forward;
 mod info;
 mod log;
 mod mountapi;

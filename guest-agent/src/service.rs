@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use mvm_agent_protocol::messages::*;
 use mvm_agent_protocol::rpc::{Agent, Code, Status};
-use mvm_agent_protocol::stream::{self, Answer, Header};
+use mvm_agent_protocol::stream::{self, Answer, Request};
 use mvm_agent_protocol::{WAIT_MAX_MS, rpc};
 
 use crate::container::{Container, Process, Workshop};
 use crate::error::{Context, Error, Result};
+use crate::forward;
 use crate::info;
 use crate::log::warning;
 use crate::network;
@@ -97,14 +98,18 @@ impl Service {
     fn attach_stream(&self, mut connection: UnixStream) -> std::result::Result<(), stream::Error> {
         use std::io::Write;
         connection.set_read_timeout(Some(HEADER))?;
-        let header = match Header::read(&mut connection) {
-            Ok(header) => header,
+        let request = match Request::read(&mut connection) {
+            Ok(request) => request,
             Err(e) => {
                 connection.write_all(&[Answer::Malformed as u8])?;
                 return Err(e);
             }
         };
         connection.set_read_timeout(None)?;
+        let header = match request {
+            Request::Stream(header) => header,
+            Request::Dial(dial) => return Ok(forward::serve(dial.port, connection)?),
+        };
         let streams: Arc<Streams> = match self.process(&header.container_id, &header.process_id) {
             Ok(process) => Arc::clone(&process.streams),
             Err(_) => return Ok(connection.write_all(&[Answer::NotFound as u8])?),

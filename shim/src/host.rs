@@ -5,6 +5,7 @@ use std::time::Duration;
 use mvm_sandbox::engine::Selection;
 use mvm_sandbox::layout::Layout;
 use mvm_sandbox::machine::Payload;
+use mvm_sandbox::unikernel::Kind;
 use mvm_vmm::config::{CpuModel, HugePages};
 
 /// How large a machine is to be, where somebody said it.
@@ -41,6 +42,23 @@ pub struct Hardware {
     pub stop_timeout: u32,
 }
 
+/// What a machine without our guest is made of: that of a unikernel.
+#[derive(Debug)]
+pub struct Bare {
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// The pages of the host that it is made of.
+    pub hugepages: HugePages,
+    /// What runs it.
+    pub engine: Selection,
+    /// The processor that the guest sees, if it matters.
+    pub cpu: Option<CpuModel>,
+    /// For `mvm stop`.
+    pub stop_timeout: u32,
+}
+
 /// The program around the shim. The shim is started as `PROGRAM` under the name
 /// [`NAME`](crate::NAME), and its holder as `PROGRAM` [`holder::SUBCOMMAND`](crate::vm::holder).
 pub trait Host: Send + Sync {
@@ -55,4 +73,10 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// Settings are no good, or the host has no engine for it.
     fn hardware(&self, size: Size) -> anyhow::Result<Hardware>;
+
+    /// What a machine of this size is made of in which a unikernel of this kind runs.
+    ///
+    /// # Errors
+    /// As [`Host::hardware`].
+    fn bare(&self, size: Size, kind: Kind) -> anyhow::Result<Bare>;
 }

@@ -1,12 +1,15 @@
 //! Pods, as the kubelet asks for them: CRI of the distribution's containerd.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mvm_net::Namespace;
 use mvm_tests::cri::messages::{LinuxContainerResources, Mount};
-use mvm_tests::cri::{Cri, EXITED, Pod, RUNNING};
-use mvm_tests::{Containerd, eventually, is_running};
+use mvm_tests::cri::{Cri, EXITED, Pod, RESIZE, RUNNING, STDERR, STDIN, STDOUT};
+use mvm_tests::{Containerd, eventually, http, is_running};
 use nix::sys::signal::{Signal, kill};
 use protobuf::MessageField;
 
@@ -242,6 +245,110 @@ fn ctr_makes_pods_by_annotations() {
     ctd.ctr(&["task", "kill", "-s", "SIGKILL", "pod1"]).expect_code(0);
     ctd.remove("pod1");
     ctd.expect_nothing_left();
+}
+
+#[test]
+fn exec_and_attach_have_streams() {
+    let ctd = pods!();
+    let cri = Cri::new(&ctd);
+    let pod = cri.run_pod(cri.pod_config("streams"));
+    let mut config = cri.container_config(
+        "talker",
+        "echo up; while read line; do echo \"heard $line\"; echo \"$line\" >&2; \
+         [ \"$line\" != end ] || exit 4; done",
+    );
+    config.stdin = true;
+    let id = cri.start(&pod, config);
+    eventually("its output", || cri.log(&pod, "talker") == "up\n");
+
+    let mut exec = cri.exec_session(&id, "read a; echo out $a; echo err >&2; exit 3", false);
+    exec.say(STDIN, b"in\n");
+    assert_eq!(exec.code(), Ok(3));
+    assert_eq!((exec.text(STDOUT).as_str(), exec.text(STDERR).as_str()), ("out in\n", "err\n"));
+    let mut exec = cri.exec_session(&id, "true", false);
+    assert_eq!(exec.code(), Ok(0));
+    // What is read slowly is not lost.
+    let mut exec = cri.exec_session(&id, "head -c 1000000 /dev/zero", false);
+    assert_eq!(exec.code(), Ok(0));
+    assert_eq!(exec.heard(STDOUT).len(), 1_000_000);
+
+    // One with a terminal, whose size comes later.
+    let script =
+        "until [ \"$(stty size)\" = '30 90' ]; do sleep 0.1; done; tty; read a; echo si''zed $a";
+    let mut exec = cri.exec_session(&id, script, true);
+    exec.say(RESIZE, br#"{"Width":90,"Height":30}"#);
+    exec.wait_for(STDOUT, "/dev/pts/");
+    exec.say(STDIN, b"now\n");
+    exec.wait_for(STDOUT, "sized now");
+    assert_eq!(exec.code(), Ok(0));
+
+    // To attach is to hear what comes from now on; who goes leaves the process as it is.
+    let mut first = cri.attach(&id, false);
+    first.say(STDIN, b"one\n");
+    first.wait_for(STDOUT, "heard one");
+    drop(first);
+    let mut second = cri.attach(&id, false);
+    second.say(STDIN, b"two\n");
+    second.wait_for(STDOUT, "heard two");
+    second.wait_for(STDERR, "two");
+    second.say(STDIN, b"end\n");
+    assert_eq!(cri.wait(&id), 4);
+    second.wait();
+    let log = cri.log(&pod, "talker");
+    for want in ["heard one\n", "heard two\n", "heard end\n"] {
+        assert!(log.contains(want), "no {want:?} in {log}");
+    }
+    end(&cri, &ctd, &pod);
+}
+
+#[test]
+fn ports_of_a_pods_loopback_are_forwarded() {
+    let ctd = pods!();
+    let cri = Cri::new(&ctd);
+    let pod = cri.run_pod(cri.pod_config("ports"));
+    // 8080 is on IPv4's loopback alone, 8081 on IPv6's, 8082 repeats what it hears, after its end.
+    let script = "mkdir /www; echo hello >/www/index.html; httpd -p 127.0.0.1:8080 -h /www; \
+                  httpd -p '[::1]:8081' -h /www; \
+                  printf '#!/bin/sh\ncat >/tmp/x; cat /tmp/x\n' >/back; chmod +x /back; nc -ll -p 8082 -e /back & \
+                  until netstat -ltn | grep -q :8082; do sleep 0.1; done; echo ready; wait";
+    let id = cri.start(&pod, cri.container_config("server", script));
+    eventually("its servers", || cri.log(&pod, "server").contains("ready"));
+
+    // As the kubelet has it done. Nobody listens at 9.
+    let mut session = cri.port_forward(&pod, &[8080, 8081, 9]);
+    for channel in [0, 2] {
+        session.say(channel, b"GET / HTTP/1.0\r\n\r\n");
+    }
+    session.wait_for(0, "hello");
+    session.wait_for(2, "hello");
+    assert!(!session.text(4).contains("hello"), "{session:?}");
+    drop(session);
+
+    // What that comes to, which is dialling there.
+    let holder = ctd.pid(&pod.id);
+    let namespace = Namespace::open(Path::new(&format!("/proc/{holder}/ns/net")));
+    let namespace = namespace.expect("the pod's namespace");
+    for server in ["127.0.0.1:8080", "127.0.0.1:8081", "[::1]:8080", "[::1]:8081"] {
+        let address: SocketAddr = server.parse().expect("an address");
+        let page = http::get(&namespace, address, "/index.html");
+        assert_eq!(page.expect("an answer"), "hello\n", "{server}");
+    }
+    let refused = http::get(&namespace, "127.0.0.1:9".parse().expect("an address"), "/");
+    assert!(refused.is_err(), "{refused:?}");
+    // Much, and the end of one direction before the other.
+    let data: Vec<u8> = (0..1_000_000_u32).map(|n| (n % 251) as u8).collect();
+    let mut stream = namespace
+        .enter(|| std::net::TcpStream::connect("127.0.0.1:8082"))
+        .expect("the namespace")
+        .expect("a connection");
+    stream.set_read_timeout(Some(Duration::from_secs(240))).expect("a limit");
+    stream.write_all(&data).expect("to be heard");
+    stream.shutdown(Shutdown::Write).expect("an end");
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back).expect("an answer");
+    assert!(back == data, "{} bytes came back", back.len());
+    cri.stop(&id, 0);
+    end(&cri, &ctd, &pod);
 }
 
 #[test]

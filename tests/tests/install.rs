@@ -69,3 +69,27 @@ fn what_containerd_does_not_accept_is_not_written() {
         assert_eq!(fs::read_to_string(&config).unwrap(), text);
     }
 }
+
+#[test]
+fn the_installer_of_the_cluster_restarts_containerd_once() {
+    let world = World::new();
+    // In a mount namespace of its own, where the places that it writes to are others.
+    let setup = "cp -a /etc \"$0/etc\" && rm -rf \"$0/etc/containerd\" && mkdir \"$0/local\" && \
+                 mount --bind \"$0/etc\" /etc && mount --bind \"$0/local\" /usr/local && \
+                 \"$1\" / && echo again && \"$1\" / && ls -A /usr/local/bin";
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/installer/install.sh");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-ec", setup]).arg(world.root()).arg(script);
+    command.env("MVM", std::env::var_os("MVM").expect("MVM")).env("RESTART", "echo RESTART");
+    command.env("MVM_ROOT", world.root().join("state"));
+    let run = run_with(command, b"", Duration::from_secs(120));
+    if run.code != 0 && run.err().contains("unshare failed") {
+        eprintln!("\n*** SKIPPED: no mount namespace is to be had here: {} ***\n", run.err());
+        return;
+    }
+    let out = run.expect_code(0).out();
+    let (first, second) = out.split_once("again\n").expect("two runs");
+    assert!(first.contains("RESTART") && !second.contains("RESTART"), "{out}");
+    assert!(second.ends_with("containerd-shim-mvm-v1\nmvm\n"), "{out}");
+    assert!(world.root().join("etc/containerd/config.toml").exists());
+}

@@ -5,8 +5,9 @@
 //! 1. **hello**: the guest dials the host once, when it is ready for work; one framed message each
 //!    way ([`hello`]), then the connection ends. Nobody polls for readiness.
 //! 2. **control**: the host dials the guest; ttrpc calls of the service [`SERVICE`] ([`rpc`]).
-//! 3. **stream**: the host dials the guest once for each standard stream of a process; a small
-//!    header ([`stream`]), one byte of answer, then raw bytes. Half-close is end of file.
+//! 3. **stream**: the host dials the guest once for each standard stream of a process, and for each
+//!    connection to the guest's loopback; a small header ([`stream`]), one byte of answer, then raw
+//!    bytes. Half-close is end of file.
 //!
 //! The agent accepts control and stream connections from the host (CID 2) only.
 //!
@@ -14,6 +15,7 @@
 //! owner of the descriptor for `AF_VSOCK` sockets too (it only reads, writes and shuts down).
 
 pub mod hello;
+pub mod relay;
 pub mod rpc;
 pub mod stream;
 
@@ -38,7 +40,7 @@ pub mod port {
     pub const HELLO: u32 = 1024;
     /// The agent listens here for ttrpc connections.
     pub const CONTROL: u32 = 1025;
-    /// The agent listens here for standard-stream connections.
+    /// The agent listens here for standard streams and connections to its loopback.
     pub const STREAM: u32 = 1026;
 }
 

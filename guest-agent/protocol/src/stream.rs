@@ -1,6 +1,7 @@
-//! The start of a standard-stream connection to the STREAM port.
+//! The start of a connection to the STREAM port: a standard stream of a process, or a TCP connection to
+//! the guest's loopback ([`Dial`]).
 //!
-//! The host sends a header, the agent answers one byte ([`Answer`]), then:
+//! For a standard stream the host sends a header, the agent answers one byte ([`Answer`]), then:
 //!
 //! * **stdin**: host to guest raw bytes; the host's half-close is the process's end of file.
 //! * **stdout**, **stderr**: guest to host raw bytes; the agent closes after the last byte.
@@ -14,6 +15,10 @@
 //!
 //! Header: 4 bytes magic `MVMS`, 1 byte kind, 1 byte length of the container id, 1 byte length of
 //! the process id, 1 byte zero, then the two ids.
+//!
+//! For a connection to the guest's loopback: the magic, 1 byte 4, 2 bytes port (big endian), 1 byte zero. The
+//! agent dials 127.0.0.1, then ::1, and answers [`Answer::NotFound`] if nobody listens there. After
+//! [`Answer::Attached`] the bytes are the connection's, both ways; a half-close is passed on.
 
 use std::io::{self, Read, Write};
 
@@ -41,6 +46,25 @@ impl Kind {
             .into_iter()
             .find(|kind| *kind as u8 == byte)
     }
+}
+
+/// The byte in the place of a kind that asks for a connection to the guest's loopback.
+const DIAL: u8 = 4;
+
+/// What a connection to the STREAM port asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Request {
+    /// A standard stream.
+    Stream(Header),
+    /// A connection to the guest's loopback.
+    Dial(Dial),
+}
+
+/// Asks for a TCP connection to a port of the guest's loopback.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Dial {
+    /// The port.
+    pub port: u16,
 }
 
 /// Names one stream.
@@ -91,6 +115,78 @@ pub enum Error {
         /// As asked for.
         process_id: String,
     },
+    /// Nobody in the guest accepts the connection.
+    #[error("stream: nobody in the guest accepts connections to port {port} ({answer:?})")]
+    NotDialled {
+        /// The agent's answer.
+        answer: Answer,
+        /// As asked for.
+        port: u16,
+    },
+}
+
+impl Answer {
+    /// Reads the agent's answer.
+    fn read(stream: &mut impl Read) -> io::Result<Self> {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        Ok(match byte[0] {
+            0 => Self::Attached,
+            1 => Self::NotFound,
+            2 => Self::Busy,
+            _ => Self::Malformed,
+        })
+    }
+}
+
+impl Dial {
+    /// Host side: asks for it. The answer is read by [`Dial::confirm`].
+    ///
+    /// # Errors
+    /// The connection breaks.
+    pub fn write(self, stream: &mut impl Write) -> Result<(), Error> {
+        let [high, low] = self.port.to_be_bytes();
+        let [m0, m1, m2, m3] = *MAGIC;
+        Ok(stream.write_all(&[m0, m1, m2, m3, DIAL, high, low, 0])?)
+    }
+
+    /// Host side: reads the agent's answer.
+    ///
+    /// # Errors
+    /// [`Error::NotDialled`] if it is not [`Answer::Attached`].
+    pub fn confirm(self, stream: &mut impl Read) -> Result<(), Error> {
+        match Answer::read(stream)? {
+            Answer::Attached => Ok(()),
+            answer => Err(Error::NotDialled { answer, port: self.port }),
+        }
+    }
+}
+
+impl Request {
+    /// Guest side: reads what a connection asks for.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] (to be answered) or [`Error::Io`].
+    pub fn read(stream: &mut impl Read) -> Result<Self, Error> {
+        let mut fixed = [0; 8];
+        stream.read_exact(&mut fixed)?;
+        let [m0, m1, m2, m3, kind, second, third, zero] = fixed;
+        if [m0, m1, m2, m3] != *MAGIC || zero != 0 {
+            return Err(Error::Malformed);
+        }
+        if kind == DIAL {
+            return Ok(Self::Dial(Dial { port: u16::from_be_bytes([second, third]) }));
+        }
+        let kind = Kind::from_byte(kind).ok_or(Error::Malformed)?;
+        let mut id = |len: u8| -> Result<String, Error> {
+            let mut bytes = vec![0; usize::from(len)];
+            stream.read_exact(&mut bytes)?;
+            String::from_utf8(bytes).map_err(|_| Error::Malformed)
+        };
+        let header = Header { container_id: id(second)?, process_id: id(third)?, kind };
+        header.check()?;
+        Ok(Self::Stream(header))
+    }
 }
 
 impl Header {
@@ -119,13 +215,9 @@ impl Header {
     /// # Errors
     /// [`Error::Refused`] if it is not [`Answer::Attached`].
     pub fn confirm(&self, stream: &mut impl Read) -> Result<(), Error> {
-        let mut byte = [0];
-        stream.read_exact(&mut byte)?;
-        let answer = match byte[0] {
-            0 => return Ok(()),
-            1 => Answer::NotFound,
-            2 => Answer::Busy,
-            _ => Answer::Malformed,
+        let answer = match Answer::read(stream)? {
+            Answer::Attached => return Ok(()),
+            answer => answer,
         };
         Err(Error::Refused {
             answer,
@@ -133,28 +225,6 @@ impl Header {
             container_id: self.container_id.clone(),
             process_id: self.process_id.clone(),
         })
-    }
-
-    /// Guest side: reads a header.
-    ///
-    /// # Errors
-    /// [`Error::Malformed`] (to be answered) or [`Error::Io`].
-    pub fn read(stream: &mut impl Read) -> Result<Self, Error> {
-        let mut fixed = [0; 8];
-        stream.read_exact(&mut fixed)?;
-        let [m0, m1, m2, m3, kind, container_len, process_len, zero] = fixed;
-        let kind = Kind::from_byte(kind).ok_or(Error::Malformed)?;
-        if [m0, m1, m2, m3] != *MAGIC || zero != 0 {
-            return Err(Error::Malformed);
-        }
-        let mut id = |len: u8| -> Result<String, Error> {
-            let mut bytes = vec![0; usize::from(len)];
-            stream.read_exact(&mut bytes)?;
-            String::from_utf8(bytes).map_err(|_| Error::Malformed)
-        };
-        let header = Self { container_id: id(container_len)?, process_id: id(process_len)?, kind };
-        header.check()?;
-        Ok(header)
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -182,19 +252,33 @@ mod tests {
             sent.write(&mut bytes).unwrap();
             bytes.extend_from_slice(b"payload");
             let mut rest = &bytes[..];
-            assert_eq!(Header::read(&mut rest).unwrap(), sent);
+            assert_eq!(Request::read(&mut rest).unwrap(), Request::Stream(sent));
             assert_eq!(rest, b"payload", "reads not a byte too many");
         }
+    }
+
+    #[test]
+    fn dial_survives_the_wire_and_says_what_was_refused() {
+        let dial = Dial { port: 8080 };
+        let mut bytes = Vec::new();
+        dial.write(&mut bytes).unwrap();
+        bytes.extend_from_slice(b"payload");
+        let mut rest = &bytes[..];
+        assert_eq!(Request::read(&mut rest).unwrap(), Request::Dial(dial));
+        assert_eq!(rest, b"payload");
+        dial.confirm(&mut &[Answer::Attached as u8][..]).unwrap();
+        let error = dial.confirm(&mut &[Answer::NotFound as u8][..]).unwrap_err();
+        assert!(error.to_string().contains("8080"), "{error}");
     }
 
     #[test]
     fn read_of_bad_headers_returns_malformed() {
         let mut good = Vec::new();
         header("c1", "p").write(&mut good).unwrap();
-        for (at, byte) in [(0, b'X'), (4, 4), (7, 1), (8, b'/'), (10, 0xff)] {
+        for (at, byte) in [(0, b'X'), (4, 5), (7, 1), (8, b'/'), (10, 0xff)] {
             let mut bad = good.clone();
             bad[at] = byte;
-            assert!(matches!(Header::read(&mut &bad[..]), Err(Error::Malformed)), "byte {at}");
+            assert!(matches!(Request::read(&mut &bad[..]), Err(Error::Malformed)), "byte {at}");
         }
     }
 

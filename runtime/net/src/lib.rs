@@ -6,6 +6,7 @@
 //!   ways; the guest then *is* at the interface, under its address. [`sweep`] removes what stays when
 //!   the tap devices are gone.
 //! * [`cni`] has plugins make the interfaces.
+//! * [`Loopback`] takes what is dialled on a namespace's loopback, where nothing of the guest is.
 //! * [`resolv`] finds out which name servers hold in a namespace.
 //!
 //! Not in scope: the device that the guest sees (`mvm-devices`), and telling the guest (the agent).
@@ -13,6 +14,7 @@
 pub mod cni;
 mod interface;
 mod join;
+mod loopback;
 mod namespace;
 pub mod resolv;
 mod tap;
@@ -22,6 +24,7 @@ use std::path::PathBuf;
 
 pub use interface::Interface;
 pub use join::{Joined, MAX_INTERFACES, join, sweep};
+pub use loopback::Loopback;
 pub use namespace::{Identity, Namespace};
 
 /// Why there is no network.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -150,6 +150,12 @@ fn on_thread<R: Send>(work: impl FnOnce() -> io::Result<R> + Send) -> io::Result
 impl AsRawFd for Namespace {
     fn as_raw_fd(&self) -> i32 {
         self.file.as_raw_fd()
+    }
+}
+
+impl AsFd for Namespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -19,7 +19,7 @@ use mvm_agent_protocol::messages::{
     Stdio as StdioMessage, Tmpfs, Volume, WaitProcessRequest,
 };
 use mvm_agent_protocol::rpc::{CallError, Client};
-use mvm_agent_protocol::stream::{Header, Kind};
+use mvm_agent_protocol::stream::{Dial, Header, Kind};
 use mvm_agent_protocol::{WAIT_MAX_MS, port};
 
 use crate::error::Error;
@@ -252,6 +252,18 @@ impl Guest {
         stream.set_read_timeout(Some(self.limit)).map_err(Error::io(what()))?;
         header.write(&mut stream)?;
         header.confirm(&mut stream)?;
+        stream.set_read_timeout(None).map_err(Error::io(what()))?;
+        Ok(stream)
+    }
+
+    /// Connects to who listens at a TCP port of the guest's loopback.
+    pub fn dial_loopback(&self, port: u16) -> Result<UnixStream, Error> {
+        let what = || format!("cannot reach port {port} of the guest's loopback");
+        let mut stream = self.dialer.dial(port::STREAM).map_err(Error::io(what()))?;
+        stream.set_read_timeout(Some(self.limit)).map_err(Error::io(what()))?;
+        let dial = Dial { port };
+        dial.write(&mut stream)?;
+        dial.confirm(&mut stream)?;
         stream.set_read_timeout(None).map_err(Error::io(what()))?;
         Ok(stream)
     }

@@ -163,6 +163,11 @@ impl Layout {
         self.run.join("tsc.json")
     }
 
+    /// What is counted over all machines until the next restart.
+    pub fn metrics_file(&self) -> PathBuf {
+        self.run.join("metrics.json")
+    }
+
     /// Taken while sandboxes are made, named or removed.
     pub fn lock_file(&self) -> PathBuf {
         self.run.join("lock")

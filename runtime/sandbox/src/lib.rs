@@ -20,6 +20,7 @@ pub mod guest;
 pub mod layout;
 pub mod logfile;
 pub mod machine;
+pub mod metrics;
 mod names;
 pub mod network;
 pub mod ops;

@@ -18,6 +18,7 @@ use crate::engine::Selection;
 use crate::error::{EXIT_FAILURE, Error};
 use crate::guest::{Exit, Guest, Stdio, Streams, program};
 use crate::machine::{self, LAST_WORDS, Launcher, Machine, MachinePlan};
+use crate::metrics::{self, End};
 use crate::network::{self, Names, Network, Wish};
 use crate::procid::{PidFd, ProcessId, boot_id};
 use crate::registry::{Place, Registry};
@@ -26,6 +27,9 @@ use crate::state::{EngineChoice, SPEC_FILE, STATE_VERSION, State, Status, now_ms
 use crate::timings::Timings;
 use crate::unikernel::Address;
 use crate::vsock;
+
+/// The phases of a start, as [`Timings`] names them: what a front door does before is not among them.
+const BOOT_PHASES: [&str; 4] = ["monitor", "kernel placed", "kernel up", "agent ready"];
 
 /// What is recorded about a sandbox from the beginning.
 #[derive(Debug, Clone, Default)]
@@ -152,6 +156,30 @@ impl Sandbox {
     /// Starts the machine and waits until its agent is ready. `interrupt` ends the wait when it
     /// becomes readable.
     pub fn boot(
+        &mut self,
+        launcher: &dyn Launcher,
+        plan: MachinePlan,
+        timings: &mut Timings,
+        interrupt: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Error> {
+        let begun = Instant::now();
+        let booted = self.try_boot(launcher, plan, timings, interrupt);
+        self.count_boot(&booted, begun, timings);
+        booted
+    }
+
+    fn count_boot<T>(&self, booted: &Result<T, Error>, begun: Instant, timings: &Timings) {
+        let (engine, took) = (&self.state.engine.name, begun.elapsed());
+        let phases = || timings.spans().into_iter().filter(|s| BOOT_PHASES.contains(&s.phase));
+        metrics::count(self.registry.layout(), |counters| match booted {
+            Ok(_) => counters.booted(engine, took, &phases().collect::<Vec<_>>()),
+            // Nobody waited for it any more.
+            Err(Error::Interrupted) => {}
+            Err(_) => counters.failed(engine),
+        });
+    }
+
+    fn try_boot(
         &mut self,
         launcher: &dyn Launcher,
         plan: MachinePlan,
@@ -320,7 +348,15 @@ impl Sandbox {
         self.finished = true;
         self.guest = None;
         let ended = match &mut self.machine {
-            Some(machine) => machine.end(),
+            Some(machine) => {
+                let how = match ending {
+                    Ending { oom_killed: true, .. } => End::OutOfMemory,
+                    Ending { reason: Some(_), .. } => End::Failed,
+                    Ending { reason: None, .. } => End::Finished,
+                };
+                metrics::count(self.registry.layout(), |counters| counters.ended(how));
+                machine.end()
+            }
             None => Ok(()),
         };
         // Tap devices that no machine has taken go with it.

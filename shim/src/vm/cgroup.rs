@@ -70,6 +70,22 @@ impl Cgroups {
     }
 }
 
+/// Leaves the group of a specification, which nobody of a killed shim's needs any more, and removes it.
+pub fn abandon(spec: &Spec) {
+    let Ok(Some(path)) = path(spec) else { return };
+    let until = Instant::now() + LEAVE;
+    for hierarchy in hierarchies() {
+        let group = hierarchy.group(&path);
+        if hierarchy.own == group
+            && let Err(e) = enter(&hierarchy.at)
+        {
+            tracing::warn!("cannot leave {}: {e}", group.display());
+            continue;
+        }
+        remove(&group, until);
+    }
+}
+
 impl Drop for Cgroups {
     fn drop(&mut self) {
         let until = Instant::now() + LEAVE;

@@ -7,12 +7,15 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 
 use nix::sched::{CloneFlags, setns, unshare};
+use oci_spec::runtime::Spec;
 
+use super::cgroup;
 use crate::cleanup;
 use crate::host::Host;
 
@@ -101,6 +104,10 @@ impl Drop for Holder {
 pub fn main(host: &dyn Host) -> ExitCode {
     let home = File::open("/proc/self/ns/net");
     let args: Vec<_> = std::env::args_os().skip(2).collect();
+    let [id, bundle, socket] = [0, 1, 2].map(|at| args.get(at).cloned().unwrap_or_default());
+    let (id, bundle, socket) = (id.to_string_lossy(), Path::new(&bundle), Path::new(&socket));
+    // The bundle may be gone before the shim is.
+    let spec = Spec::load(bundle.join("config.json"));
     let report = match enter(args.get(3..).unwrap_or_default()) {
         Ok(()) => "ready".to_owned(),
         Err(why) => why,
@@ -121,11 +128,18 @@ pub fn main(host: &dyn Host) -> ExitCode {
             Err(_) => return ExitCode::FAILURE,
         }
     }
+    if UnixStream::connect(socket).is_ok() {
+        // containerd was quicker: it has cleaned up, and has begun anew under the same id. What is in the bundle now
+        // is another container's.
+        return ExitCode::SUCCESS;
+    }
     // Hooks are run where the shim was.
     let back = home.and_then(|home| Ok(setns(home, CloneFlags::CLONE_NEWNET)?));
-    let [id, bundle, socket] = [0, 1, 2].map(|at| args.get(at).cloned().unwrap_or_default());
-    let id = id.to_string_lossy();
-    match back.map(|()| cleanup::clear(host, &id, Path::new(&bundle), Path::new(&socket))) {
+    let cleared = back.map(|()| cleanup::clear(host, &id, bundle, socket));
+    if let Ok(spec) = spec {
+        cgroup::abandon(&spec);
+    }
+    match cleared {
         Ok(Ok(())) => ExitCode::SUCCESS,
         // Nobody listens any more. What is left is seen by `mvm ps`.
         _ => ExitCode::FAILURE,

@@ -8,6 +8,7 @@
 
 mod binds;
 pub mod cgroup;
+mod forward;
 pub mod holder;
 pub mod hooks;
 mod machine;
@@ -15,6 +16,7 @@ mod net;
 pub mod pod;
 pub mod rootfs;
 pub mod spec;
+mod unikernel;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -23,26 +25,30 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mvm_agent_protocol::messages::{ProcessInfo, StatsResponse};
 use mvm_fs::{NewShare, tree};
+use mvm_sandbox::engine::Selection;
 use mvm_sandbox::guest::{Guest, Stdio, Streams, program};
 use mvm_sandbox::machine::{MachinePlan, MonitorLauncher};
 use mvm_sandbox::pump::Flag;
 use mvm_sandbox::registry::{Registry, check_name};
 use mvm_sandbox::spec::Root as GuestRoot;
 use mvm_sandbox::timings::Timings;
+use mvm_sandbox::unikernel::UnikernelPlan;
 use mvm_sandbox::{Description, Disk, Sandbox};
 use mvm_vmm::config::OwnerGone;
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::backend::{Backend, Exit, NewContainer, NewExec, Target};
 use crate::error::{Error, Result};
-use crate::host::{Hardware, Host};
+use crate::host::{Hardware, Host, Size};
 use cgroup::Cgroups;
+use forward::Forward;
 use holder::{Heritage, Holder};
 use hooks::{Kind, Told};
 use machine::{Awaited, Machine, root_share};
 use pod::{Role, Standing};
 use rootfs::Root;
 use spec::Inside;
+use unikernel::Unikernel;
 
 /// Label of a sandbox: the container's id.
 pub const LABEL_ID: &str = "io.containerd.id";
@@ -73,6 +79,8 @@ pub struct Machines {
     /// Where this shim listens.
     socket: PathBuf,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    /// Held while a container of a pod starts: which machine the pod has then does not change.
+    pod_turn: Mutex<()>,
 }
 
 impl std::fmt::Debug for Machines {
@@ -95,8 +103,14 @@ struct Container {
     disk: Option<rootfs::Disk>,
     holder: Holder,
     running: Mutex<Option<Running>>,
+    /// How it is booted, if it is a unikernel.
+    plan: Option<UnikernelPlan>,
+    /// Its machine, if it is a unikernel that was started.
+    unikernel: Mutex<Option<Arc<Unikernel>>>,
     /// What stands for a sandbox's process.
     standing: Standing,
+    /// What is dialled on the loopback of a pod's namespace reaches the guest.
+    forward: Mutex<Option<Forward>>,
     /// Raised to make a start fail.
     interrupt: Flag,
 }
@@ -127,7 +141,14 @@ impl Machines {
     ) -> anyhow::Result<Self> {
         let registry = Registry::open(host.layout()?)?;
         let (namespace, socket) = (namespace.to_owned(), socket.unwrap_or_default());
-        Ok(Self { host, registry, namespace, socket, containers: Mutex::default() })
+        Ok(Self {
+            host,
+            registry,
+            namespace,
+            socket,
+            containers: Mutex::default(),
+            pod_turn: Mutex::default(),
+        })
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {
@@ -135,7 +156,7 @@ impl Machines {
         found.ok_or_else(|| Error::NotFound(format!("container {id} does not exist")))
     }
 
-    fn describe(&self, container: &Container, spec: &Spec, hardware: &Hardware) -> Description {
+    fn describe(&self, container: &Container, spec: &Spec, size: &MachineSize) -> Description {
         let name = format!("{}.{}", self.namespace, container.id);
         let taken = check_name(&name).is_err() || self.registry.find(&name).is_ok();
         let labels = [
@@ -149,13 +170,13 @@ impl Machines {
             image: image.unwrap_or_else(|| "(containerd)".into()),
             image_digest: String::new(),
             labels: labels.map(|(key, value)| (key.to_owned(), value)).into(),
-            vcpus: hardware.vcpus,
-            memory: hardware.memory,
+            vcpus: size.vcpus,
+            memory: size.memory,
             tty: container.terminal,
             detached: true,
             auto_remove: true,
             stop_signal: SIGTERM,
-            stop_timeout: hardware.stop_timeout,
+            stop_timeout: size.stop_timeout,
         }
     }
 
@@ -165,11 +186,95 @@ impl Machines {
             lock(&self.containers).values().find(|c| c.role == Role::Sandbox).map(Arc::clone);
         let absent = || Error::FailedPrecondition("the pod's sandbox does not run".into());
         let sandbox = sandbox.ok_or_else(absent)?;
+        if sandbox.standing.is_parked() && sandbox.standing.status().is_none() {
+            return Err(Error::FailedPrecondition(
+                "the pod's machine has made way for that of a unikernel, which takes no containers; a \
+                 pod with one has no others beside it"
+                    .into(),
+            ));
+        }
         let running = lock(&sandbox.running).clone().ok_or_else(absent)?;
         if sandbox.standing.status().is_some() {
             return Err(absent());
         }
         Ok((sandbox, running.machine))
+    }
+
+    /// Makes room for the machine of a unikernel that is a container of a pod: at the pod's
+    /// interfaces there is one machine at a time.
+    fn make_way(&self, container: &Container) -> Result<Arc<Container>> {
+        let all: Vec<_> = lock(&self.containers).values().map(Arc::clone).collect();
+        let mut sandbox = None;
+        for other in all {
+            if other.role == Role::Sandbox {
+                sandbox = Some(other);
+            } else if other.id != container.id && other.is_in_a_machine() {
+                return Err(Error::FailedPrecondition(format!(
+                    "{} is a unikernel, whose machine takes the pod's network: it cannot run while {} \
+                     does",
+                    container.id, other.id
+                )));
+            }
+        }
+        let sandbox = sandbox.filter(|sandbox| sandbox.standing.status().is_none());
+        let sandbox = sandbox
+            .ok_or_else(|| Error::FailedPrecondition("the pod's sandbox does not run".into()))?;
+        sandbox.standing.park();
+        drop(lock(&sandbox.forward).take());
+        let running = lock(&sandbox.running).take();
+        if let Some(running) = running {
+            tracing::info!(container = container.id, "the pod's machine makes way for its own");
+            running.machine.end(false)?;
+        }
+        Ok(sandbox)
+    }
+
+    fn start_unikernel(
+        &self,
+        container: &Container,
+        plan: &UnikernelPlan,
+        stdio: Stdio,
+    ) -> Result<Streams> {
+        let spec = lock(&container.spec).clone();
+        // Whose network and control group it has.
+        let pod =
+            if container.role == Role::Member { Some(self.make_way(container)?) } else { None };
+        let (outer, holder) = match &pod {
+            Some(sandbox) => (lock(&sandbox.spec).clone(), sandbox.holder.pid()),
+            None => (spec.clone(), container.holder.pid()),
+        };
+        let (own, whole) = (spec::limits(&spec), spec::limits(&outer));
+        let size = Size { vcpus: own.vcpus.or(whole.vcpus), memory: own.memory.or(whole.memory) };
+        let hardware = self.host.bare(size, plan.kind);
+        let hardware = hardware.map_err(|e| Error::failed(format!("{e:#}")))?;
+        container.note_engine(&hardware.engine);
+        let size = MachineSize {
+            vcpus: hardware.vcpus,
+            memory: hardware.memory,
+            stop_timeout: hardware.stop_timeout,
+        };
+        let groups = Cgroups::join(&outer).map_err(|e| Error::InvalidArgument(e.to_string()))?;
+        let about = self.describe(container, &spec, &size);
+        let mut sandbox = Sandbox::create(&self.registry, about)?;
+        let wish = net::wish(&spec::network(&outer), holder);
+        let booted = sandbox.connect(&wish).map_err(Error::from).and_then(|_| {
+            let (root, interrupt) = (&container.root_path, &container.interrupt);
+            unikernel::boot(&mut sandbox, plan, root, hardware, stdio, interrupt)
+        });
+        match booted {
+            Ok(streams) => {
+                let unikernel = Unikernel::new(&self.registry, sandbox, groups)?;
+                *lock(&container.unikernel) = Some(unikernel);
+                Ok(streams)
+            }
+            Err(e) => {
+                // Why it did not start is what matters.
+                if let Err(left) = sandbox.abandon(&e.to_string()) {
+                    tracing::warn!(container = container.id, "cannot clean up: {left}");
+                }
+                Err(e)
+            }
+        }
     }
 
     /// Boots a machine of `container`'s own, and starts in it what `start` does.
@@ -182,11 +287,13 @@ impl Machines {
     ) -> Result<(Machine, T)> {
         let hardware = self.host.hardware(spec::size(spec));
         let hardware = hardware.map_err(|e| Error::failed(format!("{e:#}")))?;
-        if hardware.engine.fallback {
-            let (name, reason) = (hardware.engine.engine.name(), &hardware.engine.reason);
-            tracing::warn!(container = container.id, "{reason}: running on {name} (slower)");
-        }
-        let about = self.describe(container, spec, &hardware);
+        container.note_engine(&hardware.engine);
+        let size = MachineSize {
+            vcpus: hardware.vcpus,
+            memory: hardware.memory,
+            stop_timeout: hardware.stop_timeout,
+        };
+        let about = self.describe(container, spec, &size);
         // What is started from now on is there too.
         let groups = Cgroups::join(spec).map_err(|e| Error::InvalidArgument(e.to_string()))?;
         let mut sandbox = Sandbox::create(&self.registry, about)?;
@@ -250,6 +357,10 @@ impl Machines {
         };
         let (machine, ()) = self.boot(container, &spec, plan, |sandbox| Ok(sandbox.stand_by()?))?;
         let guest = machine.guest().clone();
+        match Forward::start(container.holder.pid(), &guest) {
+            Ok(forward) => *lock(&container.forward) = Some(forward),
+            Err(e) => tracing::warn!(container = container.id, "port-forward reaches nobody: {e}"),
+        }
         let running = Running { machine: Arc::new(machine), guest, shares: Vec::new() };
         Ok((running, Streams { input: None, output: None, error: None }))
     }
@@ -290,6 +401,13 @@ impl Machines {
             }
         }
     }
+}
+
+/// What is recorded of a machine's size.
+struct MachineSize {
+    vcpus: u32,
+    memory: u64,
+    stop_timeout: u32,
 }
 
 fn machine_plan(
@@ -347,7 +465,8 @@ impl Container {
                     .into(),
             ));
         }
-        if role != Role::Sandbox {
+        let annotated = role != Role::Sandbox && unikernel::is_annotated(&spec);
+        if role != Role::Sandbox && !annotated {
             // What cannot be carried out is said at once, not only when the machine boots.
             inside(&spec, &new.bundle, role, FIRST)?;
         }
@@ -361,9 +480,14 @@ impl Container {
                 .map_err(Error::failed_to(format!("cannot make {}", root_path.display())))?;
         }
         // Nothing of a sandbox's root is ever read.
-        let disk = if role == Role::Alone { rootfs::disk(&new.rootfs) } else { None };
+        let whole = role == Role::Alone && !annotated;
+        let disk = if whole { rootfs::disk(&new.rootfs) } else { None };
         let mounts = if disk.is_some() || role == Role::Sandbox { &[][..] } else { &new.rootfs };
         let root = Root::mount(&root_path, mounts).map_err(Error::failed)?;
+        let plan = match (role, &disk) {
+            (Role::Sandbox, _) | (_, Some(_)) => None,
+            _ => unikernel::recognise(&spec, &root_path)?,
+        };
         let heritage = Heritage { id: &new.id, bundle: &new.bundle, socket };
         let holder = Holder::start(heritage, &network).map_err(Error::failed)?;
         Ok(Self {
@@ -377,7 +501,10 @@ impl Container {
             disk,
             holder,
             running: Mutex::new(None),
+            plan,
+            unikernel: Mutex::new(None),
             standing: Standing::new().map_err(Error::failed)?,
+            forward: Mutex::new(None),
             interrupt: Flag::new().map_err(Error::failed)?,
         })
     }
@@ -398,6 +525,22 @@ impl Container {
         Ok(())
     }
 
+    fn unikernel(&self) -> Option<Arc<Unikernel>> {
+        lock(&self.unikernel).clone()
+    }
+
+    /// Whether something of it runs in a machine.
+    fn is_in_a_machine(&self) -> bool {
+        lock(&self.running).is_some() || self.unikernel().is_some_and(|u| !u.is_over())
+    }
+
+    fn note_engine(&self, engine: &Selection) {
+        if engine.fallback {
+            let (name, reason) = (engine.engine.name(), &engine.reason);
+            tracing::warn!(container = self.id, "{reason}: running on {name} (slower)");
+        }
+    }
+
     fn running(&self) -> Result<Running> {
         lock(&self.running).clone().ok_or_else(|| {
             Error::FailedPrecondition(format!("container {} is not started", self.id))
@@ -409,6 +552,9 @@ impl Container {
         &self,
         act: impl FnOnce(&Guest) -> std::result::Result<T, mvm_sandbox::Error>,
     ) -> Result<T> {
+        if self.plan.is_some() {
+            return Err(unikernel::refused("running processes, or asking for their state,"));
+        }
         let running = self.running()?;
         if self.role == Role::Sandbox {
             return Err(Error::Unimplemented(format!(
@@ -458,6 +604,11 @@ impl Container {
 
     /// Takes everything down. The holder goes with the container.
     fn dismantle(&self) -> Result<()> {
+        drop(lock(&self.forward).take());
+        let unikernel = lock(&self.unikernel).take();
+        if let Some(unikernel) = unikernel {
+            unikernel.end();
+        }
         let running = lock(&self.running).take();
         let ended = match running {
             Some(running) if self.role == Role::Member => {
@@ -494,6 +645,10 @@ impl Container {
                 machine.end(false)?;
                 Ok(self.standing.status().unwrap_or(EXIT_KILLED))
             }
+            Awaited::Ended if self.standing.is_parked() => {
+                self.standing.wait().map_err(Error::failed)?;
+                Ok(self.standing.status().unwrap_or(EXIT_KILLED))
+            }
             Awaited::Ended => {
                 // Whatever is asked of it now is answered with the reason.
                 let why = machine.guest().info().map_err(|e| machine.explain(e));
@@ -511,6 +666,8 @@ impl Backend for Machines {
     fn create(&self, new: &NewContainer) -> Result<u32> {
         let container = Container::new(new, &self.socket)?;
         match container.role {
+            // A unikernel is in the pod's network, not in its machine.
+            Role::Member if container.plan.is_some() => {}
             Role::Member => drop(self.pod()?),
             Role::Alone | Role::Sandbox => {
                 if let Some(other) = lock(&self.containers).keys().next() {
@@ -534,12 +691,18 @@ impl Backend for Machines {
 
     fn start(&self, container: &str, stdio: Stdio) -> Result<Streams> {
         let container = self.container(container)?;
-        let (running, streams) = match container.role {
-            Role::Alone => self.start_alone(&container, stdio)?,
-            Role::Sandbox => self.start_sandbox(&container)?,
-            Role::Member => self.start_member(&container, stdio)?,
+        let _turn = (container.role == Role::Member).then(|| lock(&self.pod_turn));
+        let streams = if let Some(plan) = &container.plan {
+            self.start_unikernel(&container, plan, stdio)?
+        } else {
+            let (running, streams) = match container.role {
+                Role::Alone => self.start_alone(&container, stdio)?,
+                Role::Sandbox => self.start_sandbox(&container)?,
+                Role::Member => self.start_member(&container, stdio)?,
+            };
+            *lock(&container.running) = Some(running);
+            streams
         };
-        *lock(&container.running) = Some(running);
         if let Err(e) = container.hooks(Kind::Poststart, "running") {
             tracing::warn!(container = container.id, "{e}");
         }
@@ -555,6 +718,12 @@ impl Backend for Machines {
         let Ok(container) = self.container(process.container) else {
             return Exit::now(EXIT_MACHINE_ENDED);
         };
+        if let Some(unikernel) = container.unikernel() {
+            return unikernel.wait().map(Exit::now).unwrap_or_else(|why| {
+                tracing::error!(container = process.container, "{why}");
+                Exit::now(EXIT_MACHINE_ENDED)
+            });
+        }
         let waited = match (container.role, container.running()) {
             (_, Err(e)) => Err(e),
             (Role::Sandbox, _) => container.wait_sandbox().map(Exit::now),
@@ -582,6 +751,9 @@ impl Backend for Machines {
             container.standing.signal(signal);
             return Ok(());
         }
+        if let Some(unikernel) = container.unikernel() {
+            return unikernel.signal(signal);
+        }
         container.ask(|guest| guest.signal(process.exec, signal))
     }
 
@@ -590,6 +762,9 @@ impl Backend for Machines {
         if container.role == Role::Sandbox {
             container.standing.signal(signal);
             return Ok(());
+        }
+        if let Some(unikernel) = container.unikernel() {
+            return unikernel.signal(signal);
         }
         container.ask(|guest| guest.signal_all(signal))
     }
@@ -601,21 +776,37 @@ impl Backend for Machines {
     }
 
     fn resize(&self, process: Target<'_>, columns: u16, rows: u16) -> Result<()> {
-        self.container(process.container)?.ask(|guest| guest.resize(process.exec, columns, rows))
+        let container = self.container(process.container)?;
+        match container.unikernel() {
+            // A serial line has no size.
+            Some(_) => Ok(()),
+            None => container.ask(|guest| guest.resize(process.exec, columns, rows)),
+        }
     }
 
     fn pause(&self, container: &str) -> Result<()> {
-        self.container(container)?.ask(Guest::freeze)
+        let container = self.container(container)?;
+        match container.unikernel() {
+            Some(unikernel) => unikernel.pause(),
+            None => container.ask(Guest::freeze),
+        }
     }
 
     fn resume(&self, container: &str) -> Result<()> {
-        self.container(container)?.ask(Guest::thaw)
+        let container = self.container(container)?;
+        match container.unikernel() {
+            Some(unikernel) => unikernel.resume(),
+            None => container.ask(Guest::thaw),
+        }
     }
 
     fn update(&self, container: &str, resources: &[u8]) -> Result<()> {
         let container = self.container(container)?;
         let parsed: LinuxResources = serde_json::from_slice(resources)
             .map_err(|e| Error::InvalidArgument(format!("the resources are malformed: {e}")))?;
+        if container.unikernel().is_some() {
+            return Err(unikernel::refused("changing limits while it runs"));
+        }
         if container.role == Role::Sandbox || lock(&container.running).is_none() {
             let mut spec = lock(&container.spec);
             let mut linux = spec::linux(&spec);
@@ -631,6 +822,9 @@ impl Backend for Machines {
 
     fn stats(&self, container: &str) -> Result<Option<StatsResponse>> {
         let container = self.container(container)?;
+        if let Some(unikernel) = container.unikernel() {
+            return unikernel.stats().map(Some);
+        }
         // No process of a sandbox takes anything: what the machine takes is its containers'.
         let running = container.role != Role::Sandbox && lock(&container.running).is_some();
         if running { container.ask(Guest::stats).map(Some) } else { Ok(None) }
@@ -638,7 +832,7 @@ impl Backend for Machines {
 
     fn processes(&self, container: &str) -> Result<Vec<ProcessInfo>> {
         let container = self.container(container)?;
-        if container.role == Role::Sandbox {
+        if container.role == Role::Sandbox || container.unikernel().is_some() {
             return Ok(vec![ProcessInfo::default()]);
         }
         container.ask(Guest::processes)
@@ -647,7 +841,12 @@ impl Backend for Machines {
     fn delete_exec(&self, process: Target<'_>) -> Result<()> {
         match self.container(process.container)?.ask(|guest| guest.delete(process.exec)) {
             // It never came that far, or went with its machine.
-            Err(Error::NotFound(_) | Error::FailedPrecondition(_) | Error::Failed { .. }) => Ok(()),
+            Err(
+                Error::NotFound(_)
+                | Error::FailedPrecondition(_)
+                | Error::Unimplemented(_)
+                | Error::Failed { .. },
+            ) => Ok(()),
             other => other,
         }
     }

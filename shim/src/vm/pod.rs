@@ -4,9 +4,13 @@
 //! keeps the pod's namespaces; here the machine is what keeps them, and nothing runs. It lives until
 //! the sandbox is told to end, whatever containers come and go.
 
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mvm_sandbox::pump::Flag;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::Spec;
 
 use super::spec::annotations;
@@ -57,6 +61,8 @@ pub fn hostname(spec: &Spec) -> Option<String> {
 #[derive(Debug)]
 pub struct Standing {
     stop: Flag,
+    /// The machine has made way for a unikernel's.
+    parked: AtomicBool,
     exit: Mutex<Option<u32>>,
 }
 
@@ -66,7 +72,7 @@ impl Standing {
     /// # Errors
     /// Descriptors are short.
     pub fn new() -> std::io::Result<Self> {
-        Ok(Self { stop: Flag::new()?, exit: Mutex::new(None) })
+        Ok(Self { stop: Flag::new()?, parked: AtomicBool::new(false), exit: Mutex::new(None) })
     }
 
     fn exit(&self) -> MutexGuard<'_, Option<u32>> {
@@ -83,6 +89,30 @@ impl Standing {
         };
         self.exit().get_or_insert(status);
         self.stop.raise();
+    }
+
+    /// The machine is about to make way for another one: its end is not the sandbox's from now on.
+    pub fn park(&self) {
+        self.parked.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the machine has made way for another one.
+    pub fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::SeqCst)
+    }
+
+    /// Waits until it is to end.
+    ///
+    /// # Errors
+    /// The host cannot say.
+    pub fn wait(&self) -> std::io::Result<()> {
+        loop {
+            match poll(&mut [PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE)
+            {
+                Err(Errno::EINTR) => {}
+                other => return Ok(other.map(drop)?),
+            }
+        }
     }
 
     /// Readable once it is to end.

@@ -59,6 +59,12 @@ pub fn network(spec: &Spec) -> Network {
 
 /// How large the machine has to be, as far as the specification says.
 pub fn size(spec: &Spec) -> Size {
+    let limits = limits(spec);
+    Size { memory: limits.memory.map(|m| m.saturating_add(OVERHEAD)), ..limits }
+}
+
+/// The limits of the container, or of its whole pod.
+pub fn limits(spec: &Spec) -> Size {
     let annotations = spec.annotations().clone().unwrap_or_default();
     let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
     let number = |key: &str| annotations.get(key).and_then(|v| v.parse::<i64>().ok());
@@ -76,7 +82,7 @@ pub fn size(spec: &Spec) -> Size {
             (u64::try_from(quota).ok()?, if period == 0 { 100_000 } else { period });
         (quota > 0).then(|| u32::try_from(quota.div_ceil(period)).unwrap_or(u32::MAX))
     });
-    Size { vcpus, memory: memory.map(|m| m.saturating_add(OVERHEAD)) }
+    Size { vcpus, memory }
 }
 
 /// The specification as the guest gets it. `bundle` is where relative paths begin, `name` what the

@@ -1,6 +1,7 @@
 //! Kubernetes' side of containerd: pods and containers by CRI, as the kubelet asks for them.
 
 mod grpc;
+mod streaming;
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use crate::{Containerd, Finished, IMAGE, eventually};
 pub use grpc::Error as CallError;
+pub use streaming::{RESIZE, STATUS, STDERR, STDIN, STDOUT, Session};
 
 /// Message types generated from `proto/cri.proto`.
 #[allow(missing_docs, missing_debug_implementations, unused_qualifications, clippy::all)]
@@ -114,6 +116,13 @@ impl<'a> Cri<'a> {
         status.status.state == 0
     }
 
+    /// A pod's address.
+    #[track_caller]
+    pub fn address(&self, pod: &Pod) -> String {
+        let status: PodSandboxStatusResponse = self.must("PodSandboxStatus", &pod_request(pod));
+        status.status.network.ip.clone()
+    }
+
     /// Stops and removes a pod, with all containers in it.
     #[track_caller]
     pub fn remove_pod(&self, pod: &Pod) {
@@ -172,15 +181,23 @@ impl<'a> Cri<'a> {
     /// If it is refused.
     #[track_caller]
     pub fn start(&self, pod: &Pod, config: ContainerConfig) -> String {
+        self.try_start(pod, config).unwrap_or_else(|e| panic!("start: {e}"))
+    }
+
+    /// The same.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn try_start(&self, pod: &Pod, config: ContainerConfig) -> Result<String, CallError> {
         let request = CreateContainerRequest {
             pod_sandbox_id: pod.id.clone(),
             config: MessageField::some(config),
             sandbox_config: MessageField::some(pod.config.clone()),
             ..Default::default()
         };
-        let made: CreateContainerResponse = self.must("CreateContainer", &request);
-        let _: Nothing = self.must("StartContainer", &container_request(&made.container_id));
-        made.container_id
+        let made: CreateContainerResponse = self.call("CreateContainer", &request)?;
+        let _: Nothing = self.call("StartContainer", &container_request(&made.container_id))?;
+        Ok(made.container_id)
     }
 
     /// Where a container is in its life.
@@ -214,13 +231,75 @@ impl<'a> Cri<'a> {
     /// Runs a shell script in a container.
     #[track_caller]
     pub fn exec(&self, id: &str, script: &str) -> Finished {
+        self.try_exec(id, script).unwrap_or_else(|e| panic!("ExecSync: {e}"))
+    }
+
+    /// The same.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn try_exec(&self, id: &str, script: &str) -> Result<Finished, CallError> {
         let request = ExecSyncRequest {
             container_id: id.into(),
             cmd: ["sh", "-c", script].map(String::from).to_vec(),
             ..Default::default()
         };
-        let done: ExecSyncResponse = self.must("ExecSync", &request);
-        Finished { code: done.exit_code, stdout: done.stdout, stderr: done.stderr }
+        let done: ExecSyncResponse = self.call("ExecSync", &request)?;
+        Ok(Finished { code: done.exit_code, stdout: done.stdout, stderr: done.stderr })
+    }
+
+    /// Runs a shell script in a container, with its streams in a session.
+    ///
+    /// # Panics
+    /// If that is refused.
+    #[track_caller]
+    pub fn exec_session(&self, id: &str, script: &str, terminal: bool) -> Session {
+        let request = ExecRequest {
+            container_id: id.into(),
+            cmd: ["sh", "-c", script].map(String::from).to_vec(),
+            tty: terminal,
+            stdin: true,
+            stdout: true,
+            // A terminal is one stream.
+            stderr: !terminal,
+            ..Default::default()
+        };
+        let answer: StreamingResponse = self.must("Exec", &request);
+        Session::open(&answer.url)
+    }
+
+    /// Joins the streams of a container's first process.
+    ///
+    /// # Panics
+    /// If that is refused.
+    #[track_caller]
+    pub fn attach(&self, id: &str, terminal: bool) -> Session {
+        let request = AttachRequest {
+            container_id: id.into(),
+            stdin: true,
+            tty: terminal,
+            stdout: true,
+            stderr: !terminal,
+            ..Default::default()
+        };
+        let answer: StreamingResponse = self.must("Attach", &request);
+        Session::open(&answer.url)
+    }
+
+    /// Connects to ports of a pod. Port n of them has the channels 2 n for data and 2 n + 1 for errors; on
+    /// each the number of the port comes first, two bytes with the low one first.
+    ///
+    /// # Panics
+    /// If that is refused.
+    #[track_caller]
+    pub fn port_forward(&self, pod: &Pod, ports: &[u16]) -> Session {
+        let request = PortForwardRequest {
+            pod_sandbox_id: pod.id.clone(),
+            port: ports.iter().map(|port| i32::from(*port)).collect(),
+            ..Default::default()
+        };
+        let answer: StreamingResponse = self.must("PortForward", &request);
+        Session::open(&answer.url)
     }
 
     /// What a container wrote, without the log's own words.

@@ -178,7 +178,7 @@ mod tests {
         let all = |rtc: &Rtc| [0, 2, 4, 6, 7, 8, 9, 0x32].map(|index| shown(rtc, index, at));
         assert_eq!(all(&rtc), [0x58, 0x59, 0x23, 5, 0x29, 2, 0x24, 0x20]);
         rtc.write(0, &[register::B]);
-        rtc.write(1, &[0xff & !B_24_HOURS]);
+        rtc.write(1, &[!B_24_HOURS]);
         assert_eq!(all(&rtc), [58, 59, 11 | PM, 5, 29, 2, 24, 20]);
         assert_eq!(shown(&rtc, register::B, at), B_BINARY);
         assert_eq!(shown(&rtc, register::HOURS, 0), 12, "midnight");

@@ -68,6 +68,8 @@ pub enum Command {
     Inspect(NamesArgs),
     /// Show what containers cost
     Stats(StatsArgs),
+    /// Show figures of all machines in the text form of Prometheus
+    Metrics(MetricsArgs),
     /// Pull images from registries
     Pull(PullArgs),
     /// Manage images
@@ -172,6 +174,13 @@ pub struct StatsArgs {
     pub format: Format,
     /// Names or ids; all running ones if none is given
     pub containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct MetricsArgs {
+    /// Write them to FILE, which is replaced in one step, instead of standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

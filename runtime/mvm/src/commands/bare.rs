@@ -126,9 +126,8 @@ pub(super) fn launch(
     if let Some(name) = &args.name {
         mvm_sandbox::registry::check_name(name).map_err(Error::from)?;
     }
-    let guest = if load.kind == Kind::Linux { Guest::Linux } else { Guest::Unikernel };
     let outlook = engine::look(&context.layout, settings.wish(args.force)).map_err(Error::from)?;
-    let engine = outlook.decide(guest).map_err(Error::from)?;
+    let engine = outlook.decide(guest(load.kind)).map_err(Error::from)?;
     if args.detach && !args.background {
         return detach::start();
     }
@@ -246,7 +245,13 @@ pub(super) fn refuse_what_does_not_hold(
     }
 }
 
-fn memory(settings: &Settings, kind: Kind) -> anyhow::Result<u64> {
+/// Which guest the engine has to run.
+pub(super) fn guest(kind: Kind) -> Guest {
+    if kind == Kind::Linux { Guest::Linux } else { Guest::Unikernel }
+}
+
+/// Memory of a machine in bytes: little, unless somebody said otherwise.
+pub(super) fn memory(settings: &Settings, kind: Kind) -> anyhow::Result<u64> {
     if settings.memory.origin == Origin::Default && kind != Kind::Linux {
         return Ok(if kind == Kind::Multiboot { MEMORY_OF_EMULATORS } else { MEMORY });
     }

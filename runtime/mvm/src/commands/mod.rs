@@ -10,6 +10,7 @@ mod install;
 mod life;
 mod list;
 mod logs;
+mod metrics;
 mod modules;
 pub mod monitor;
 mod run;
@@ -71,6 +72,7 @@ pub fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Command::Wait(args) => return life::wait(&context()?, args),
         Command::Rm(args) => return life::rm(&context()?, args),
         Command::Stats(args) => stats::stats(&context()?, args)?,
+        Command::Metrics(args) => metrics::metrics(&context()?, args)?,
         Command::Pull(args) => return image::pull(&context()?, args),
         Command::Image { command } => return image::image(&context()?, command),
         Command::Doctor(args) => return doctor::doctor(&context()?, args),

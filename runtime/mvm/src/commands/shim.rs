@@ -4,10 +4,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use containerd_shim_mvm::host::{Hardware, Host, Size};
+use containerd_shim_mvm::host::{Bare, Hardware, Host, Size};
 use mvm_sandbox::engine;
 use mvm_sandbox::layout::Layout;
 use mvm_sandbox::spec::{CpuShare, parse_size};
+use mvm_sandbox::unikernel::Kind;
 
 use super::layout;
 use crate::embedded;
@@ -18,6 +19,9 @@ const MIN_MEMORY: u64 = 64 << 20;
 
 /// Sizes are whole pieces of this: huge pages, if memory is made of them.
 const PIECE: u64 = 2 << 20;
+
+/// Sizes of machines without our guest are whole pages.
+const PAGE: u64 = 4096;
 
 /// Hands over to the shim.
 pub fn main() -> ExitCode {
@@ -42,17 +46,14 @@ impl Host for Program {
     fn hardware(&self, size: Size) -> anyhow::Result<Hardware> {
         let settings = Settings::without_flags(&Config::load(&Places::current(None))?)?;
         let outlook = engine::look(&self.layout()?, settings.wish(false))?;
-        let cpus: CpuShare = super::run::cpus(&settings)?;
+        let vcpus = vcpus(size, &settings)?;
         let memory = match size.memory {
             Some(bytes) => bytes,
             None => parse_size(&settings.memory.value)?,
         };
         let memory = memory.checked_next_multiple_of(PIECE).unwrap_or(u64::MAX);
-        let available = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-        let most = available.clamp(1, u64::from(mvm_vmm::layout::MAX_VCPUS));
-        let vcpus = u64::from(size.vcpus.unwrap_or_else(|| cpus.vcpus())).clamp(1, most);
         Ok(Hardware {
-            vcpus: u32::try_from(vcpus)?,
+            vcpus,
             memory: memory.clamp(MIN_MEMORY, mvm_vmm::layout::MAX_MEMORY),
             hugepages: settings.hugepages.value,
             engine: outlook.decide(engine::Guest::Linux)?,
@@ -64,4 +65,32 @@ impl Host for Program {
             stop_timeout: settings.stop_timeout.value,
         })
     }
+
+    fn bare(&self, size: Size, kind: Kind) -> anyhow::Result<Bare> {
+        let settings = Settings::without_flags(&Config::load(&Places::current(None))?)?;
+        let outlook = engine::look(&self.layout()?, settings.wish(false))?;
+        let memory = match size.memory {
+            // Whole pages; what is too little for this kernel the loader says.
+            Some(bytes) => (bytes & !(PAGE - 1))
+                .clamp(mvm_vmm::layout::MIN_MEMORY, mvm_vmm::layout::MAX_MEMORY),
+            None => super::bare::memory(&settings, kind)?,
+        };
+        Ok(Bare {
+            vcpus: vcpus(size, &settings)?,
+            memory,
+            hugepages: settings.hugepages.value,
+            engine: outlook.decide(super::bare::guest(kind))?,
+            cpu: settings.cpu.value,
+            stop_timeout: settings.stop_timeout.value,
+        })
+    }
+}
+
+/// Not more than the host has.
+fn vcpus(size: Size, settings: &Settings) -> anyhow::Result<u32> {
+    let cpus: CpuShare = super::run::cpus(settings)?;
+    let available = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    let most = available.clamp(1, u64::from(mvm_vmm::layout::MAX_VCPUS));
+    let vcpus = u64::from(size.vcpus.unwrap_or_else(|| cpus.vcpus())).clamp(1, most);
+    Ok(u32::try_from(vcpus)?)
 }

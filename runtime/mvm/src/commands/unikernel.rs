@@ -4,7 +4,7 @@ use anyhow::{Context as _, bail};
 use mvm_sandbox::machine::Payload;
 use mvm_sandbox::spec::{self, merge_variable};
 use mvm_sandbox::timings::Timings;
-use mvm_sandbox::unikernel::{self, ErofsTree, Packaging, Recognised, UnikernelPlan};
+use mvm_sandbox::unikernel::{self, ErofsTree, Files, Packaging, Recognised, UnikernelPlan};
 use mvm_sandbox::{Disk, Error};
 
 use super::Context;
@@ -12,11 +12,6 @@ use super::bare::{self, Load, Provenance};
 use crate::cli::RunArgs;
 use crate::images::Ready;
 use crate::settings::Settings;
-
-/// Largest files of an image that are taken into memory for its machine.
-const KERNEL_MAX: u64 = 256 << 20;
-const INITRD_MAX: u64 = 2 << 30;
-const DISK_MAX: u64 = 4 << 30;
 
 /// What an image says that it is, with what the user says added.
 pub fn recognise(
@@ -70,17 +65,12 @@ pub fn run(
         bail!("--kernel and --initrd cannot hold: image {} has a kernel of its own", args.image());
     }
     let tree = ErofsTree::open(ready.rootfs.file()).map_err(Error::from)?;
-    let extract = |path: &str, max| {
-        let extracted = tree.extract(path, max).map_err(Error::from);
-        extracted.with_context(|| format!("cannot run image {}", args.image()))
-    };
-    let kernel = Payload::file(extract(&plan.kernel, KERNEL_MAX)?);
-    let initrd = plan.initrd.as_deref().map(|path| extract(path, INITRD_MAX)).transpose()?;
-    // A copy: what the guest writes is gone with it.
-    let disk = plan.disk.as_deref().map(|path| extract(path, DISK_MAX)).transpose()?;
+    let files = Files::extract(&plan, &tree).map_err(Error::from);
+    let Files { kernel, initrd, disk } =
+        files.with_context(|| format!("cannot run image {}", args.image()))?;
     let load = Load {
         kind: plan.kind,
-        kernel,
+        kernel: Payload::file(kernel),
         initrd: initrd.map(Payload::file),
         modules: Vec::new(),
         disks: disk.into_iter().map(|file| Disk { file, read_only: false }).collect(),

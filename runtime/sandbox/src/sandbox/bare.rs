@@ -101,6 +101,20 @@ impl Sandbox {
         timings: &mut Timings,
         interrupt: BorrowedFd<'_>,
     ) -> Result<SerialLine, Error> {
+        let begun = Instant::now();
+        let started = self.try_start_bare(launcher, plan, command, timings, interrupt);
+        self.count_boot(&started, begun, timings);
+        started
+    }
+
+    fn try_start_bare(
+        &mut self,
+        launcher: &dyn Launcher,
+        plan: BarePlan,
+        command: Vec<String>,
+        timings: &mut Timings,
+        interrupt: BorrowedFd<'_>,
+    ) -> Result<SerialLine, Error> {
         self.note_engine(&plan.engine);
         self.state.bare = true;
         self.state.command = command;

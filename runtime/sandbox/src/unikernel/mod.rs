@@ -26,7 +26,7 @@ use mvm_vmm::config::{BootProtocol, CmdlineStyle};
 pub use address::Address;
 pub use cmdline::Words;
 pub use krun::Size;
-pub use tree::ErofsTree;
+pub use tree::{DirTree, ErofsTree, Files};
 
 /// Keys and values as labels and annotations have them.
 pub type Pairs = BTreeMap<String, String>;
@@ -147,6 +147,15 @@ pub trait Tree: fmt::Debug {
     fn head(&self, path: &str, limit: usize) -> Result<Option<Vec<u8>>, Error>;
 }
 
+/// Takes files out of an image.
+pub trait Extract: Tree {
+    /// A copy of a regular file in memory, of which nobody else has a name or descriptor.
+    ///
+    /// # Errors
+    /// There is no such file, it is larger than `limit` bytes, or it cannot be copied.
+    fn extract(&self, path: &str, limit: u64) -> Result<std::fs::File, Error>;
+}
+
 /// How a unikernel is booted. Paths are absolute in the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnikernelPlan {
@@ -234,6 +243,11 @@ pub fn recognise(packaging: &Packaging<'_>) -> Result<Recognised, Error> {
         Some(plan) => Ok(Recognised::Unikernel(plan)),
         None => krun::size(packaging).map(Recognised::Linux),
     }
+}
+
+/// Whether annotations alone say that it is a unikernel.
+pub fn is_annotated(annotations: &Pairs) -> bool {
+    urunc::is_annotated(annotations)
 }
 
 #[cfg(test)]

@@ -2,11 +2,15 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
 use mvm_image::erofs::reader::{FileType, Inode, ReadError, Reader};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
 
-use super::{Error, Tree};
+use super::{Error, Extract, Tree, UnikernelPlan};
 
 /// An image's root file system.
 #[derive(Debug)]
@@ -20,28 +24,6 @@ impl ErofsTree {
     pub fn open(rootfs: &File) -> Result<Self, Error> {
         let opened = rootfs.try_clone().map_err(ReadError::from).and_then(Reader::open);
         opened.map(Self).map_err(|e| unusable("/", &e))
-    }
-
-    /// A copy of a regular file in memory, of which nobody else has a name or descriptor.
-    ///
-    /// # Errors
-    /// There is no such file, it is larger than `limit` bytes, or it cannot be copied.
-    pub fn extract(&self, path: &str, limit: u64) -> Result<File, Error> {
-        let fail = |reason: String| Error::File { path: path.into(), reason };
-        let inode = self.find(path)?.ok_or_else(|| fail("does not exist".into()))?;
-        if inode.file_type != FileType::File {
-            return Err(fail("is not a regular file".into()));
-        }
-        if inode.size > limit {
-            return Err(fail(format!("has {} bytes, the limit is {limit}", inode.size)));
-        }
-        let copy = || -> io::Result<File> {
-            let mut file = File::from(memfd_create(c"mvm-unikernel", MFdFlags::MFD_CLOEXEC)?);
-            io::copy(&mut self.0.data(&inode).map_err(io::Error::other)?, &mut file)?;
-            file.rewind()?;
-            Ok(file)
-        };
-        copy().map_err(|e| fail(format!("cannot be read: {e}")))
     }
 
     /// What is at a path, links followed within the image. A link that leads nowhere is nothing.
@@ -65,6 +47,162 @@ impl Tree for ErofsTree {
     }
 }
 
+impl Extract for ErofsTree {
+    fn extract(&self, path: &str, limit: u64) -> Result<File, Error> {
+        let fail = |reason: String| Error::File { path: path.into(), reason };
+        let inode = self.find(path)?.ok_or_else(|| fail("does not exist".into()))?;
+        if inode.file_type != FileType::File {
+            return Err(fail("is not a regular file".into()));
+        }
+        if inode.size > limit {
+            return Err(fail(format!("has {} bytes, the limit is {limit}", inode.size)));
+        }
+        let mut data = self.0.data(&inode).map_err(|e| unusable(path, &e))?;
+        copied(&mut data).map_err(|e| unusable(path, &e))
+    }
+}
+
+/// An image's root file system that is mounted on the host.
+#[derive(Debug)]
+pub struct DirTree(OwnedFd);
+
+impl DirTree {
+    /// The one at `root`.
+    ///
+    /// # Errors
+    /// It is no directory, or cannot be opened.
+    pub fn open(root: &Path) -> Result<Self, Error> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(root, flags, Mode::empty());
+        opened.map(Self).map_err(|e| unusable("/", &e))
+    }
+
+    /// Opens a regular file. Links in the tree are followed as in a root of their own (`openat2(2)`,
+    /// `RESOLVE_IN_ROOT`); what is no regular file is never opened, since that alone can do something.
+    fn find(&self, path: &str) -> Result<Found, Error> {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let found = match openat2(&self.0, path, flags, Mode::empty(), resolve) {
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(Found::Nothing),
+            other => other.map_err(|e| unusable(path, &e))?,
+        };
+        let about = rustix::fs::fstat(&found).map_err(|e| unusable(path, &e))?;
+        if rustix::fs::FileType::from_raw_mode(about.st_mode) != rustix::fs::FileType::RegularFile {
+            return Ok(Found::Other);
+        }
+        // By its descriptor: what has been looked at, whatever is at the path by now.
+        let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()));
+        file.map(Found::File).map_err(|e| unusable(path, &e))
+    }
+}
+
+/// What is at a path.
+enum Found {
+    File(File),
+    Other,
+    Nothing,
+}
+
+impl Tree for DirTree {
+    fn head(&self, path: &str, limit: usize) -> Result<Option<Vec<u8>>, Error> {
+        let Found::File(file) = self.find(path)? else { return Ok(None) };
+        let mut bytes = Vec::new();
+        file.take(limit as u64).read_to_end(&mut bytes).map_err(|e| unusable(path, &e))?;
+        Ok(Some(bytes))
+    }
+}
+
+impl Extract for DirTree {
+    fn extract(&self, path: &str, limit: u64) -> Result<File, Error> {
+        let fail = |reason: String| Error::File { path: path.into(), reason };
+        let mut file = match self.find(path)? {
+            Found::File(file) => file,
+            Found::Other => return Err(fail("is not a regular file".into())),
+            Found::Nothing => return Err(fail("does not exist".into())),
+        };
+        let size = file.metadata().map_err(|e| unusable(path, &e))?.len();
+        if size > limit {
+            return Err(fail(format!("has {size} bytes, the limit is {limit}")));
+        }
+        // Somebody may make it longer meanwhile.
+        copied(&mut Read::take(&mut file, size)).map_err(|e| unusable(path, &e))
+    }
+}
+
+/// The files of an image that a machine is made of, each a copy in memory that nobody else can change.
+#[derive(Debug)]
+pub struct Files {
+    /// The kernel.
+    pub kernel: File,
+    /// Its initrd.
+    pub initrd: Option<File>,
+    /// A disk. What the guest writes to it is gone with the machine.
+    pub disk: Option<File>,
+}
+
+/// Largest files that are taken into memory, in bytes.
+const KERNEL_MAX: u64 = 256 << 20;
+const INITRD_MAX: u64 = 2 << 30;
+const DISK_MAX: u64 = 4 << 30;
+
+impl Files {
+    /// Those that `plan` names.
+    ///
+    /// # Errors
+    /// One does not exist, is too large, or cannot be read.
+    pub fn extract(plan: &UnikernelPlan, tree: &dyn Extract) -> Result<Self, Error> {
+        let one =
+            |path: &Option<String>, max| path.as_deref().map(|p| tree.extract(p, max)).transpose();
+        Ok(Self {
+            kernel: tree.extract(&plan.kernel, KERNEL_MAX)?,
+            initrd: one(&plan.initrd, INITRD_MAX)?,
+            disk: one(&plan.disk, DISK_MAX)?,
+        })
+    }
+}
+
+/// A copy in memory, of which nobody else has a name or descriptor.
+fn copied(from: &mut impl Read) -> io::Result<File> {
+    let mut file = File::from(memfd_create(c"mvm-unikernel", MFdFlags::MFD_CLOEXEC)?);
+    io::copy(from, &mut file)?;
+    file.rewind()?;
+    Ok(file)
+}
+
 fn unusable(path: &str, error: &dyn std::error::Error) -> Error {
     Error::File { path: path.into(), reason: format!("cannot be read: {error}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn links_of_a_directory_stay_in_it_and_devices_are_left_alone() {
+        let outside = tempfile::tempdir().unwrap();
+        std::fs::write(outside.path().join("secret"), "no").unwrap();
+        let root = tempfile::tempdir().unwrap();
+        std::fs::write(root.path().join("k"), "kernel").unwrap();
+        symlink("/k", root.path().join("absolute")).unwrap();
+        symlink("../../k", root.path().join("up")).unwrap();
+        symlink(outside.path().join("secret"), root.path().join("out")).unwrap();
+        symlink("loop", root.path().join("loop")).unwrap();
+        let fifo = root.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        let tree = DirTree::open(root.path()).unwrap();
+        for path in ["/k", "k", "/absolute", "/up", "/../k"] {
+            assert_eq!(tree.head(path, 6).unwrap().as_deref(), Some(&b"kernel"[..]), "{path}");
+        }
+        for path in ["/out", "/loop", "/fifo", "/none", "/k/x", "/"] {
+            assert_eq!(tree.head(path, 6).unwrap(), None, "{path}");
+            assert!(tree.extract(path, 6).is_err(), "{path}");
+        }
+        let mut text = String::new();
+        tree.extract("/k", 6).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, "kernel");
+        let error = tree.extract("/k", 5).unwrap_err().to_string();
+        assert!(error.contains("6 bytes"), "{error}");
+    }
 }

@@ -87,15 +87,19 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
     }))
 }
 
+/// Whether these name the type or the kernel.
+pub(super) fn is_annotated(pairs: &Pairs) -> bool {
+    pairs.contains_key(TYPE) || pairs.contains_key(BINARY)
+}
+
 /// The first place that has the type or the kernel.
 fn find(packaging: &Packaging<'_>) -> Result<Option<Source>, Error> {
-    let known = |pairs: &Pairs| pairs.contains_key(TYPE) || pairs.contains_key(BINARY);
     let places = [
         ("annotations (--annotation)", packaging.annotations),
         ("manifest's annotations", packaging.manifest),
         ("labels", packaging.labels),
     ];
-    let found = places.into_iter().find(|(_, pairs)| known(pairs));
+    let found = places.into_iter().find(|(_, pairs)| is_annotated(pairs));
     let (place, pairs) = match found {
         Some((place, pairs)) => (place, pairs.clone()),
         None => match packaging.tree.head(FILE, FILE_MAX + 1)? {
@@ -103,8 +107,11 @@ fn find(packaging: &Packaging<'_>) -> Result<Option<Source>, Error> {
             None => return Ok(None),
         },
     };
-    let over =
-        if known(packaging.annotations) { Pairs::new() } else { packaging.annotations.clone() };
+    let over = if is_annotated(packaging.annotations) {
+        Pairs::new()
+    } else {
+        packaging.annotations.clone()
+    };
     let value = pairs.get(TYPE).ok_or(Error::Missing { key: TYPE, place })?;
     let encoding = match named(value) {
         Some(_) => Encoding::Plain,

@@ -230,7 +230,7 @@ seeds!(hellos, {
 fn greeting(bytes: &[u8]) {
     let _ = hello::receive(&mut Cursor::new(bytes));
     let _ = hello::read_answer(&mut Cursor::new(bytes));
-    let _ = stream::Header::read(&mut Cursor::new(bytes));
+    let _ = stream::Request::read(&mut Cursor::new(bytes));
 }
 
 seeds!(kernels, mvm_vmm::testing::kernels());
