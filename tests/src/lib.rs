@@ -5,6 +5,7 @@
 //! `MVM_TEST_IMAGES`, the directory of the image recipes' output. `MVM_TEST_ENGINE` names the engine that guests run
 //! on where a test is not about that ([`engine`]); `make test-kvm` sets it.
 
+mod cable;
 mod chroot;
 mod containerd;
 pub mod cri;
@@ -15,8 +16,10 @@ pub mod registry;
 mod run;
 mod running;
 mod shim;
+pub mod unikernel;
 mod world;
 
+pub use cable::Cable;
 pub use chroot::Chroot;
 pub use containerd::{Containerd, IMAGE};
 pub use engine::{TEST_ENGINE, engine};

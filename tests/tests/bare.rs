@@ -1,22 +1,15 @@
 //! Machines without agent: `mvm run --unikernel KIND --kernel FILE`.
 
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use mvm_tests::unikernel::{self, kernel, kvm_works};
 use mvm_tests::{Finished, Running, Terminal, World, engine, eventually};
 use nix::sys::signal::Signal;
 
-fn kernel() -> PathBuf {
-    World::small().images().join("hello-unikernel.elf")
-}
-
-/// The command that runs our unikernel with `words` on emu, so that nothing is said of the choice.
+/// The command that runs our unikernel with `words`. Its engine is named, so that nothing is said of the choice.
 fn command(flags: &[&str], words: &[&str]) -> Command {
-    let kernel = kernel();
-    let kernel = kernel.to_str().expect("a UTF-8 path");
-    let fixed = ["run", "--engine", engine(), "--unikernel", "rust", "--kernel", kernel];
-    World::small().command(&[&fixed[..], flags, words].concat())
+    unikernel::command(engine(), flags, words)
 }
 
 fn run(flags: &[&str], words: &[&str]) -> Finished {
@@ -235,17 +228,6 @@ fn multiboot_kernels_get_their_name_and_modules() {
     let missing = format!("{module},/no/such/module");
     let refused = world.mvm(&[&line[..], &[&missing]].concat()).expect_code(125);
     assert!(refused.err().contains("/no/such/module"), "{}", refused.err());
-}
-
-/// Whether kvm runs the unikernel here. Where it does not a line says so.
-fn kvm_works() -> bool {
-    let flags = ["run", "--rm", "--engine", "kvm", "--unikernel", "rust"];
-    let mut hello = World::small().command(&flags);
-    let output = hello.arg("--kernel").arg(kernel()).output().expect("mvm");
-    if !output.status.success() {
-        eprintln!("skipped on kvm: {}", String::from_utf8_lossy(&output.stderr).trim_end());
-    }
-    output.status.success()
 }
 
 #[test]

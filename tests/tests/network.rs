@@ -3,102 +3,24 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use mvm_net::Namespace;
-use mvm_tests::{Finished, Running, World, engine, run_with};
+use mvm_tests::{Cable, Finished, Running, World, engine, run_with};
 use mvm_vmm::testing::ElfBuilder;
 use nix::sys::signal::{Signal, kill};
 
 /// Longer than anything that is not stuck takes.
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// Two namespaces with a cable between them: `eth0` in the one for the guest, `peer0` in the other.
-struct Cable {
-    names: [String; 2],
-}
-
-impl Cable {
-    fn new(test: &str) -> Self {
-        let names = ["a", "b"].map(|end| format!("mvme2e-{}-{test}-{end}", std::process::id()));
-        for name in &names {
-            Namespace::create(name).expect("a network namespace; this needs root");
-        }
-        let cable = Self { names };
-        cable.ip(0, "link add eth0 mtu 1400 type veth peer name peer0 mtu 1400");
-        cable.ip(0, &format!("link set peer0 netns {}", cable.names[1]));
-        for (end, device, host) in [(0, "eth0", 2), (1, "peer0", 1)] {
-            cable.ip(end, "link set lo up");
-            cable.ip(end, &format!("addr add 10.89.0.{host}/24 dev {device}"));
-            cable.ip(end, &format!("addr add fd00:89::{host}/64 dev {device} nodad"));
-            cable.ip(end, &format!("link set {device} up"));
-        }
-        cable.ip(1, "addr add 10.91.0.1/32 dev lo");
-        cable.ip(0, "route add default via 10.89.0.1");
-        cable.ip(0, "-6 route add default via fd00:89::1");
-        cable
-    }
-
-    fn path(&self, end: usize) -> PathBuf {
-        Path::new(Namespace::DIRECTORY).join(&self.names[end])
-    }
-
-    /// What `--network` takes.
-    fn network(&self) -> String {
-        format!("ns:{}", self.path(0).display())
-    }
-
-    fn run(&self, end: usize, program: &str, arguments: &str) -> String {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.names[end], program]);
-        let out = command.args(arguments.split_whitespace()).output().expect("iproute2");
-        let error = String::from_utf8_lossy(&out.stderr);
-        assert!(out.status.success(), "{program} {arguments}: {error}");
-        String::from_utf8(out.stdout).unwrap()
-    }
-
-    fn ip(&self, end: usize, arguments: &str) -> String {
-        self.run(end, "ip", arguments)
-    }
-
-    /// A socket at the guest's peer.
-    fn at_peer<R: Send>(&self, make: impl FnOnce() -> std::io::Result<R> + Send) -> R {
-        Namespace::open(&self.path(1)).unwrap().enter(make).unwrap().expect("a socket")
-    }
-
-    /// Runs a script in a container of busybox at the cable.
-    #[track_caller]
-    fn sh(&self, script: &str) -> Finished {
-        World::small().mvm(&[
-            "run",
-            "--rm",
-            "--network",
-            &self.network(),
-            "busybox",
-            "sh",
-            "-ec",
-            script,
-        ])
-    }
-
-    fn nothing_is_left(&self) {
-        let links = self.ip(0, "-o link show");
-        assert!(!links.contains("mvm0"), "{links}");
-        let disciplines = self.run(0, "tc", "qdisc show dev eth0");
-        assert!(!disciplines.contains("ingress"), "{disciplines}");
-    }
-}
-
-impl Drop for Cable {
-    fn drop(&mut self) {
-        for name in &self.names {
-            let _ = Namespace::remove(name);
-            let _ = fs::remove_dir_all(Path::new("/etc/netns").join(name));
-        }
-    }
+/// Runs a script in a container of busybox at the cable.
+#[track_caller]
+fn sh(cable: &Cable, script: &str) -> Finished {
+    let network = cable.network();
+    World::small().mvm(&["run", "--rm", "--network", &network, "busybox", "sh", "-ec", script])
 }
 
 #[test]
@@ -123,7 +45,7 @@ fn without_a_network_there_is_loopback_alone() {
 #[test]
 fn the_guest_has_what_the_interface_has() {
     let cable = Cable::new("has");
-    let netns = Path::new("/etc/netns").join(&cable.names[0]);
+    let netns = Path::new("/etc/netns").join(cable.name(0));
     fs::create_dir_all(&netns).unwrap();
     fs::write(netns.join("resolv.conf"), "nameserver 127.0.0.1\nnameserver 10.89.0.1\n").unwrap();
     // A server for one question: UDP, by the name server that was handed down.
@@ -150,7 +72,7 @@ fn the_guest_has_what_the_interface_has() {
         ping -c 2 -W 60 10.89.0.1; ping -c 1 -W 60 10.91.0.1; ping6 -c 2 -W 60 fd00:89::1
         ping -c 1 -W 60 -s 20000 10.89.0.1
         nslookup host.test. || true";
-    let out = cable.sh(script).expect_code(0).out();
+    let out = sh(&cable, script).expect_code(0).out();
     let mac = cable.run(0, "cat", "/sys/class/net/eth0/address");
     for want in [
         "inet 10.89.0.2/24",
@@ -195,7 +117,7 @@ fn megabytes_go_both_ways_unchanged() {
              nc {at} < /tmp/sent > /tmp/got
              cmp /tmp/sent /tmp/got && echo same $(wc -c < /tmp/got)"
         );
-        assert_eq!(cable.sh(&script).expect_code(0).out(), "same 6291456\n", "{at}");
+        assert_eq!(sh(&cable, &script).expect_code(0).out(), "same 6291456\n", "{at}");
         echo.join().unwrap();
     }
     cable.nothing_is_left();
