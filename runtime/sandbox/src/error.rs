@@ -38,12 +38,12 @@ pub enum Error {
     #[error(transparent)]
     Network(#[from] crate::network::Error),
     /// The socket to the guest cannot be made.
-    #[error("--vsock {}: {source}", path.display())]
+    #[error("--vsock {}: {reason}", path.display())]
     Vsock {
         /// Where it was to be.
         path: std::path::PathBuf,
         /// What is wrong with that.
-        source: io::Error,
+        reason: io::Error,
     },
     /// The monitor process could not be started.
     #[error(transparent)]

@@ -53,7 +53,7 @@ impl Record {
 /// # Errors
 /// There is something already, its directory is missing, or its name is too long for what is added to it.
 pub(crate) fn open(dir: &Path, path: &Path) -> Result<Door, Error> {
-    let failed = |source: io::Error| Error::Vsock { path: path.into(), source };
+    let failed = |reason: io::Error| Error::Vsock { path: path.into(), reason };
     let invalid = |why: String| failed(io::Error::new(io::ErrorKind::InvalidInput, why));
     let path = std::path::absolute(path).map_err(failed)?;
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
