@@ -1,6 +1,7 @@
 //! What the host's processor can do for the guest.
 
 use iced_x86::CpuidFeature as F;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
 /// Instruction sets of the host that the engine passes on to the guest.
@@ -27,6 +28,7 @@ pub struct HostFeatures {
     pub lzcnt: bool,
     pub movbe: bool,
     pub adx: bool,
+    pub clflushopt: bool,
     pub rdrand: bool,
     pub rdseed: bool,
 }
@@ -56,6 +58,7 @@ impl HostFeatures {
                 lzcnt: has!("lzcnt"),
                 movbe: has!("movbe"),
                 adx: has!("adx"),
+                clflushopt: has_clflushopt(),
                 rdrand: has!("rdrand"),
                 rdseed: has!("rdseed"),
             }
@@ -81,7 +84,6 @@ impl HostFeatures {
             | F::SSE2
             | F::MULTIBYTENOP
             | F::CLFSH
-            | F::CLFLUSHOPT
             | F::PREFETCHW
             | F::XSAVE
             | F::XSAVEOPT
@@ -105,7 +107,13 @@ impl HostFeatures {
             F::LZCNT => self.lzcnt,
             F::MOVBE => self.movbe,
             F::ADX => self.adx,
+            F::CLFLUSHOPT => self.clflushopt,
             _ => false,
         }
     }
+}
+
+/// CPUID 7, EBX bit 23 (SDM vol. 2, "CPUID").
+fn has_clflushopt() -> bool {
+    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).ebx >> 23 & 1 != 0
 }

@@ -8,6 +8,9 @@ use crate::op::Op;
 /// Entries of the jump cache.
 pub const JUMPS: usize = 2048;
 
+/// Entries in use that are still dropped one by one.
+const FEW: usize = 128;
+
 /// An entry of the jump cache (J7).
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(32))]
@@ -83,6 +86,8 @@ pub struct JitEnv {
     pub(super) calls: Calls,
     /// Bit per page (hashed) that entries of the jump cache lie in.
     pages: u64,
+    /// Slots in use, or [`FEW`] if there are more.
+    used: Vec<u16>,
 }
 
 impl JitEnv {
@@ -105,6 +110,9 @@ impl JitEnv {
 
     pub(super) fn insert(&mut self, address: u64, tag: u64, code: u64) {
         if let Some(jump) = self.jumps.get_mut(Self::slot(address)) {
+            if jump.tag == NONE.tag && self.used.len() < FEW {
+                self.used.push(Self::slot(address) as u16);
+            }
             *jump = Jump { address, tag, code };
             self.pages |= 1 << (address >> 12 & 63);
         }
@@ -118,15 +126,71 @@ impl JitEnv {
 
     /// Drops everything.
     pub(super) fn clear(&mut self) {
-        if std::mem::take(&mut self.pages) != 0 {
+        if std::mem::take(&mut self.pages) == 0 {
+            return;
+        }
+        if self.used.len() < FEW {
+            for slot in self.used.drain(..) {
+                self.jumps[usize::from(slot)] = NONE;
+            }
+        } else {
             self.jumps.fill(NONE);
+            self.used.clear();
         }
     }
 
     /// Drops (at least) the page of `address`: its mapping may have changed.
     pub(crate) fn forget_page(&mut self, address: u64) {
-        if self.pages & 1 << (address >> 12 & 63) != 0 {
-            self.clear();
+        if self.pages & 1 << (address >> 12 & 63) == 0 {
+            return;
+        }
+        if self.used.len() >= FEW {
+            return self.clear();
+        }
+        // A small kernel that changes its page tables all the time pays for its own entries only.
+        let jumps = &mut self.jumps;
+        self.used.retain(|slot| {
+            let jump = &mut jumps[usize::from(*slot)];
+            let keep = jump.address >> 12 != address >> 12;
+            if !keep {
+                *jump = NONE;
+            }
+            keep
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_forgotten_with_few_and_with_many_entries() {
+        for count in [1, 10, FEW as u64 - 1, FEW as u64, 500] {
+            let mut env = JitEnv::with_jumps();
+            let page = |n: u64| 0x7000_0000 + (n % 3) * 0x4_0000;
+            for n in 0..count {
+                env.insert(page(n) + n * 5, 7, n + 1);
+            }
+            let there = |env: &JitEnv| -> Vec<u64> {
+                (0..count).filter(|n| env.find(page(*n) + n * 5, 7).is_some()).collect()
+            };
+            let before = there(&env);
+            assert!(before.contains(&(count - 1)));
+            // 64 pages away: the same bit.
+            env.forget_page(page(1));
+            let after = there(&env);
+            assert!(after.iter().all(|n| n % 3 != 1 && before.contains(n)), "{count}");
+            if count < FEW as u64 {
+                assert!(before.iter().all(|n| n % 3 == 1 || after.contains(n)), "{count}");
+            }
+            // And it is filled again.
+            for n in 0..count {
+                env.insert(page(n) + n * 5, 7, n + 1);
+            }
+            assert_eq!(there(&env), before);
+            env.clear();
+            assert!(there(&env).is_empty());
         }
     }
 }

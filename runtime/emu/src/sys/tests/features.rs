@@ -55,9 +55,13 @@ fn feature_cmov() {
 #[test]
 fn feature_clflush() {
     let mut guest = Guest::new();
-    let code =
-        asm!(64 at CODE; mov(rdi, DATA); clflush(byte_ptr(rdi)); clflushopt(byte_ptr(rdi)); hlt(););
+    let code = asm!(64 at CODE; mov(rdi, DATA); clflush(byte_ptr(rdi)); hlt(););
     assert_eq!(guest.run(&code), End::Halt);
+    let code = asm!(64 at CODE; clflushopt(byte_ptr(rdi)); hlt(););
+    match guest.run_kernel(&code) {
+        End::Halt => assert!(has("clflushopt")),
+        end => assert_eq!((end.fault().0, has("clflushopt")), (vector::UD, false)),
+    }
     let code = asm!(64 at CODE; clflush(byte_ptr(rdi)););
     guest.cpu().gpr[7] = 0x5000_0000;
     assert_eq!(guest.run(&code).fault(), (vector::PF, Some(0), CODE));
