@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 
+/// Longer than anything that is not stuck takes, where guests are emulated and many others want the processors.
+const PATIENCE: Duration = Duration::from_secs(300);
+
 /// What a program left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finished {
@@ -149,7 +152,7 @@ impl Collected {
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(120), "never came: {what}");
+        assert!(start.elapsed() < PATIENCE, "never came: {what}");
         thread::sleep(Duration::from_millis(50));
     }
 }

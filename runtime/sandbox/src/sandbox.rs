@@ -67,6 +67,8 @@ pub struct Sandbox {
     machine: Option<Box<dyn Machine>>,
     guest: Option<Guest>,
     network: Option<Network>,
+    /// The machine ended by itself, and not as it should.
+    failed: bool,
     finished: bool,
 }
 
@@ -110,6 +112,7 @@ impl Sandbox {
             machine: None,
             guest: None,
             network: None,
+            failed: false,
             finished: false,
         };
         let path = sandbox.place.dir.display().to_string();
@@ -294,6 +297,7 @@ impl Sandbox {
         );
         match if broken { self.machine_ended() } else { None } {
             Some(outcome) => {
+                self.failed = true;
                 Error::MachineEnded { reason: outcome.reason, console: outcome.console_tail }
             }
             None => error,
@@ -349,10 +353,10 @@ impl Sandbox {
         self.guest = None;
         let ended = match &mut self.machine {
             Some(machine) => {
-                let how = match ending {
-                    Ending { oom_killed: true, .. } => End::OutOfMemory,
-                    Ending { reason: Some(_), .. } => End::Failed,
-                    Ending { reason: None, .. } => End::Finished,
+                let how = match (ending.oom_killed, self.failed) {
+                    (true, _) => End::OutOfMemory,
+                    (false, true) => End::Failed,
+                    (false, false) => End::Finished,
                 };
                 metrics::count(self.registry.layout(), |counters| counters.ended(how));
                 machine.end()

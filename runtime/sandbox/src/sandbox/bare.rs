@@ -156,11 +156,20 @@ impl Sandbox {
             let ready = readable(&fds, None)?;
             if ready.first() == Some(&true) {
                 match machine.next_event(Some(Instant::now() + LAST_WORDS)) {
-                    Ok(Some(Event::Ended(outcome))) => return Ok(Woken::Ended(outcome)),
-                    Ok(Some(Event::Failed { message })) => return Ok(Woken::Ended(died(message))),
+                    Ok(Some(Event::Ended(outcome))) => {
+                        self.failed = !outcome.reason.is_orderly();
+                        return Ok(Woken::Ended(outcome));
+                    }
+                    Ok(Some(Event::Failed { message })) => {
+                        self.failed = true;
+                        return Ok(Woken::Ended(died(message)));
+                    }
                     Ok(Some(Event::Phase(mark))) => timings.mark_monitor(mark),
                     Ok(Some(Event::Engine { .. } | Event::Boot { .. }) | None) => {}
-                    Err(e) => return Ok(Woken::Ended(died(e.to_string()))),
+                    Err(e) => {
+                        self.failed = true;
+                        return Ok(Woken::Ended(died(e.to_string())));
+                    }
                 }
             } else if let Some(index) = ready.iter().skip(1).position(|r| *r) {
                 return Ok(Woken::Other(index));
