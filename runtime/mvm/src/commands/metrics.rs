@@ -213,13 +213,14 @@ fn of_machines(page: &mut Page, machines: &[(Found, Option<Stats>)]) {
     }
     for (name, help, counts) in [
         (
-            "mvm_machine_engine_total",
+            "mvm_machine_engine",
             "What the engine counts, exits among it.",
             (|s: &Stats| s.engine.clone()) as fn(&Stats) -> Vec<(String, u64)>,
         ),
-        ("mvm_machine_device_total", "What the devices count.", |s: &Stats| s.devices.clone()),
+        ("mvm_machine_device", "What the devices count.", |s: &Stats| s.devices.clone()),
     ] {
-        page.metric(name, "counter", help);
+        // Most only grow, some are sizes.
+        page.metric(name, "untyped", help);
         for (found, stats) in machines {
             for (what, count) in stats.as_ref().map(counts).unwrap_or_default() {
                 page.sample(name, &[("id", &found.state.id), ("counter", &what)], count);
