@@ -78,7 +78,12 @@ impl Connection {
         } else {
             self.answer = self.answer.take().or_else(|| read_request(socket, asked));
             let over = match &mut self.answer {
-                Some(answer) => answer.send(socket),
+                Some(answer) => {
+                    // What else comes is of no interest, but without room for it there is none for its end.
+                    while socket.recv(|bytes| (bytes.len(), bytes.len())).is_ok_and(|len| len > 0) {
+                    }
+                    answer.send(socket)
+                }
                 // Nothing will be asked any more.
                 None => socket.state() == tcp::State::CloseWait,
             };
