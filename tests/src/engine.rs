@@ -25,11 +25,20 @@ pub(crate) fn under_test() -> Option<&'static str> {
     Some(known.unwrap_or_else(|| panic!("{TEST_ENGINE} is {value:?}, which is no engine")))
 }
 
+/// The engine under test and its tier, where the wish names one.
+pub fn engine_and_tier() -> (&'static str, Option<&'static str>) {
+    let name = engine();
+    name.split_once(':').map_or((name, None), |(engine, tier)| (engine, Some(tier)))
+}
+
 /// Settings for programs that take no flags: a file in `dir` that names the engine under test, or none.
 pub(crate) fn settings_in(dir: &Path) -> PathBuf {
-    let Some(engine) = under_test() else { return "/dev/null".into() };
-    let (engine, tier) = engine.split_once(':').unwrap_or((engine, "interp"));
+    if under_test().is_none() {
+        return "/dev/null".into();
+    }
+    let (engine, tier) = engine_and_tier();
+    let tier = tier.map(|tier| format!("emu.tier = {tier:?}\n")).unwrap_or_default();
     let path = dir.join("mvm.toml");
-    fs::write(&path, format!("engine = {engine:?}\nemu.tier = {tier:?}\n")).expect("a file");
+    fs::write(&path, format!("engine = {engine:?}\n{tier}")).expect("a file");
     path
 }

@@ -22,7 +22,7 @@ mod world;
 pub use cable::Cable;
 pub use chroot::Chroot;
 pub use containerd::{Containerd, IMAGE};
-pub use engine::{TEST_ENGINE, engine};
+pub use engine::{TEST_ENGINE, engine, engine_and_tier};
 pub use pty::Terminal;
 pub use run::{Finished, eventually, is_running, run_with};
 pub use running::Running;

@@ -10,6 +10,9 @@ use crate::vm::EmuVm;
 /// vCPUs of one machine, at most: what the local APICs' xAPIC mode can address.
 pub const MAX_VCPUS: u32 = 32;
 
+// A translator without a run word would never run anything.
+const _: () = assert!(MAX_VCPUS as usize <= mvm_memory::RUN_WORDS);
+
 /// How guest code is run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Tier {

@@ -112,15 +112,9 @@ impl Machine {
 
 /// The engine under test.
 fn selection(layout: &Layout) -> Selection {
-    let choice = match mvm_tests::engine() {
-        "kvm" => EngineChoice::Kvm,
-        _ => EngineChoice::Emu,
-    };
-    let tier = match mvm_tests::engine() {
-        "emu:interp" => EmuTier::Interp,
-        "emu:jit" => EmuTier::Jit,
-        _ => EmuTier::default(),
-    };
+    let (engine, tier) = mvm_tests::engine_and_tier();
+    let choice = if engine == "kvm" { EngineChoice::Kvm } else { EngineChoice::Emu };
+    let tier = tier.map_or_else(EmuTier::default, |tier| tier.parse().expect("a tier"));
     let outlook = look(layout, Wish { choice, tier, ..Wish::default() });
     outlook.and_then(|o| o.decide(Guest::Linux)).unwrap_or_else(|e| panic!("{e}"))
 }

@@ -184,8 +184,8 @@ mod futex {
 mod tests {
     use super::*;
     use std::sync::Arc;
-
     use std::time::Instant;
+
     use vm_memory::bitmap::NewBitmap as _;
 
     #[test]
