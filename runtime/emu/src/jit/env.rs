@@ -3,27 +3,30 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::mmu::NO_JUMP;
 use crate::op::Op;
 
-/// Entries of the jump cache.
-pub const JUMPS: usize = 2048;
+/// Entries of the jump cache: a Linux kernel that does anything at all jumps to some thousands of places.
+pub const JUMPS: usize = 8192;
 
 /// Entries in use that are still dropped one by one.
 const FEW: usize = 128;
 
 /// An entry of the jump cache (J7).
 #[derive(Debug, Clone, Copy)]
-#[repr(C, align(32))]
+#[repr(C, align(16))]
 pub struct Jump {
     /// Virtual address.
     pub address: u64,
     /// `Tlb`'s tag for jumps; one that it never has stands for an empty entry.
-    pub tag: u64,
-    /// Address of the code's entry M.
-    pub code: u64,
+    pub tag: u32,
+    /// Offset of the code's entry M in the arena.
+    pub code: u32,
 }
 
-const NONE: Jump = Jump { address: 0, tag: u64::MAX, code: 0 };
+const NONE: Jump = Jump { address: 0, tag: NO_JUMP, code: 0 };
+/// Bits of the filter of pages.
+const PAGES: usize = 4096;
 
 /// An op as translated code refers to it.
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +78,8 @@ pub struct JitEnv {
     jumps: Box<[Jump]>,
     /// Address of `jumps`.
     pub(super) table: u64,
+    /// Address of the arena's code.
+    pub(super) code: u64,
     /// Address of the attention's run word.
     pub(super) run: u64,
     /// Between the two halves of an indirect call.
@@ -85,16 +90,18 @@ pub struct JitEnv {
     /// Handlers called, by opcode.
     pub(super) calls: Calls,
     /// Bit per page (hashed) that entries of the jump cache lie in.
-    pages: u64,
+    pages: Box<[u64]>,
     /// Slots in use, or [`FEW`] if there are more.
     used: Vec<u16>,
 }
 
 impl JitEnv {
-    pub(super) fn with_jumps() -> Self {
+    /// For an arena whose code is at `code`.
+    pub(super) fn with_jumps(code: u64) -> Self {
         let jumps = vec![NONE; JUMPS].into_boxed_slice();
         let table = jumps.as_ptr() as u64;
-        Self { jumps, table, calls: Calls::new(), ..Self::default() }
+        let pages = vec![0; PAGES / 64].into_boxed_slice();
+        Self { jumps, table, code, pages, calls: Calls::new(), ..Self::default() }
     }
 
     /// The counters of called handlers.
@@ -105,30 +112,37 @@ impl JitEnv {
     /// The slot of `address`: what `flow::lookup` computes.
     fn slot(address: u64) -> usize {
         let low = address as u32;
-        (low ^ low >> 11) as usize & (JUMPS - 1)
+        (low ^ low >> JUMPS.ilog2()) as usize & (JUMPS - 1)
     }
 
-    pub(super) fn insert(&mut self, address: u64, tag: u64, code: u64) {
+    /// The word and the bit of the filter for the page of `address`.
+    fn page(address: u64) -> (usize, u64) {
+        let page = address >> 12;
+        let bit = (page ^ page >> PAGES.ilog2()) as usize & (PAGES - 1);
+        (bit / 64, 1 << (bit % 64))
+    }
+
+    pub(super) fn insert(&mut self, address: u64, tag: u32, code: u32) {
         if let Some(jump) = self.jumps.get_mut(Self::slot(address)) {
             if jump.tag == NONE.tag && self.used.len() < FEW {
                 self.used.push(Self::slot(address) as u16);
             }
             *jump = Jump { address, tag, code };
-            self.pages |= 1 << (address >> 12 & 63);
+            let (word, bit) = Self::page(address);
+            self.pages[word] |= bit;
         }
     }
 
-    /// The code for `address` if it is there with `tag`.
-    pub(super) fn find(&self, address: u64, tag: u64) -> Option<u64> {
+    /// The address of the code for `address` if it is there with `tag`.
+    pub(super) fn find(&self, address: u64, tag: u32) -> Option<u64> {
         let jump = self.jumps.get(Self::slot(address))?;
-        (jump.address == address && jump.tag == tag).then_some(jump.code)
+        let found = jump.address == address && jump.tag == tag;
+        found.then(|| self.code + u64::from(jump.code))
     }
 
     /// Drops everything.
     pub(super) fn clear(&mut self) {
-        if std::mem::take(&mut self.pages) == 0 {
-            return;
-        }
+        self.pages.fill(0);
         if self.used.len() < FEW {
             for slot in self.used.drain(..) {
                 self.jumps[usize::from(slot)] = NONE;
@@ -141,7 +155,8 @@ impl JitEnv {
 
     /// Drops (at least) the page of `address`: its mapping may have changed.
     pub(crate) fn forget_page(&mut self, address: u64) {
-        if self.pages & 1 << (address >> 12 & 63) == 0 {
+        let (word, bit) = Self::page(address);
+        if self.pages.get(word).is_none_or(|pages| pages & bit == 0) {
             return;
         }
         if self.used.len() >= FEW {
@@ -167,17 +182,17 @@ mod tests {
     #[test]
     fn a_page_is_forgotten_with_few_and_with_many_entries() {
         for count in [1, 10, FEW as u64 - 1, FEW as u64, 500] {
-            let mut env = JitEnv::with_jumps();
-            let page = |n: u64| 0x7000_0000 + (n % 3) * 0x4_0000;
+            let mut env = JitEnv::with_jumps(0);
+            let page = |n: u64| 0x7000_0000 + (n % 3) * 0x100_1000;
             for n in 0..count {
-                env.insert(page(n) + n * 5, 7, n + 1);
+                env.insert(page(n) + n * 5, 7, n as u32 + 1);
             }
             let there = |env: &JitEnv| -> Vec<u64> {
                 (0..count).filter(|n| env.find(page(*n) + n * 5, 7).is_some()).collect()
             };
             let before = there(&env);
             assert!(before.contains(&(count - 1)));
-            // 64 pages away: the same bit.
+            // Has the bit of the others' pages as well.
             env.forget_page(page(1));
             let after = there(&env);
             assert!(after.iter().all(|n| n % 3 != 1 && before.contains(n)), "{count}");
@@ -186,7 +201,7 @@ mod tests {
             }
             // And it is filled again.
             for n in 0..count {
-                env.insert(page(n) + n * 5, 7, n + 1);
+                env.insert(page(n) + n * 5, 7, n as u32 + 1);
             }
             assert_eq!(there(&env), before);
             env.clear();

@@ -1,14 +1,20 @@
 //! Transfers of control: links inside a page, the jump cache for everything else.
 
+use std::mem::offset_of;
+
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Code, Ea, Rm};
-use super::env::JUMPS as ENTRIES;
+use super::env::{JUMPS as ENTRIES, Jump};
 use super::layout::{self, GUEST_SP, JUMPS, PAGE, RIP, TARGET, TARGET_PAGE};
 use super::plan::{ALL, Kind, Mem, Plan};
 use super::translate::Translator;
 use crate::op::Op;
 
 const PAGE_SIZE: i64 = 4096;
+/// Fields of an entry of the jump cache.
+const ADDRESS: i32 = offset_of!(Jump, address) as i32;
+const TAG: i32 = offset_of!(Jump, tag) as i32;
+const CODE: i32 = offset_of!(Jump, code) as i32;
 
 impl Translator {
     pub(super) fn transfer(&mut self, op: &Op, plan: &Plan) {
@@ -35,14 +41,13 @@ impl Translator {
                 self.load_target(op, register);
                 self.look_up();
                 self.enter_page();
-                self.asm.op(Code::one(0xff), 4, Rm::Mem(Ea::at(RAX, 16)));
+                self.jump_rax();
             }
             Kind::CallIndirect { register } => {
                 self.keep_flags(ALL);
                 self.load_target(op, register);
                 self.look_up();
-                self.asm.load(RDX, Ea::at(RAX, 16));
-                self.asm.store(Ea::cpu(TARGET), RDX);
+                self.asm.store(Ea::cpu(TARGET), RAX);
                 self.page_of_target();
                 self.asm.store(Ea::cpu(TARGET_PAGE), RCX);
                 self.push_return(op);
@@ -60,7 +65,7 @@ impl Translator {
                 // 8 and 16 bits of immediate fit.
                 self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, 8 + op.imm as i32));
                 self.enter_page();
-                self.asm.op(Code::one(0xff), 4, Rm::Mem(Ea::at(RAX, 16)));
+                self.jump_rax();
             }
             _ => {}
         }
@@ -94,23 +99,45 @@ impl Translator {
     /// The entry of the jump cache for the address in rcx, in rax.
     fn jump_slot(&mut self) {
         self.asm.mov32(RAX, RCX);
-        self.asm.bytes(&[0xc1, 0xe8, 11]); // shr eax, 11
+        self.asm.bytes(&[0xc1, 0xe8, ENTRIES.ilog2() as u8]); // shr eax, bits of a number
         self.asm.op(Code::one(0x31), RCX, Rm::Reg(RAX)); // xor eax, ecx
         self.asm.code.push(0x25); // and eax, mask
         self.asm.imm32(ENTRIES as i32 - 1);
-        self.asm.bytes(&[0xc1, 0xe0, 5]); // shl eax, 5
+        const { assert!(size_of::<Jump>() == 1 << 4) };
+        self.asm.bytes(&[0xc1, 0xe0, 4]); // shl eax, 4
         self.asm.op(Code::wide(0x03), RAX, Rm::Mem(Ea::cpu(JUMPS)));
     }
 
-    /// Finds the code for the address in rcx: the entry of the jump cache, in rax. Otherwise the op's handler
+    /// Finds the code for the address in rcx by the jump cache: its address, in rax. Otherwise the op's handler
     /// does it all. Keeps rcx.
     fn look_up(&mut self) {
         self.jump_slot();
-        self.asm.op(Code::wide(0x3b), RCX, Rm::Mem(Ea::at(RAX, 0)));
+        self.compare(ADDRESS);
         self.miss_if(5);
-        self.asm.load(RDX, Ea::cpu(layout::jump_tag(usize::from(self.upper))));
-        self.asm.op(Code::wide(0x3b), RDX, Rm::Mem(Ea::at(RAX, 8)));
+        self.compare(TAG);
         self.miss_if(5);
+        self.load_code();
+    }
+
+    /// Compares an entry of the jump cache, at rax, with the address in rcx or with the tag that counts.
+    fn compare(&mut self, what: i32) {
+        if what == ADDRESS {
+            self.asm.op(Code::wide(0x3b), RCX, Rm::Mem(Ea::at(RAX, ADDRESS)));
+        } else {
+            let tag = Ea::cpu(layout::jump_tag(usize::from(self.upper)));
+            self.asm.op(Code::one(0x8b), RDX, Rm::Mem(tag));
+            self.asm.op(Code::one(0x3b), RDX, Rm::Mem(Ea::at(RAX, TAG)));
+        }
+    }
+
+    /// The address of the code of the entry at rax, in rax.
+    fn load_code(&mut self) {
+        self.asm.op(Code::one(0x8b), RAX, Rm::Mem(Ea::at(RAX, CODE)));
+        self.asm.op(Code::wide(0x03), RAX, Rm::Mem(Ea::cpu(layout::CODE)));
+    }
+
+    fn jump_rax(&mut self) {
+        self.asm.op(Code::one(0xff), 4, Rm::Reg(RAX));
     }
 
     fn page_of_target(&mut self) {
@@ -142,13 +169,13 @@ impl Translator {
     pub(super) fn jump_far(&mut self, target: i64) {
         self.address_of(target);
         self.jump_slot();
-        self.asm.op(Code::wide(0x3b), RCX, Rm::Mem(Ea::at(RAX, 0)));
+        self.compare(ADDRESS);
         let first = self.asm.jcc(5);
-        self.asm.load(RDX, Ea::cpu(layout::jump_tag(usize::from(self.upper))));
-        self.asm.op(Code::wide(0x3b), RDX, Rm::Mem(Ea::at(RAX, 8)));
+        self.compare(TAG);
         let second = self.asm.jcc(5);
+        self.load_code();
         self.enter_page();
-        self.asm.op(Code::one(0xff), 4, Rm::Mem(Ea::at(RAX, 16)));
+        self.jump_rax();
         self.asm.land(first);
         self.asm.land(second);
         self.asm.far(0xe9, self.stubs.exit_to);

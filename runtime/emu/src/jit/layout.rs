@@ -57,7 +57,7 @@ pub const fn context(write: bool, half: usize) -> i32 {
 }
 /// The tag of the jump cache for a half.
 pub const fn jump_tag(half: usize) -> i32 {
-    (TLB + TlbLayout::JUMP_TAGS + half * 8) as i32
+    (TLB + TlbLayout::JUMP_TAGS + half * 4) as i32
 }
 
 /// The bits that keep vector instructions from simply running.
@@ -70,6 +70,7 @@ pub const fn ymm(guest: u8) -> i32 {
 
 const ENV: usize = offset_of!(Cpu, jit);
 pub const JUMPS: i32 = (ENV + offset_of!(JitEnv, table)) as i32;
+pub const CODE: i32 = (ENV + offset_of!(JitEnv, code)) as i32;
 pub const RUN: i32 = (ENV + offset_of!(JitEnv, run)) as i32;
 pub const TARGET: i32 = (ENV + offset_of!(JitEnv, target)) as i32;
 pub const TARGET_PAGE: i32 = (ENV + offset_of!(JitEnv, target_page)) as i32;

@@ -49,6 +49,8 @@ pub struct Jit {
     /// What handlers get for the block they are in; none of them looks at it.
     _block: Box<crate::block::Block>,
     perf_map: Option<std::fs::File>,
+    /// [`Tlb::jump_tags_era`](crate::mmu::Tlb::jump_tags_era) of the jump cache.
+    era: u64,
     /// For the metrics.
     pub counters: Counters,
 }
@@ -77,7 +79,7 @@ impl Jit {
         let stubs = Stubs::make(&mut asm, &raw const *block);
         arena.write(0, &asm.code);
         let floor = asm.here().next_multiple_of(64);
-        cpu.jit = JitEnv::with_jumps();
+        cpu.jit = JitEnv::with_jumps(arena.entry(0));
         let notices = cpu.mmu.phys().notices();
         cpu.sys.attention().keep_run_word(notices.clone(), cpu.mmu.index);
         Ok(Self {
@@ -96,6 +98,7 @@ impl Jit {
             known_notices: 0,
             _block: block,
             perf_map: perf_map(),
+            era: 0,
             counters: Counters::default(),
         })
     }
@@ -126,9 +129,14 @@ impl Jit {
         if let Some(link) = pending {
             self.link(link, cpu.rip, &block);
         }
+        if cpu.mmu.tlb.jump_tags_era() != self.era {
+            // The tags are used again.
+            self.era = cpu.mmu.tlb.jump_tags_era();
+            cpu.jit.clear();
+        }
         let tag = cpu.mmu.tlb.jump_tag(cpu.rip);
+        cpu.jit.insert(cpu.rip, tag, block.memory);
         let code = self.arena.entry(block.memory);
-        cpu.jit.insert(cpu.rip, tag, code);
         cpu.gpr[BLOCK] = cpu.rip & PAGE;
         let Some(run) = cpu.sys.attention().clear_to_run(notices) else {
             return Ran::Code(Some(Stop::Attention));

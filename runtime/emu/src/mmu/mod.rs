@@ -22,7 +22,7 @@ pub use access::Wrote;
 pub use phys::{Guard, PageRef, PhysMemory};
 pub use raw::HostAddr;
 pub use span::Span;
-pub use tlb::{Access, TlbLayout, Who};
+pub use tlb::{Access, NO_JUMP, TlbLayout, Who};
 pub use walk::{PHYSICAL_BITS, Paging, code};
 
 use tlb::Tlb;

@@ -22,6 +22,8 @@ pub const ENTRIES: usize = 2048;
 const PAGE: u64 = !0xfff;
 /// Context numbers fit the low bits of a tag; 0 is never current.
 const CONTEXTS: u64 = 0x1000;
+/// A tag that no jump has: context 0 is never current.
+pub const NO_JUMP: u32 = 0;
 /// PCIDs remembered at a time (Linux uses seven).
 const SPACES: usize = 12;
 
@@ -98,7 +100,7 @@ pub struct Tlb {
     /// Its address, for translated code.
     table: u64,
     /// What entries of the jump cache must be tagged with to count, lower and upper half: context and privilege.
-    jump_tags: [u64; 2],
+    jump_tags: [u32; 2],
     /// Current contexts for reading and fetching: lower half, upper half.
     read: [u64; 2],
     /// Current contexts for writing.
@@ -258,13 +260,18 @@ impl Tlb {
     /// To be called when a context or the privilege has changed. Contexts are used again after a wipe, so wipes count.
     fn tag_jumps(&mut self) {
         let user = matches!(self.selected(), Who::User | Who::UserAligned);
-        let tag = |context: u64| self.wipes << 16 | context << 1 | u64::from(user);
+        let tag = |context: u64| ((self.wipes * CONTEXTS + context) as u32) << 1 | u32::from(user);
         self.jump_tags = self.read.map(tag);
     }
 
     /// The tag that a jump to `linear` must have to count now.
-    pub fn jump_tag(&self, linear: u64) -> u64 {
+    pub fn jump_tag(&self, linear: u64) -> u32 {
         self.jump_tags[(linear >> 63) as usize]
+    }
+
+    /// Changes whenever tags for jumps may be used again.
+    pub fn jump_tags_era(&self) -> u64 {
+        self.wipes / ((1 << 31) / CONTEXTS)
     }
 
     /// Who looks.
