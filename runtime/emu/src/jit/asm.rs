@@ -242,10 +242,10 @@ impl Asm {
         self.bytes(&mask.to_le_bytes());
         self.op(Code::wide(0x03), RAX, Rm::Mem(Ea::cpu(table)));
     }
-    /// The page of the last of `size` bytes at rcx, in rdx.
-    pub fn last_page(&mut self, size: u8) {
-        if size > 1 {
-            self.lea(RDX, Ea::at(RCX, i32::from(size) - 1));
+    /// The page of the last of `bytes` bytes at rcx, in rdx.
+    pub fn last_page(&mut self, bytes: i32) {
+        if bytes > 1 {
+            self.lea(RDX, Ea::at(RCX, bytes - 1));
         } else {
             self.mov(RDX, RCX);
         }

@@ -25,15 +25,20 @@ pub struct Link {
     /// Offset in the page.
     pub target: u16,
     pub native: bool,
+    /// The target goes without spans.
+    pub plain: bool,
     /// Which life of the page it belongs to.
     pub life: u32,
 }
 
+/// Added to the addresses of blocks without spans (J14), which host addresses of user space leave free.
+pub const PLAIN: u64 = 1 << 63;
+
 #[derive(Debug, Default)]
 struct Page {
     life: u32,
-    /// Offsets of the blocks.
-    blocks: Vec<u16>,
+    /// The blocks' names.
+    blocks: Vec<u64>,
 }
 
 /// Blocks, pages, links.
@@ -46,9 +51,9 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// The block at host address `host`; its page's life is over if its code was written to.
-    pub fn find(&self, host: u64) -> Found {
-        match self.blocks.get(&host) {
+    /// The block at host address `host` (plus [`PLAIN`]); its page's life is over if its code was written to.
+    pub fn find(&self, name: u64) -> Found {
+        match self.blocks.get(&name) {
             None => Found::None,
             Some(block) if block.stamp.is_current() => Found::Block(*block),
             Some(_) => Found::Stale,
@@ -65,21 +70,23 @@ impl Cache {
         page.life
     }
 
-    pub fn insert(&mut self, host: u64, memory: u32, native: u32, stamp: CodeStamp) -> Block {
+    /// Enters a block by the name that it is found by.
+    pub fn insert(&mut self, name: u64, memory: u32, native: u32, stamp: CodeStamp) -> Block {
+        let host = name & !PLAIN;
         let life = self.life(host);
         if let Some(page) = self.pages.get_mut(&(host & !0xfff)) {
-            page.blocks.push((host & 0xfff) as u16);
+            page.blocks.push(name);
         }
         let block = Block { memory, native, stamp, life };
-        self.blocks.insert(host, block);
+        self.blocks.insert(name, block);
         block
     }
 
     /// Ends the life of the page at host address `page`. False: nothing of it was there.
     pub fn kill(&mut self, page: u64) -> bool {
         let Some(dead) = self.pages.remove(&page) else { return false };
-        for offset in dead.blocks {
-            self.blocks.remove(&(page | u64::from(offset)));
+        for name in dead.blocks {
+            self.blocks.remove(&name);
         }
         true
     }
@@ -87,7 +94,7 @@ impl Cache {
     /// The pages whose code was written to.
     pub fn stale_pages(&self) -> Vec<u64> {
         let stale = self.blocks.iter().filter(|(_, block)| !block.stamp.is_current());
-        stale.map(|(host, _)| host & !0xfff).collect()
+        stale.map(|(name, _)| name & !PLAIN & !0xfff).collect()
     }
 
     pub fn clear(&mut self) {

@@ -9,6 +9,10 @@ pub struct Counters {
     pub instructions: u64,
     /// Instructions that only the interpreter does.
     pub called_instructions: u64,
+    /// Accesses to memory in them, and how many of these go by a neighbour's probe.
+    pub accesses: u64,
+    /// Accesses that go by a neighbour's probe.
+    pub spared_probes: u64,
     /// Bytes of guest code translated.
     pub guest_bytes: u64,
     /// Bytes of host code made.
@@ -43,6 +47,8 @@ impl Counters {
             ("jit-blocks", self.blocks),
             ("jit-instructions", self.instructions),
             ("jit-called-instructions", self.called_instructions),
+            ("jit-accesses", self.accesses),
+            ("jit-spared-probes", self.spared_probes),
             ("jit-guest-bytes", self.guest_bytes),
             ("jit-code-bytes", self.code_bytes),
             ("jit-cache-bytes", self.used),

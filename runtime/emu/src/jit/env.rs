@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::spans::SLOTS;
 use crate::mmu::NO_JUMP;
 use crate::op::Op;
 
@@ -87,6 +88,8 @@ pub struct JitEnv {
     pub(super) target_page: u64,
     /// Address of the [`CalledOp`] whose handler did not say "next".
     pub(super) called: u64,
+    /// Of the spans of the running block (J14): what they add to addresses of the guest.
+    pub(super) spans: [u64; SLOTS],
     /// Handlers called, by opcode.
     pub(super) calls: Calls,
     /// Bit per page (hashed) that entries of the jump cache lie in.

@@ -7,6 +7,7 @@ use super::asm::{Code, Ea, Rm};
 use super::env::{JUMPS as ENTRIES, Jump};
 use super::layout::{self, GUEST_SP, JUMPS, PAGE, RIP, TARGET, TARGET_PAGE};
 use super::plan::{ALL, Kind, Mem, Plan};
+use super::spans::Address;
 use super::translate::Translator;
 use crate::op::Op;
 
@@ -32,35 +33,38 @@ impl Translator {
             }
             Kind::CallNear => {
                 self.keep_flags(ALL);
-                self.push_return(op);
-                self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
+                let place = self.access(op, plan, ALL);
+                self.push_return(op, place);
                 self.go_to(target);
             }
             Kind::JumpIndirect { register } => {
                 self.keep_flags(ALL);
-                self.load_target(op, register);
+                self.load_target(op, plan, register);
                 self.look_up();
                 self.enter_page();
                 self.jump_rax();
             }
             Kind::CallIndirect { register } => {
                 self.keep_flags(ALL);
-                self.load_target(op, register);
+                self.load_target(op, plan, register);
                 self.look_up();
                 self.asm.store(Ea::cpu(TARGET), RAX);
                 self.page_of_target();
                 self.asm.store(Ea::cpu(TARGET_PAGE), RCX);
-                self.push_return(op);
-                self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
+                let stack = Address::at(4, -8);
+                let place = match register {
+                    Some(_) => self.access(op, plan, ALL),
+                    None => self.probe(&stack, Mem::Write, 8),
+                };
+                self.push_return(op, place);
                 self.asm.load(RCX, Ea::cpu(TARGET_PAGE));
                 self.asm.store(Ea::cpu(PAGE), RCX);
                 self.asm.op(Code::one(0xff), 4, Rm::Mem(Ea::cpu(TARGET)));
             }
             Kind::Return => {
                 self.keep_flags(ALL);
-                self.asm.mov(RCX, GUEST_SP);
-                self.probe_at(Mem::Read, 8);
-                self.asm.load(RCX, Ea::at(RCX, 0));
+                let place = self.access(op, plan, ALL);
+                self.asm.load(RCX, place);
                 self.look_up();
                 // 8 and 16 bits of immediate fit.
                 self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, 8 + op.imm as i32));
@@ -72,7 +76,7 @@ impl Translator {
     }
 
     /// The target of an indirect transfer, in rcx.
-    fn load_target(&mut self, op: &Op, register: Option<u8>) {
+    fn load_target(&mut self, op: &Op, plan: &Plan, register: Option<u8>) {
         match register {
             Some(register) => {
                 let host = self.source(register, RCX);
@@ -81,19 +85,22 @@ impl Translator {
                 }
             }
             None => {
-                self.probe(op, Mem::Read, 8);
-                self.asm.load(RCX, Ea::at(RCX, 0));
+                let place = match plan.kind {
+                    // A call's other access is the one that `plan` is about.
+                    Kind::CallIndirect { .. } => self.probe(&Address::of_operand(op), Mem::Read, 8),
+                    _ => self.access(op, plan, ALL),
+                };
+                self.asm.load(RCX, place);
             }
         }
     }
 
-    /// Stores the return address below the stack pointer, which stays.
-    fn push_return(&mut self, op: &Op) {
-        self.asm.lea(RCX, Ea::at(GUEST_SP, -8));
-        self.probe_at(Mem::Write, 8);
+    /// Pushes the return address to `place`.
+    fn push_return(&mut self, op: &Op, place: Ea) {
         self.asm.load(RAX, Ea::cpu(PAGE));
         self.asm.lea(RAX, Ea::at(RAX, op.end.into()));
-        self.asm.store(Ea::at(RCX, 0), RAX);
+        self.asm.store(place, RAX);
+        self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
     }
 
     /// The entry of the jump cache for the address in rcx, in rax.

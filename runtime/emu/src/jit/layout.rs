@@ -34,8 +34,9 @@ pub const fn host_of(guest: u8) -> Option<u8> {
 /// Guest registers that are in host registers.
 pub const PINNED: [u8; 11] = [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14];
 
-/// Guest RSP, RAX, RCX, RDX in the host.
+/// Guest RSP, RBP, RAX, RCX, RDX in the host.
 pub const GUEST_SP: u8 = R11;
+pub const GUEST_BP: u8 = RBP;
 pub const GUEST_AX: u8 = R8;
 pub const GUEST_CX: u8 = R9;
 pub const GUEST_DX: u8 = R10;
@@ -74,6 +75,10 @@ pub const CODE: i32 = (ENV + offset_of!(JitEnv, code)) as i32;
 pub const RUN: i32 = (ENV + offset_of!(JitEnv, run)) as i32;
 pub const TARGET: i32 = (ENV + offset_of!(JitEnv, target)) as i32;
 pub const TARGET_PAGE: i32 = (ENV + offset_of!(JitEnv, target_page)) as i32;
+/// What the span in `slot` adds to addresses of the guest.
+pub const fn span(slot: u8) -> i32 {
+    (ENV + offset_of!(JitEnv, spans) + slot as usize * 8) as i32
+}
 pub const CALLED: i32 = (ENV + offset_of!(JitEnv, called)) as i32;
 
 pub const fn segment_base(index: u8) -> i32 {

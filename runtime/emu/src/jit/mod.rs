@@ -1,7 +1,8 @@
 //! The translator: blocks of 64-bit code as host code.
 //!
 //! Read "The translator" in `docs/emulation-engine.md` first; J1 and so on refer to its rules. `plan` says what is done
-//! with an instruction, `translate` (with `memory` and `flow`) does it by means of `asm`, `stubs` is what all
+//! with an instruction, `spans` what its access has to do with its neighbours', `translate` (with `memory` and `flow`) does
+//! it by means of `asm`, `stubs` is what all
 //! blocks share, `cache` keeps them, and this module runs them.
 //!
 //! Not in scope: what instructions mean. What is not copied is done by the interpreter's handlers.
@@ -17,6 +18,7 @@ mod memory;
 mod plan;
 mod raw;
 mod run;
+mod spans;
 mod stubs;
 mod translate;
 mod vector;

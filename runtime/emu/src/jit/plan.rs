@@ -435,8 +435,10 @@ fn one_byte(raw: &Raw) -> Option<Plan> {
                 Plan { kills: ALL & !CF, sets: true, ..plan }
             }
             2 if op == 0xff && !raw.p66 => {
+                // Through memory, the access of the plan is the one of the operand; the other one is a push.
                 let kind = Kind::CallIndirect { register: raw.rm() };
-                Plan { mem: Mem::Read, size: 8, reads: ALL, ..native(kind) }
+                let mem = if raw.rm().is_none() { Mem::Read } else { Mem::Write };
+                Plan { mem, size: 8, reads: ALL, ..native(kind) }
             }
             4 if op == 0xff && !raw.p66 => {
                 let kind = Kind::JumpIndirect { register: raw.rm() };

@@ -8,7 +8,7 @@ use mvm_memory::PageTracker;
 
 use super::arena::{Arena, SIZE};
 use super::asm::Asm;
-use super::cache::{Block, Cache, Found, Link};
+use super::cache::{Block, Cache, Found, Link, PLAIN};
 use super::counters::Counters;
 use super::env::{CalledOp, JitEnv};
 use super::stubs::{Enter, Exit, Stubs, exit};
@@ -122,7 +122,8 @@ impl Jit {
                 return Ran::Code(Some(Stop::Fault));
             }
         };
-        let Some(block) = self.find(cpu, decoder, host) else {
+        let plain = pending.is_some_and(|link| self.goes_plain(link, cpu.rip));
+        let Some(block) = self.find(cpu, decoder, host, plain) else {
             self.counters.interpreted_blocks += 1;
             return Ran::Interpret;
         };
@@ -135,7 +136,9 @@ impl Jit {
             cpu.jit.clear();
         }
         let tag = cpu.mmu.tlb.jump_tag(cpu.rip);
-        cpu.jit.insert(cpu.rip, tag, block.memory);
+        if !plain {
+            cpu.jit.insert(cpu.rip, tag, block.memory);
+        }
         let code = self.arena.entry(block.memory);
         cpu.gpr[BLOCK] = cpu.rip & PAGE;
         let Some(run) = cpu.sys.attention().clear_to_run(notices) else {
@@ -199,8 +202,14 @@ impl Jit {
     }
 
     /// The block at `host`, which is made if there is none.
-    fn find(&mut self, cpu: &mut Cpu, decoder: &mut BlockDecoder, host: HostAddr) -> Option<Block> {
-        match self.cache.find(host.addr()) {
+    fn find(
+        &mut self,
+        cpu: &mut Cpu,
+        decoder: &mut BlockDecoder,
+        host: HostAddr,
+        plain: bool,
+    ) -> Option<Block> {
+        match self.cache.find(name(host, plain)) {
             Found::Block(block) => return Some(block),
             Found::Stale => self.kill(cpu, host.addr() & PAGE),
             Found::None => {}
@@ -208,7 +217,7 @@ impl Jit {
         if self.on_trial(host) {
             return None;
         }
-        self.make(cpu, decoder, host)
+        self.make(cpu, decoder, host, plain)
     }
 
     /// Is the code at `host` to be interpreted still?
@@ -228,7 +237,13 @@ impl Jit {
         self.trials = trials;
     }
 
-    fn make(&mut self, cpu: &mut Cpu, decoder: &mut BlockDecoder, host: HostAddr) -> Option<Block> {
+    fn make(
+        &mut self,
+        cpu: &mut Cpu,
+        decoder: &mut BlockDecoder,
+        host: HostAddr,
+        plain: bool,
+    ) -> Option<Block> {
         if self.used + MAX_BLOCK > self.limit {
             self.clear(cpu);
         }
@@ -241,6 +256,7 @@ impl Jit {
             bytes: run.bytes,
             ends: run.ends,
             upper: cpu.rip >> 63 != 0,
+            plain,
         };
         let first = self.cache.links.len() as u32;
         let entries = self.translator.block(&input, self.used, first);
@@ -250,12 +266,16 @@ impl Jit {
             site: l.site,
             target: l.target,
             native: l.native,
+            plain: l.plain,
             life,
         }));
         let c = &mut self.counters;
         c.blocks += 1;
         c.instructions += run.ops.len() as u64;
         c.called_instructions += self.translator.called() as u64;
+        let (accesses, spared) = self.translator.accesses();
+        c.accesses += accesses as u64;
+        c.spared_probes += spared as u64;
         c.guest_bytes += run.bytes.len() as u64;
         c.code_bytes += code.len() as u64;
         if let Some(map) = &mut self.perf_map {
@@ -266,7 +286,14 @@ impl Jit {
         self.used += code.len();
         self.arena.went_on_to(self.used);
         c.used = self.used as u64;
-        Some(self.cache.insert(host.addr(), entries.memory, entries.native, run.stamp))
+        let name = name(host, plain);
+        Some(self.cache.insert(name, entries.memory, entries.native, run.stamp))
+    }
+
+    /// Does link `number`, which was followed to `rip`, go on without spans?
+    fn goes_plain(&self, number: u32, rip: u64) -> bool {
+        let link = self.cache.links.get(number as usize);
+        link.is_some_and(|link| link.plain && u64::from(link.target) == rip & !PAGE)
     }
 
     /// Makes link `number` go to `block`, which is at `rip`.
@@ -342,6 +369,11 @@ impl Jit {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// What a block at `host` is called in the cache.
+fn name(host: HostAddr, plain: bool) -> u64 {
+    host.addr() | if plain { PLAIN } else { 0 }
 }
 
 /// `/tmp/perf-PID.map`, which `perf report` reads, if the environment asks for it.

@@ -65,7 +65,9 @@ fn both(code: &[(u64, &[u8])]) -> (UserException, UserState, Counters) {
     for run in [&translated, &in_part] {
         assert_eq!(interpreted.0, run.0);
         let (a, b) = (&interpreted.1, &run.1);
-        assert_eq!((a.gpr, a.rip, a.rflags), (b.gpr, b.rip, b.rflags));
+        // Dead flags may be stale in the frame of another exception (J2).
+        let flags = if interpreted.0.vector == vector::UD { !0 } else { !0x8d5 };
+        assert_eq!((a.gpr, a.rip, a.rflags & flags), (b.gpr, b.rip, b.rflags & flags));
         assert!(a.xsave == b.xsave && interpreted.2 == run.2);
     }
     assert!(translated.3.blocks > 0, "it was translated");
@@ -104,6 +106,46 @@ fn the_registers_without_host_registers() {
         neg(r11); not(r15w); push(r15); pop(r8); mul(r9); cdq(); mov(ecx, 77i32); div(ecx); test(r8d, r8d); ud2();
     );
     both(&[(CODE, &code)]);
+}
+
+/// A little of everything that accesses memory off one register, which is `rdi` and may be anywhere.
+fn neighbours() -> Vec<u8> {
+    asm!(64 at CODE, [out];
+        mov(eax, dword_ptr(rdi + 4)); add(qword_ptr(rdi + 40), rax); lea(rbx, ptr(rdi + 16)); mov(r15, rdi); adc(rdx, qword_ptr(rbx - 8));
+        mov(byte_ptr(r15 + 100), dl); cmp(qword_ptr(rbx + 3), rax); mov(ecx, 5i32); setb(byte_ptr(r15 + 7)); shl(dword_ptr(rdi + 60), cl);
+        sub(rdi, 24i32); mov(r9, 2u64); inc(qword_ptr(rdi + 24)); xadd(qword_ptr(r15 + 80), r9); mov(rsi, 3u64);
+        movzx(r10d, word_ptr(rdi + rsi * 8)); mov(dword_ptr(rdi + rsi * 8 + 34), r10d); imul_2(r10, qword_ptr(rdi + rsi * 8 + 1));
+        movups(xmm1, xmmword_ptr(r15 + 16)); addps(xmm1, xmmword_ptr(rbx)); movups(xmmword_ptr(rbx + 64), xmm1); xchg(qword_ptr(r15), rax);
+        cmpxchg(dword_ptr(r15 + 120), edx); mul(qword_ptr(r15 + 90)); mov(r8, r15); mov(r8, qword_ptr(r8 + 2)); mov(qword_ptr(r15 + 130), r8);
+        lea(rsp, ptr(r15 + 160)); push(rax); push(77i32); pop(r14); push(rsp); pop(rbp); mov(rbp, rsp); push(r15); push(rbx); leave();
+        push(rdx); pop(rsp); mov(rdi, qword_ptr(r15 + 8)); jb(out); nop(); set_label(&mut out); ud2();
+    )
+}
+
+#[test]
+fn neighbours_off_one_register_wherever_they_lie() {
+    // In a page, across two, in the last bytes of the last one: where the end faults, where the start does.
+    let places = [
+        0x100, 0xf00, 0xf40, 0xf80, 0xfa8, 0xfd0, 0xff8, 0xffc, 0x1000, 0x1f40, 0x1f80, 0x1ff0,
+        -0x18, -0x40,
+    ];
+    for place in places {
+        let mut code = asm!(64 at CODE; mov(rdi, DATA.wrapping_add_signed(place)););
+        code.extend(neighbours());
+        let (_, _, counters) = both(&[(CODE, &code)]);
+        assert!(counters.spared_probes > 25, "{counters:?}");
+    }
+}
+
+#[test]
+fn a_span_whose_end_may_not_be_written() {
+    // The second access hits code: it takes the slow path, and so do the ones that share its probe.
+    let code = asm!(64 at CODE, [again];
+        mov(ecx, 40i32); lea(rbx, ptr(again)); set_label(&mut again);
+        mov(eax, dword_ptr(rbx + 0x100)); add(dword_ptr(rbx + 0x104), ecx); add(eax, dword_ptr(rbx + 0x104)); dec(ecx); jnz(again); ud2();
+    );
+    let (_, state, _) = both(&[(CODE, &code)]);
+    assert_eq!(state.gpr[1], 0);
 }
 
 #[test]

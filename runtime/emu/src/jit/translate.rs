@@ -3,8 +3,9 @@
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Asm, Code, Ea, Rm};
 use super::env::CalledOp;
-use super::layout::{self, CC, GUEST_AX, GUEST_CX, GUEST_DX, GUEST_SP, host_of};
+use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_CX, GUEST_DX, GUEST_SP, host_of};
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Operand, Plan};
+use super::spans::Spans;
 use super::stubs::Stubs;
 use crate::host::inline::Inline;
 use crate::op::Op;
@@ -26,18 +27,34 @@ pub struct LinkSite {
     pub target: u16,
     /// Flags are native at the jump: the target is its entry N.
     pub native: bool,
+    /// The target goes without spans (J14).
+    pub plain: bool,
+}
+
+/// A jump out of the way of an op.
+pub(super) enum Miss {
+    /// The op's handler does it all. `hit` is where to go if the other half's context fits.
+    Access { jump: usize, hit: Option<(usize, bool)> },
+    /// The probe for a span.
+    Span { jump: usize, hit: Option<(usize, bool)>, span: SpanMiss },
+}
+
+/// A span whose probe has missed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SpanMiss {
+    pub slot: u8,
+    pub bytes: u16,
+    pub write: bool,
 }
 
 /// Where a missed access or an unlinked jump goes on, after the block.
 enum Cold {
-    /// Calls op `op`; goes on at `resume`. `first` is the jump to here, `hit` where to go if the other half's
-    /// context fits.
+    /// Calls op `op`; goes on at `resume`.
     Miss {
-        jump: usize,
+        miss: Miss,
         op: usize,
         resume: usize,
         restore: bool,
-        hit: Option<(usize, bool)>,
     },
     Link {
         jump: usize,
@@ -72,6 +89,8 @@ pub struct Input<'a> {
     pub ends: bool,
     /// Its code is in the upper half of the address space.
     pub upper: bool,
+    /// It goes without spans (J14).
+    pub plain: bool,
 }
 
 /// Makes blocks. Keeps its buffers.
@@ -90,9 +109,10 @@ pub struct Translator {
     cold: Vec<Cold>,
     /// Places that refer to ops: position of the distance, index.
     references: Vec<(usize, usize)>,
-    /// Start of the running op's transfer misses.
+    /// The op being translated.
     pub(super) current: usize,
-    misses: Vec<(usize, Option<(usize, bool)>)>,
+    pub(super) misses: Vec<Miss>,
+    pub(super) spans: Spans,
 }
 
 impl std::fmt::Debug for Translator {
@@ -121,6 +141,7 @@ impl Translator {
         self.upper = input.upper;
         let start = input.ops.first().map_or(0, |op| op.start);
         let live = self.make_plans(input, start);
+        self.find_spans(input, start);
         let entries = self.entry(start, live);
         self.at = Some(At::Native);
         for (i, op) in input.ops.iter().enumerate() {
@@ -134,8 +155,8 @@ impl Translator {
             }
             let resume = self.asm.here();
             let restore = self.at() != At::Memory;
-            for (jump, hit) in std::mem::take(&mut self.misses) {
-                self.cold.push(Cold::Miss { jump, op: i, resume, restore, hit });
+            for miss in std::mem::take(&mut self.misses) {
+                self.cold.push(Cold::Miss { miss, op: i, resume, restore });
             }
         }
         self.finish(input);
@@ -145,6 +166,12 @@ impl Translator {
     /// Instructions of the block made last that are called.
     pub fn called(&self) -> usize {
         self.plans.iter().filter(|plan| plan.kind == Kind::Call).count()
+    }
+
+    /// Accesses of the block made last that are not called, and those that go by a neighbour's probe.
+    pub fn accesses(&self) -> (usize, usize) {
+        let all = self.plans.iter().filter(|plan| plan.mem != Mem::None).count();
+        (all, self.spans.members())
     }
 
     /// The code made last.
@@ -167,6 +194,17 @@ impl Translator {
             live = plan.live(live);
         }
         live
+    }
+
+    fn find_spans(&mut self, input: &Input<'_>, start: u16) {
+        if input.plain {
+            return self.spans.none();
+        }
+        let immediate = |i: usize| {
+            let Some(op) = input.ops.get(i) else { return 0 };
+            immediate(&input.bytes[..usize::from(op.end - start)], &self.plans[i])
+        };
+        self.spans.find(input.ops, &self.plans, input.inlines, immediate);
     }
 
     pub(super) fn flags_are_native(&mut self) {
@@ -229,26 +267,20 @@ impl Translator {
             Kind::Call => self.call(live),
             Kind::Nop => {}
             Kind::Copy { code, field, operand, imm } => {
-                if plan.mem != Mem::None {
-                    self.keep_flags(live);
-                    self.probe(op, plan.mem, plan.size);
-                }
+                let place = self.place(op, plan, live);
                 if plan.sets || plan.reads != 0 {
                     self.need_flags(live);
                 }
                 let imm = &bytes[bytes.len() - usize::from(imm)..];
-                self.copy(code, field, operand, imm);
+                self.copy(code, field, operand, place, imm);
                 if plan.sets {
                     self.at = Some(At::Native);
                 }
             }
             Kind::ByCl { code, field, operand } => {
-                if plan.mem != Mem::None {
-                    self.keep_flags(live);
-                    self.probe(op, plan.mem, plan.size);
-                }
+                let place = self.place(op, plan, live);
                 self.need_flags(live);
-                self.by_cl(code, field, operand);
+                self.by_cl(code, field, operand, place);
                 self.at = Some(At::Native);
             }
             Kind::Flag(opcode) => {
@@ -271,44 +303,39 @@ impl Translator {
                 self.asm.mov(GUEST_DX, RDX);
             }
             Kind::Push { register } => {
-                self.keep_flags(live);
-                self.asm.lea(RCX, Ea::at(GUEST_SP, -8));
-                self.probe_at(Mem::Write, 8);
+                let place = self.access(op, plan, live);
                 match register {
                     Some(register) => {
                         let value = self.source(register, RDX);
-                        self.asm.store(Ea::at(RCX, 0), value);
+                        self.asm.store(place, value);
                     }
                     None => {
-                        self.asm.op(Code::wide(0xc7), 0, Rm::Mem(Ea::at(RCX, 0)));
+                        self.asm.op(Code::wide(0xc7), 0, Rm::Mem(place));
                         self.asm.imm32(op.imm as i32);
                     }
                 }
                 self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
             }
             Kind::Pop { register } => {
-                self.keep_flags(live);
-                self.asm.mov(RCX, GUEST_SP);
-                self.probe_at(Mem::Read, 8);
-                self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, 8));
+                let place = self.access(op, plan, live);
                 let target = host_of(register).unwrap_or(RDX);
-                self.asm.load(target, Ea::at(RCX, 0));
+                self.asm.load(target, place);
+                // What is popped to RSP is what RSP is then.
+                if target != GUEST_SP {
+                    self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, 8));
+                }
                 self.put(register, target);
             }
             Kind::Leave => {
-                let frame = host_of(5).unwrap_or(RDX);
-                self.keep_flags(live);
-                self.asm.mov(RCX, frame);
-                self.probe_at(Mem::Read, 8);
-                self.asm.lea(GUEST_SP, Ea::at(frame, 8));
-                self.asm.load(frame, Ea::at(RCX, 0));
+                let place = self.access(op, plan, live);
+                self.asm.lea(GUEST_SP, Ea::at(GUEST_BP, 8));
+                self.asm.load(GUEST_BP, place);
             }
             Kind::CompareExchange { code, register } => {
-                self.keep_flags(live);
-                self.probe(op, Mem::Write, plan.size);
+                let place = self.access(op, plan, live);
                 let new = self.source(register, RDX);
                 self.asm.mov(RAX, GUEST_AX);
-                self.asm.op(code, new, Rm::Mem(Ea::at(RCX, 0)));
+                self.asm.op(code, new, Rm::Mem(place));
                 self.asm.mov(GUEST_AX, RAX);
                 self.at = Some(At::Native);
             }
@@ -339,7 +366,7 @@ impl Translator {
         self.call_op(self.current);
     }
 
-    fn call_op(&mut self, op: usize) {
+    pub(super) fn call_op(&mut self, op: usize) {
         // lea rdx, [rip + distance of the op]
         self.asm.bytes(&[0x48, 0x8d, 0x15]);
         self.asm.imm32(0);
@@ -370,12 +397,17 @@ impl Translator {
         }
     }
 
-    fn operand(&mut self, operand: Operand, scratch: u8, address: u8) -> Rm {
+    fn operand(&mut self, operand: Operand, scratch: u8, place: Ea) -> Rm {
         match operand {
             Operand::Reg(guest, true, _) => Rm::Reg(self.source(guest, scratch)),
             Operand::Reg(guest, false, _) => Rm::Reg(host_of(guest).unwrap_or(scratch)),
-            Operand::Mem => Rm::Mem(Ea::at(address, 0)),
+            Operand::Mem => Rm::Mem(place),
         }
+    }
+
+    /// Where the memory operand is, if there is one.
+    fn place(&mut self, op: &Op, plan: &Plan, live: Flags) -> Ea {
+        if plan.mem == Mem::None { Ea::at(RCX, 0) } else { self.access(op, plan, live) }
     }
 
     fn put_back(&mut self, field: Field, reg: u8, operand: Operand, rm: Rm) {
@@ -387,13 +419,13 @@ impl Translator {
         }
     }
 
-    fn copy(&mut self, code: Code, field: Field, operand: Operand, imm: &[u8]) {
+    fn copy(&mut self, code: Code, field: Field, operand: Operand, place: Ea, imm: &[u8]) {
         // One register of the guest in two scratch registers would come apart if it is written.
         let same = match (field, operand) {
             (Field::Reg(a, ..), Operand::Reg(b, ..)) => a == b && host_of(a).is_none(),
             _ => false,
         };
-        let rm = self.operand(operand, RAX, RCX);
+        let rm = self.operand(operand, RAX, place);
         let reg = match rm {
             Rm::Reg(rm) if same => {
                 if let (Operand::Reg(guest, false, _), Field::Reg(_, true, _)) = (operand, field) {
@@ -408,13 +440,12 @@ impl Translator {
         self.put_back(field, reg, operand, rm);
     }
 
-    fn by_cl(&mut self, code: Code, field: Field, operand: Operand) {
-        let address = RDX;
+    fn by_cl(&mut self, code: Code, field: Field, operand: Operand, place: Ea) {
         if operand == Operand::Mem {
-            self.asm.mov(address, RCX);
+            self.asm.lea(RDX, place);
         }
         self.asm.mov32(RCX, GUEST_CX);
-        let rm = self.operand(operand, RAX, address);
+        let rm = self.operand(operand, RAX, Ea::at(RDX, 0));
         // With a register in the field, the operand is none in memory.
         let same = match (field, operand) {
             (Field::Reg(a, ..), Operand::Reg(b, ..)) => a == b,
@@ -449,14 +480,10 @@ impl Translator {
         self.put(register, target);
     }
 
-    /// The operand of a multiplication or division: in memory at rcx, or in a register that is not rax or rdx.
+    /// The operand of a multiplication or division: in memory, or in a register that is not rax or rdx.
     fn wide_operand(&mut self, op: &Op, plan: &Plan, live: Flags, operand: Operand) -> Rm {
         match operand {
-            Operand::Mem => {
-                self.keep_flags(live);
-                self.probe(op, Mem::Read, plan.size);
-                Rm::Mem(Ea::at(RCX, 0))
-            }
+            Operand::Mem => Rm::Mem(self.access(op, plan, live)),
             Operand::Reg(guest, ..) => Rm::Reg(self.source(guest, RCX)),
         }
     }
@@ -491,23 +518,33 @@ impl Translator {
     /// On `condition`, the op's handler does it all.
     pub(super) fn miss_if(&mut self, condition: u8) {
         let jump = self.asm.jcc(condition);
-        self.misses.push((jump, None));
-    }
-
-    /// As above, unless the context of the other half of the address space fits.
-    pub(super) fn miss_unless_other(&mut self, write: bool) {
-        let jump = self.asm.jcc(5);
-        let hit = self.upper.then_some((self.asm.here(), write));
-        self.misses.push((jump, hit));
+        self.misses.push(Miss::Access { jump, hit: None });
     }
 
     /// A direct jump (position of its distance: `jump`) inside the page.
     pub(super) fn link(&mut self, jump: usize, target: u16) {
         let at = self.at();
-        let link = self.first_link + self.links.len() as u32;
-        let native = at != At::Memory;
-        self.links.push(LinkSite { site: (self.asm.base + jump) as u32, target, native });
+        let link = self.add_link(jump, target, at != At::Memory, false);
         self.cold.push(Cold::Link { jump, link, save: at == At::Native });
+    }
+
+    fn add_link(&mut self, jump: usize, target: u16, native: bool, plain: bool) -> u32 {
+        let link = self.first_link + self.links.len() as u32;
+        self.links.push(LinkSite { site: (self.asm.base + jump) as u32, target, native, plain });
+        link
+    }
+
+    /// Goes on at `target` in the page without spans. Flags are in memory.
+    pub(super) fn leave_spans(&mut self, target: u16) {
+        let jump = self.asm.jmp();
+        let link = self.add_link(jump, target, false, true);
+        self.asm.land(jump);
+        self.exit_link(link);
+    }
+
+    fn exit_link(&mut self, link: u32) {
+        self.asm.mov_eax(link);
+        self.asm.far(0xe9, self.stubs.exit_link);
     }
 
     /// A conditional jump to another page.
@@ -527,7 +564,8 @@ impl Translator {
         }
         for cold in std::mem::take(&mut self.cold) {
             match cold {
-                Cold::Miss { jump, op, resume, restore, hit } => {
+                Cold::Miss { miss, op, resume, restore } => {
+                    let (Miss::Access { jump, hit } | Miss::Span { jump, hit, .. }) = miss;
                     self.asm.land(jump);
                     if let Some((hit, write)) = hit {
                         let other = layout::context(write, 0);
@@ -535,7 +573,12 @@ impl Translator {
                         let back = self.asm.jcc(4);
                         self.asm.patch(back, hit);
                     }
-                    self.call_op(op);
+                    if let Miss::Span { span, .. } = miss {
+                        let places = (input.ops[op].start, input.ops[op].end);
+                        self.span_miss(op, places, span);
+                    } else {
+                        self.call_op(op);
+                    }
                     if self.plans[op].transfers() {
                         // Its handler never says "next".
                         self.asm.bytes(&[0x0f, 0x0b]);
@@ -551,8 +594,7 @@ impl Translator {
                     if save {
                         self.asm.save_flags(CC);
                     }
-                    self.asm.mov_eax(link);
-                    self.asm.far(0xe9, self.stubs.exit_link);
+                    self.exit_link(link);
                 }
                 Cold::Far { jump, target, save } => {
                     self.asm.land(jump);
@@ -584,5 +626,17 @@ impl Translator {
         while !self.asm.here().is_multiple_of(16) {
             self.asm.bytes(&[0xcc]);
         }
+    }
+}
+
+/// The immediate operand of the instruction that ends `bytes`, if its plan copies one.
+fn immediate(bytes: &[u8], plan: &Plan) -> i64 {
+    let Kind::Copy { imm, .. } = plan.kind else { return 0 };
+    let Some((_, imm)) = bytes.split_at_checked(bytes.len() - usize::from(imm)) else { return 0 };
+    match *imm {
+        [a] => i64::from(a as i8),
+        [a, b] => i64::from(i16::from_le_bytes([a, b])),
+        [a, b, c, d] => i64::from(i32::from_le_bytes([a, b, c, d])),
+        _ => 0,
     }
 }

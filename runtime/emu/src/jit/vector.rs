@@ -58,18 +58,23 @@ pub fn plan(inline: &Inline, opcode: u32) -> Plan {
 
 impl Translator {
     pub(super) fn vector(&mut self, op: &Op, plan: &Plan, inline: &Inline, live: Flags) {
-        if inline.class != 0 || inline.memory.is_some() {
-            self.keep_flags(live);
+        // First of all, so that a span can be relied on whatever comes of the rest.
+        if inline.memory.is_some() {
+            match self.access(op, plan, live) {
+                Ea { base: Some(RCX), index: None, disp: 0 } => {}
+                place => self.asm.lea(RCX, place),
+            }
         }
         if inline.class != 0 {
+            self.keep_flags(live);
             // test byte [guard], class
             self.asm.op(Code::one(0xf6), 0, Rm::Mem(Ea::cpu(GUARD)));
             self.asm.bytes(&[inline.class]);
             self.miss_if(5);
         }
         if let Some(operand) = inline.memory {
-            self.probe(op, plan.mem, plan.size);
             if operand.align != 0 {
+                self.keep_flags(live);
                 self.asm.op(Code::one(0xf6), 0, Rm::Reg(RCX));
                 self.asm.bytes(&[operand.align]);
                 self.miss_if(5);
