@@ -60,6 +60,8 @@ pub struct Run<'a> {
     /// The last op ends its block.
     pub ends: bool,
     pub stamp: CodeStamp,
+    /// The next page, if it is the run of a single instruction that crosses into it.
+    pub second: Option<(HostAddr, CodeStamp)>,
 }
 
 impl Source {
@@ -105,23 +107,35 @@ impl BlockDecoder {
         }
     }
 
-    /// Decodes the run of 64-bit code at `host` that lies in its page, for translation: offsets are from the
-    /// page's start. None: the first instruction crosses into the next page.
-    pub fn decode_run(&mut self, cpu: &mut Cpu, host: HostAddr) -> Option<Run<'_>> {
+    /// Decodes the run of 64-bit code at `host`, linear address `linear`, for translation: what lies in its page, or
+    /// the instruction that crosses into the next one. Offsets are from the page's start. None: that is for
+    /// the interpreter to look at (a page that cannot be fetched, an instruction that is too long).
+    pub fn decode_run(&mut self, cpu: &mut Cpu, linear: u64, host: HostAddr) -> Option<Run<'_>> {
         let offset = host.addr() & 0xfff;
         let mut source = Source::first_page(host);
-        let (len, stamp) = loop {
+        let mut limit = MAX_OPS;
+        let (len, stamp, second) = loop {
             self.translating = true;
-            let len = self.run(&source, Mode::Code64, MAX_OPS, offset);
+            let len = self.run(&source, Mode::Code64, limit, offset);
             self.translating = false;
+            if len == 0 && source.second.is_none() {
+                source = Source::two_pages(host, cpu.fetch((linear | 0xfff).wrapping_add(1)).ok()?);
+                limit = 1;
+                continue;
+            }
             if len == 0 {
                 return None;
             }
-            let stamp = watch(cpu, host, len)?;
+            let head = host.to_page_end().min(len);
+            let stamp = watch(cpu, host, head)?;
+            let second = match source.second {
+                Some(next) if len > head => Some((next, watch(cpu, next, len - head)?)),
+                _ => None,
+            };
             let seen = source.bytes;
             source.len = source.read();
             if seen[..len] == source.bytes[..len] {
-                break (len, stamp);
+                break (len, stamp, second);
             }
         };
         self.source = source;
@@ -132,6 +146,7 @@ impl BlockDecoder {
             bytes: &self.source.bytes[..len],
             ends: self.ends,
             stamp,
+            second,
         })
     }
 

@@ -16,6 +16,18 @@ pub struct Block {
     stamp: CodeStamp,
     /// Which life of its page it belongs to.
     pub life: u32,
+    /// It is a bridge: the rest of it is in [`Cache::bridge`].
+    pub bridge: bool,
+}
+
+/// The other half of a block whose only instruction crosses into the next page (J15).
+#[derive(Debug, Clone, Copy)]
+pub struct Bridge {
+    /// Host address of the next page.
+    pub next: u64,
+    /// Offset in the arena of the entry that does not ask whether that is the next page.
+    pub checked: u32,
+    stamp: CodeStamp,
 }
 
 /// A direct jump inside a page (J6).
@@ -39,12 +51,15 @@ struct Page {
     life: u32,
     /// The blocks' names.
     blocks: Vec<u64>,
+    /// Pages with a bridge to this one, which die with it.
+    bridges_from: Vec<u64>,
 }
 
 /// Blocks, pages, links.
 #[derive(Debug, Default)]
 pub struct Cache {
     blocks: Map<Block>,
+    bridges: Map<Bridge>,
     pages: Map<Page>,
     pub links: Vec<Link>,
     lives: u32,
@@ -55,9 +70,41 @@ impl Cache {
     pub fn find(&self, name: u64) -> Found {
         match self.blocks.get(&name) {
             None => Found::None,
-            Some(block) if block.stamp.is_current() => Found::Block(*block),
+            Some(block) if self.is_current(name, block) => Found::Block(*block),
             Some(_) => Found::Stale,
         }
+    }
+
+    fn is_current(&self, name: u64, block: &Block) -> bool {
+        let other_half = || self.bridges.get(&name).is_some_and(|bridge| bridge.stamp.is_current());
+        block.stamp.is_current() && (!block.bridge || other_half())
+    }
+
+    /// The other half of bridge `name`.
+    pub fn bridge(&self, name: u64) -> Option<Bridge> {
+        self.bridges.get(&name).copied()
+    }
+
+    /// Makes block `name` a bridge to the page at host address `next`, whose entry for those who know that is `checked`.
+    pub fn make_bridge(&mut self, name: u64, next: u64, checked: u32, stamp: CodeStamp) {
+        let page = name & !PLAIN & !0xfff;
+        self.life(next);
+        if let Some(next) = self.pages.get_mut(&next)
+            && !next.bridges_from.contains(&page)
+        {
+            next.bridges_from.push(page);
+        }
+        if let Some(block) = self.blocks.get_mut(&name) {
+            block.bridge = true;
+        }
+        self.bridges.insert(name, Bridge { next, checked, stamp });
+    }
+
+    /// Another page follows than the one that bridge `name` goes to: it is not found any more. Jumps that are linked
+    /// to it find out by themselves.
+    pub fn drop_bridge(&mut self, name: u64) {
+        self.blocks.remove(&name);
+        self.bridges.remove(&name);
     }
 
     /// Starts or continues the life of the page of `host`.
@@ -65,7 +112,7 @@ impl Cache {
         let lives = &mut self.lives;
         let page = self.pages.entry(host & !0xfff).or_insert_with(|| {
             *lives += 1;
-            Page { life: *lives, blocks: Vec::new() }
+            Page { life: *lives, ..Page::default() }
         });
         page.life
     }
@@ -77,7 +124,7 @@ impl Cache {
         if let Some(page) = self.pages.get_mut(&(host & !0xfff)) {
             page.blocks.push(name);
         }
-        let block = Block { memory, native, stamp, life };
+        let block = Block { memory, native, stamp, life, bridge: false };
         self.blocks.insert(name, block);
         block
     }
@@ -87,18 +134,23 @@ impl Cache {
         let Some(dead) = self.pages.remove(&page) else { return false };
         for name in dead.blocks {
             self.blocks.remove(&name);
+            self.bridges.remove(&name);
+        }
+        for page in dead.bridges_from {
+            self.kill(page);
         }
         true
     }
 
     /// The pages whose code was written to.
     pub fn stale_pages(&self) -> Vec<u64> {
-        let stale = self.blocks.iter().filter(|(_, block)| !block.stamp.is_current());
+        let stale = self.blocks.iter().filter(|(name, block)| !self.is_current(**name, block));
         stale.map(|(name, _)| name & !PLAIN & !0xfff).collect()
     }
 
     pub fn clear(&mut self) {
         self.blocks.clear();
+        self.bridges.clear();
         self.pages.clear();
         self.links.clear();
     }

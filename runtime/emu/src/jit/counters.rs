@@ -35,7 +35,7 @@ pub struct Counters {
     pub left_to: u64,
     /// By a handler: transfers, what changes the surroundings, faults, slices of repetitions, HLT.
     pub left_flow: [u64; 6],
-    /// Blocks run by the interpreter: instructions across pages.
+    /// Blocks run by the interpreter: code on trial, and bridges to a page that does not follow.
     pub interpreted_blocks: u64,
 }
 

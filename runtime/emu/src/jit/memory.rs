@@ -94,6 +94,23 @@ impl Translator {
         (jump, self.upper.then_some((self.asm.here(), write)))
     }
 
+    /// Compares the host page that code of the next page is fetched from with `next`: returns the jumps to be taken
+    /// if it is another one, or none that the TLB knows.
+    pub(super) fn compare_next_page(&mut self, next: u64) -> [usize; 2] {
+        self.asm.load(RCX, Ea::cpu(layout::PAGE));
+        self.asm.lea(RCX, Ea::at(RCX, 4096));
+        self.asm.tlb_slot(TlbLayout::SLOT_MASK, TABLE);
+        self.asm.mov(RDX, RCX);
+        self.asm.op(Code::wide(0x33), RDX, Rm::Mem(Ea::at(RAX, TlbLayout::ENTRY_EXEC)));
+        let context = layout::context(false, usize::from(self.upper));
+        self.asm.op(Code::wide(0x3b), RDX, Rm::Mem(Ea::cpu(context)));
+        let unknown = self.asm.jcc(5);
+        self.asm.op(Code::wide(0x03), RCX, Rm::Mem(Ea::at(RAX, TlbLayout::ENTRY_ADDEND)));
+        self.asm.mov_imm64(RDX, next);
+        self.asm.op(Code::wide(0x39), RDX, Rm::Reg(RCX));
+        [unknown, self.asm.jcc(5)]
+    }
+
     /// The probe for a span that starts at rcx. Its host address is in rcx then.
     fn probe_span(&mut self, span: SpanMiss) {
         let (jump, hit) = self.compare_tags(span.write, span.bytes.into());

@@ -127,6 +127,10 @@ impl Jit {
             self.counters.interpreted_blocks += 1;
             return Ran::Interpret;
         };
+        let Some(entry) = self.way_in(cpu, name(host, plain), &block) else {
+            self.counters.interpreted_blocks += 1;
+            return Ran::Interpret;
+        };
         if let Some(link) = pending {
             self.link(link, cpu.rip, &block);
         }
@@ -139,7 +143,7 @@ impl Jit {
         if !plain {
             cpu.jit.insert(cpu.rip, tag, block.memory);
         }
-        let code = self.arena.entry(block.memory);
+        let code = self.arena.entry(entry);
         cpu.gpr[BLOCK] = cpu.rip & PAGE;
         let Some(run) = cpu.sys.attention().clear_to_run(notices) else {
             return Ran::Code(Some(Stop::Attention));
@@ -220,6 +224,23 @@ impl Jit {
         self.make(cpu, decoder, host, plain)
     }
 
+    /// The entry of a block for the dispatcher. None: it is a bridge to a page that does not follow (any more).
+    fn way_in(&mut self, cpu: &mut Cpu, name: u64, block: &Block) -> Option<u32> {
+        if !block.bridge {
+            return Some(block.memory);
+        }
+        let bridge = self.cache.bridge(name)?;
+        match cpu.fetch((cpu.rip | !PAGE).wrapping_add(1)) {
+            Ok(next) if next.addr() == bridge.next => Some(bridge.checked),
+            Ok(_) => {
+                self.cache.drop_bridge(name);
+                None
+            }
+            // The interpreter raises it.
+            Err(_) => None,
+        }
+    }
+
     /// Is the code at `host` to be interpreted still?
     fn on_trial(&mut self, host: HostAddr) -> bool {
         let number = host.addr().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SEEN.ilog2());
@@ -247,7 +268,7 @@ impl Jit {
         if self.used + MAX_BLOCK > self.limit {
             self.clear(cpu);
         }
-        let run = decoder.decode_run(cpu, host)?;
+        let run = decoder.decode_run(cpu, cpu.rip, host)?;
         let life = self.cache.life(host.addr());
         let input = Input {
             ops: run.ops,
@@ -257,6 +278,7 @@ impl Jit {
             ends: run.ends,
             upper: cpu.rip >> 63 != 0,
             plain,
+            next: run.second.map(|(next, _)| next.addr()),
         };
         let first = self.cache.links.len() as u32;
         let entries = self.translator.block(&input, self.used, first);
@@ -287,7 +309,12 @@ impl Jit {
         self.arena.went_on_to(self.used);
         c.used = self.used as u64;
         let name = name(host, plain);
-        Some(self.cache.insert(name, entries.memory, entries.native, run.stamp))
+        let mut block = self.cache.insert(name, entries.memory, entries.native, run.stamp);
+        if let Some((next, stamp)) = run.second {
+            self.cache.make_bridge(name, next.addr(), entries.checked, stamp);
+            block.bridge = true;
+        }
+        Some(block)
     }
 
     /// Does link `number`, which was followed to `rip`, go on without spans?

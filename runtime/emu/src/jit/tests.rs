@@ -226,3 +226,23 @@ fn a_loop_without_end_can_be_left() {
     assert!(machine.run(None).is_none());
     other.join().unwrap();
 }
+
+#[test]
+fn an_instruction_across_pages_is_translated_too() {
+    // Loops over ADC EAX, imm32 and over a conditional jump, both across the pages.
+    let rest = [0u8, 0, 0, 0xff, 0xc9, 0x75, 0xf7, 0x0f, 0x0b];
+    let head = [0xb9, 0x10, 0x27, 0, 0, 0x31, 0xc0, 0x83, 0xd0, 0x02];
+    let (_, state, counters) =
+        both(&[(CODE2 - 10, &head), (CODE2, &[0xff, 0xc9, 0x75, 0xf9, 0x0f, 0x0b])]);
+    assert_eq!((state.gpr[0], state.gpr[1]), (2 * 10_000, 0));
+    assert!(counters.interpreted_blocks == 0 && counters.entered < 100, "{counters:?}");
+    let head = [0xb9, 0x10, 0x27, 0, 0, 0x31, 0xc0, 0x15, 0x03];
+    let (_, state, counters) = both(&[(CODE2 - 9, &head), (CODE2, &rest)]);
+    assert_eq!((state.gpr[0], state.gpr[1]), (3 * 10_000, 0));
+    assert!(counters.interpreted_blocks == 0 && counters.entered < 100, "{counters:?}");
+    let head = [0xb9, 0x10, 0x27, 0, 0, 0x31, 0xc0, 0xff, 0xc0, 0xff, 0xc9, 0x0f];
+    let (_, state, counters) =
+        both(&[(CODE2 - 12, &head), (CODE2, &[0x85, 0xf6, 0xff, 0xff, 0xff, 0x0f, 0x0b])]);
+    assert_eq!((state.gpr[0], state.gpr[1]), (10_000, 0));
+    assert!(counters.interpreted_blocks == 0 && counters.entered < 100, "{counters:?}");
+}

@@ -67,6 +67,11 @@ enum Cold {
         target: i64,
         save: bool,
     },
+    /// To the dispatcher, to go on at `target`. Flags are in memory.
+    Leave {
+        jump: usize,
+        target: i64,
+    },
 }
 
 /// A translated block, from the start of its code.
@@ -74,6 +79,8 @@ enum Cold {
 pub struct Entries {
     pub memory: u32,
     pub native: u32,
+    /// Of a bridge: entry M for those who know that the right page follows.
+    pub checked: u32,
 }
 
 /// What a block is made of.
@@ -91,6 +98,8 @@ pub struct Input<'a> {
     pub upper: bool,
     /// It goes without spans (J14).
     pub plain: bool,
+    /// Host address of the next page, if it is one instruction that crosses into it.
+    pub next: Option<u64>,
 }
 
 /// Makes blocks. Keeps its buffers.
@@ -142,8 +151,10 @@ impl Translator {
         let start = input.ops.first().map_or(0, |op| op.start);
         let live = self.make_plans(input, start);
         self.find_spans(input, start);
-        let entries = self.entry(start, live);
-        self.at = Some(At::Native);
+        let entries = match input.next {
+            Some(next) => self.bridge_entry(start, next),
+            None => self.entry(start, live),
+        };
         for (i, op) in input.ops.iter().enumerate() {
             self.current = i;
             let (plan, after) = (self.plans[i], self.after[i]);
@@ -249,7 +260,29 @@ impl Translator {
         self.check_run(leave_native);
         self.asm.code[over - 1] = (self.asm.here() - over) as u8;
         let base = self.asm.base;
-        Entries { memory: (base + memory) as u32, native: (base + native) as u32 }
+        self.at = Some(At::Native);
+        let memory = (base + memory) as u32;
+        Entries { memory, native: (base + native) as u32, checked: memory }
+    }
+
+    /// The entries of a block whose instruction crosses into the page at host address `next` (J15): they look whether
+    /// that is what follows. Flags are in memory then.
+    fn bridge_entry(&mut self, start: u16, next: u64) -> Entries {
+        let leave = self.asm.here();
+        self.asm.mov_eax(start.into());
+        self.asm.far(0xe9, self.stubs.exit_event);
+        let native = self.asm.here();
+        self.asm.save_flags(CC);
+        let memory = self.asm.here();
+        self.check_run(leave);
+        self.at = Some(At::Memory);
+        for jump in self.compare_next_page(next) {
+            self.cold.push(Cold::Leave { jump, target: start.into() });
+        }
+        let checked = self.asm.here();
+        let [memory, native, checked] =
+            [memory, native, checked].map(|at| (self.asm.base + at) as u32);
+        Entries { memory, native, checked }
     }
 
     /// Leaves if the run word is zero. Keeps the flags.
@@ -602,6 +635,11 @@ impl Translator {
                         self.asm.save_flags(CC);
                     }
                     self.jump_far(target);
+                }
+                Cold::Leave { jump, target } => {
+                    self.asm.land(jump);
+                    self.at = Some(At::Memory);
+                    self.leave_to(target);
                 }
             }
         }

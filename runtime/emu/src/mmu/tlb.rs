@@ -158,6 +158,7 @@ impl TlbLayout {
     /// Fields of an entry.
     pub const ENTRY_READ: i32 = offset_of!(Entry, read) as i32;
     pub const ENTRY_WRITE: i32 = offset_of!(Entry, write) as i32;
+    pub const ENTRY_EXEC: i32 = offset_of!(Entry, exec) as i32;
     pub const ENTRY_ADDEND: i32 = offset_of!(Entry, addend) as i32;
     /// What `linear >> 7` is masked with to get an entry's offset in its table.
     pub const SLOT_MASK: u32 = ((ENTRIES - 1) * size_of::<Entry>()) as u32;

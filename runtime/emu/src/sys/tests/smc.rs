@@ -261,3 +261,29 @@ fn page_walks_write_code_too() {
     assert_eq!(guest.run(&code), End::Halt);
     assert_eq!((guest.reg(6), guest.reg(0)), (9, 2));
 }
+
+#[test]
+fn a_loop_over_an_instruction_across_pages_whose_second_half_changes() {
+    let mut guest = Guest::new();
+    // One page at two addresses, with another one behind it each time.
+    let (first, second) = (0x5000_0000u64, 0x5800_0000u64);
+    for (page, next) in [(first, 0x60_1000), (second, 0x60_2000)] {
+        guest.map(page, 0x60_0000, 3);
+        guest.map(page + 0x1000, next, 3);
+    }
+    // head: add esi, imm32 across the pages; dec ecx; jnz head; ret
+    let tail = |high: u8| [high, 0, 0, 0xff, 0xc9, 0x0f, 0x85, 0xf2, 0xff, 0xff, 0xff, 0xc3];
+    guest.put(0x60_0ffd, &[0x81, 0xc6, 0x01]);
+    guest.put(0x60_1000, &tail(0x01));
+    guest.put(0x60_2000, &tail(0x02));
+    let head = |page: u64| page + 0xffd;
+    // By turns, and the second half of the first one changes each time.
+    let code = asm!(64 at CODE, [again];
+        mov(r12, head(first)); mov(r13, head(second)); xor(esi, esi); mov(edx, 30i32); mov(rbx, 0x60_1000u64);
+        set_label(&mut again); mov(ecx, 10i32); call(r12); mov(ecx, 10i32); call(r13);
+        inc(byte_ptr(rbx)); dec(edx); jnz(again); hlt();
+    );
+    assert_eq!(guest.run(&code), End::Halt);
+    let sum: u64 = (1..=30u64).map(|high| 10 * (high << 8 | 1) + 10 * 0x201).sum();
+    assert_eq!(guest.reg(6), sum);
+}
