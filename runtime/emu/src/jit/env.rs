@@ -69,6 +69,18 @@ impl Calls {
     }
 }
 
+/// What translated code counts where it is asked to, which costs it some of its speed.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Counted {
+    /// Blocks entered.
+    pub blocks: u64,
+    /// Accesses of translated code that hit the TLB.
+    pub tlb_hits: u64,
+    /// Transfers whose target was in the jump cache.
+    pub jump_hits: u64,
+}
+
 /// The translator's part of a `Cpu`. Empty if there is no translator.
 #[derive(Debug, Default)]
 pub struct JitEnv {
@@ -84,6 +96,7 @@ pub struct JitEnv {
     pub(super) called: u64,
     /// Handlers called, by opcode.
     pub(super) calls: Calls,
+    pub(super) counted: Counted,
     /// Bit per page (hashed) that entries of the jump cache lie in.
     pages: u64,
     /// Slots in use, or [`FEW`] if there are more.
@@ -95,6 +108,11 @@ impl JitEnv {
         let jumps = vec![NONE; JUMPS].into_boxed_slice();
         let table = jumps.as_ptr() as u64;
         Self { jumps, table, calls: Calls::new(), ..Self::default() }
+    }
+
+    /// The jump cache.
+    pub(super) fn jumps(&self) -> &[Jump] {
+        &self.jumps
     }
 
     /// The counters of called handlers.

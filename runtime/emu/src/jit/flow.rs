@@ -111,6 +111,7 @@ impl Translator {
         self.asm.load(RDX, Ea::cpu(layout::jump_tag(usize::from(self.upper))));
         self.asm.op(Code::wide(0x3b), RDX, Rm::Mem(Ea::at(RAX, 8)));
         self.miss_if(5);
+        self.count(layout::COUNTED_JUMP_HITS);
     }
 
     fn page_of_target(&mut self) {
@@ -147,6 +148,7 @@ impl Translator {
         self.asm.load(RDX, Ea::cpu(layout::jump_tag(usize::from(self.upper))));
         self.asm.op(Code::wide(0x3b), RDX, Rm::Mem(Ea::at(RAX, 8)));
         let second = self.asm.jcc(5);
+        self.count(layout::COUNTED_JUMP_HITS);
         self.enter_page();
         self.asm.op(Code::one(0xff), 4, Rm::Mem(Ea::at(RAX, 16)));
         self.asm.land(first);

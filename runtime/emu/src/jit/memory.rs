@@ -55,6 +55,7 @@ impl Translator {
         let context = layout::context(write, usize::from(self.upper));
         self.asm.op(Code::wide(0x3b), RDX, Rm::Mem(Ea::cpu(context)));
         self.miss_unless_other(write);
+        self.count(layout::COUNTED_TLB_HITS);
         self.asm.op(Code::wide(0x03), RCX, Rm::Mem(Ea::at(RAX, TlbLayout::ENTRY_ADDEND)));
     }
 }

@@ -81,6 +81,8 @@ pub struct Translator {
     pub(super) at: Option<At>,
     pub(super) upper: bool,
     pub(super) stubs: Stubs,
+    /// Code counts what it does ([`Counted`](super::env::Counted)).
+    counting: bool,
     /// The number of the first link of this block.
     first_link: u32,
     /// Links of the block.
@@ -105,8 +107,20 @@ impl std::fmt::Debug for Translator {
 pub const MAX_BLOCK: usize = 48 << 10;
 
 impl Translator {
-    pub fn new(stubs: Stubs) -> Self {
-        Self { stubs, ..Self::default() }
+    pub fn new(stubs: Stubs, counting: bool) -> Self {
+        Self { stubs, counting, ..Self::default() }
+    }
+
+    /// Does code count what it does?
+    pub fn counts(&self) -> bool {
+        self.counting
+    }
+
+    /// Counts, where flags are dead.
+    pub(super) fn count(&mut self, counter: i32) {
+        if self.counting {
+            self.asm.op(Code::wide(0xff), 0, Rm::Mem(Ea::cpu(counter)));
+        }
     }
 
     /// Translates `input` for the place `base` of the arena; its links get numbers from `first_link` on. The code
@@ -210,6 +224,12 @@ impl Translator {
         let native = self.asm.here();
         self.check_run(leave_native);
         self.asm.code[over - 1] = (self.asm.here() - over) as u8;
+        if self.counting {
+            // Flags may be in use.
+            self.asm.load(RCX, Ea::cpu(layout::COUNTED_BLOCKS));
+            self.asm.lea(RCX, Ea::at(RCX, 1));
+            self.asm.store(Ea::cpu(layout::COUNTED_BLOCKS), RCX);
+        }
         let base = self.asm.base;
         Entries { memory: (base + memory) as u32, native: (base + native) as u32 }
     }
