@@ -262,6 +262,14 @@ impl Apart {
             {
                 apart.all = true;
             }
+            // Zen loses what PUSH and POP did to the stack pointer before a conversion to it that raises #XM: a small
+            // program shows the same without any engine.
+            _ if native.vector == 19
+                && insn.op0_register().full_register() == Register::RSP
+                && Vendor::of_host() == Vendor::Amd =>
+            {
+                apart.gpr[4] = u64::MAX;
+            }
             // Several steps, each with exceptions.
             M::Dpps | M::Dppd | M::Vdpps | M::Vdppd => apart.mxcsr = 0x3f,
             // 80-bit operands are two accesses.

@@ -63,7 +63,7 @@ pub fn case(rng: &mut Rng, bitness: u32, wanted: &[Form], allowed: &HashSet<Code
         forms: Vec::new(),
         info: InstructionInfoFactory::new(),
     };
-    let start = maker.rng.once_in(20).then(|| maker.begin_loop());
+    let mut start = maker.rng.once_in(20).then(|| maker.begin_loop());
     for form in wanted {
         let before = maker.code.len();
         if maker.rng.once_in(12) {
@@ -81,7 +81,8 @@ pub fn case(rng: &mut Rng, bitness: u32, wanted: &[Form], allowed: &HashSet<Code
             }
         }
         if is_image(*form) {
-            // What it leaves in memory differs between processors: nothing may look at it.
+            // What it leaves in memory differs between processors: nothing may look at it, not in a second round either.
+            start = None;
             break;
         }
         if maker.code.len() > MAX_CODE - 16 {

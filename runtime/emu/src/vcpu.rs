@@ -26,7 +26,11 @@ pub struct EmuVcpu {
     dispatcher: Dispatcher,
     platform: Arc<Platform>,
     counters: Arc<VcpuCounters>,
+    events: u32,
 }
+
+/// Events (interrupts, mostly ticks of the timer) between two publications of the counters.
+const EVENTS_PER_PUBLICATION: u32 = 16;
 
 impl EmuVcpu {
     pub(crate) fn new(
@@ -41,13 +45,19 @@ impl EmuVcpu {
             let _ = counters.calls.set(cpu.jit.calls());
         }
         cpu.mmu.guard().on_request(move || nudged.apics.port(index).attention.raise(reason::SYNC));
-        Self { cpu, dispatcher, platform, counters }
+        Self { cpu, dispatcher, platform, counters, events: 0 }
     }
 
     /// The processor.
     #[cfg(test)]
     pub(crate) fn cpu_mut(&mut self) -> &mut Cpu {
         &mut self.cpu
+    }
+
+    /// What runs its blocks.
+    #[cfg(test)]
+    pub(crate) fn dispatcher_mut(&mut self) -> &mut Dispatcher {
+        &mut self.dispatcher
     }
 
     fn run_to_exit(&mut self) -> VmExit {
@@ -76,6 +86,11 @@ impl EmuVcpu {
                 && (self.cpu.sys.attention().any() || self.cpu.sys.activity != MpState::Running)
             {
                 self.cpu.mmu.obey_if_asked();
+                // One that never sleeps is looked at too.
+                self.events = self.events.wrapping_add(1);
+                if self.events.is_multiple_of(EVENTS_PER_PUBLICATION) {
+                    self.publish_counters();
+                }
                 match self.cpu.service_events() {
                     Service::Run => {}
                     Service::Sleep => {
@@ -157,7 +172,7 @@ impl EmuVcpu {
         c.cache_emptied.store(self.dispatcher.cache().emptied, Ordering::Relaxed);
         c.walks.store(self.cpu.mmu.walks, Ordering::Relaxed);
         if let Some(jit) = self.dispatcher.jit() {
-            c.translator.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&jit.counters);
+            *c.translator.lock().unwrap_or_else(PoisonError::into_inner) = jit.figures(&self.cpu);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Executable memory of the stubs.
 //!
 //! One sealed memfd, mapped twice: writable, and executable. No mapping is both, and no other
-//! mapping can be made once the file is sealed. The code in it is generated here from forms, never
+//! writable one can be made once the file is sealed. The code in it is generated here from forms, never
 //! copied from the guest, and lives as long as the process.
 
 use std::fs::File;
@@ -51,16 +51,7 @@ pub fn entry(offset: u32) -> *const u8 {
 
 impl Arena {
     fn new() -> io::Result<Self> {
-        let file = memfd(c"mvm-emu-stubs")?;
-        file.set_len(ARENA_SIZE as u64)?;
-        let write = map(&file, ARENA_SIZE, libc::PROT_READ | libc::PROT_WRITE)?;
-        let exec = map(&file, ARENA_SIZE, libc::PROT_READ | libc::PROT_EXEC)?;
-        let seals =
-            libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
-        // SAFETY: fcntl on a descriptor we own, with integer arguments.
-        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let (write, exec) = map_twice(c"mvm-emu-stubs", ARENA_SIZE)?;
         EXEC.store(exec, Ordering::Release);
         Ok(Self { write })
     }
@@ -79,7 +70,32 @@ impl Arena {
     }
 }
 
-pub(crate) fn memfd(name: &std::ffi::CStr) -> io::Result<File> {
+/// Maps a sealed memfd of `size` bytes twice: writable, and executable. No mapping is both, and neither the file nor
+/// the executable mapping can be made writable any more.
+///
+/// # Errors
+/// The host refuses a memfd or an executable mapping of it.
+pub(crate) fn map_twice(name: &std::ffi::CStr, size: usize) -> io::Result<(*mut u8, *mut u8)> {
+    let file = memfd(name)?;
+    file.set_len(size as u64)?;
+    let write = map(&file, size, libc::PROT_READ | libc::PROT_WRITE)?;
+    let seals =
+        libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
+    // SAFETY: fcntl on a descriptor we own, with integer arguments.
+    let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } == 0;
+    let sealed = if sealed { Ok(()) } else { Err(io::Error::last_os_error()) };
+    // Behind the seal: a shared mapping from before could be made writable later.
+    match sealed.and_then(|()| map(&file, size, libc::PROT_READ | libc::PROT_EXEC)) {
+        Ok(exec) => Ok((write, exec)),
+        Err(error) => {
+            // SAFETY: mapped just above, used by nobody.
+            unsafe { libc::munmap(write.cast(), size) };
+            Err(error)
+        }
+    }
+}
+
+fn memfd(name: &std::ffi::CStr) -> io::Result<File> {
     // Kernels since 6.3 may forbid executable memfds unless asked for; older ones do not know
     // the flag.
     const MFD_EXEC: libc::c_uint = 0x10;
@@ -100,7 +116,7 @@ pub(crate) fn memfd(name: &std::ffi::CStr) -> io::Result<File> {
     Err(error)
 }
 
-pub(crate) fn map(file: &File, size: usize, protection: libc::c_int) -> io::Result<*mut u8> {
+fn map(file: &File, size: usize, protection: libc::c_int) -> io::Result<*mut u8> {
     // SAFETY: a new mapping at an address of the kernel's choice.
     let address = unsafe {
         libc::mmap(

@@ -1,9 +1,8 @@
 //! Memory for translated code: one sealed memfd, mapped twice (J11).
 
 use std::io;
-use std::os::fd::AsRawFd;
 
-use crate::host::arena::{map, memfd};
+use crate::host::arena::map_twice;
 
 /// Bytes of address space for the code of one vCPU. Pages are touched as code is made.
 pub const SIZE: usize = 32 << 20;
@@ -15,6 +14,8 @@ pub struct Arena {
     exec: *mut u8,
     /// Where the last code was put, as a multiple of [`PART`].
     part: usize,
+    /// Bytes that code was ever put in.
+    touched: usize,
 }
 
 /// Bytes of the writable mapping that are let go at a time.
@@ -29,25 +30,8 @@ impl Arena {
     /// # Errors
     /// The host refuses a memfd or an executable mapping of it.
     pub fn new() -> io::Result<Self> {
-        let file = memfd(c"mvm-emu-code")?;
-        file.set_len(SIZE as u64)?;
-        let write = map(&file, SIZE, libc::PROT_READ | libc::PROT_WRITE)?;
-        let exec = match map(&file, SIZE, libc::PROT_READ | libc::PROT_EXEC) {
-            Ok(exec) => exec,
-            Err(error) => {
-                // SAFETY: mapped just above, used by nobody.
-                unsafe { libc::munmap(write.cast(), SIZE) };
-                return Err(error);
-            }
-        };
-        let arena = Self { write, exec, part: 0 };
-        let seals =
-            libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
-        // SAFETY: fcntl on a descriptor we own, with integer arguments.
-        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(arena)
+        let (write, exec) = map_twice(c"mvm-emu-code", SIZE)?;
+        Ok(Self { write, exec, part: 0, touched: 0 })
     }
 
     /// Address of the byte at `offset` where it is executed.
@@ -60,9 +44,16 @@ impl Arena {
     /// # Panics
     /// If it does not fit: the callers look before they make code.
     pub fn write(&mut self, offset: usize, code: &[u8]) {
-        assert!(offset.checked_add(code.len()).is_some_and(|end| end <= SIZE), "the arena's size");
+        let end = offset.saturating_add(code.len());
+        assert!(end <= SIZE, "the arena's size");
+        self.touched = self.touched.max(end);
         // SAFETY: the range lies in the writable mapping (checked above), which this value owns.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(offset), code.len()) };
+    }
+
+    /// Bytes of memory that the code takes, emptied or not.
+    pub fn touched(&self) -> usize {
+        self.touched
     }
 
     /// Tells where code is put from now on. What is behind that is seldom written again: pages that are mapped

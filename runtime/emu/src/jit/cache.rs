@@ -155,6 +155,14 @@ impl Cache {
         self.links.clear();
     }
 
+    /// Bytes of memory for all of it, about.
+    pub fn memory(&self) -> usize {
+        self.blocks.capacity() * (size_of::<(u64, Block)>() + 1)
+            + self.pages.capacity() * (size_of::<(u64, Page)>() + 1)
+            + self.blocks.len() * size_of::<u16>()
+            + self.links.capacity() * size_of::<Link>()
+    }
+
     pub fn len(&self) -> usize {
         self.blocks.len()
     }

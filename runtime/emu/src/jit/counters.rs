@@ -1,5 +1,7 @@
 //! What the translator counts.
 
+use super::env::Counted;
+
 /// Counters of one vCPU's translator.
 #[derive(Debug, Clone, Default)]
 pub struct Counters {
@@ -37,13 +39,17 @@ pub struct Counters {
     pub left_flow: [u64; 6],
     /// Blocks run by the interpreter: code on trial, and bridges to a page that does not follow.
     pub interpreted_blocks: u64,
+    /// Bytes of memory for translated code and what belongs to it.
+    pub memory: u64,
+    /// What the code counts by itself, if it does.
+    pub counted: Option<Counted>,
 }
 
 impl Counters {
     /// Names and values, as `mvm stats` shows them.
     pub fn rows(&self) -> Vec<(&'static str, u64)> {
         let [_, jump, stop, fault, again, halt] = self.left_flow;
-        vec![
+        let mut rows = vec![
             ("jit-blocks", self.blocks),
             ("jit-instructions", self.instructions),
             ("jit-called-instructions", self.called_instructions),
@@ -65,6 +71,18 @@ impl Counters {
             ("jit-left-again", again),
             ("jit-left-halt", halt),
             ("jit-interpreted-blocks", self.interpreted_blocks),
-        ]
+            ("jit-memory", self.memory),
+        ];
+        if let Some(counted) = self.counted {
+            // Whatever block was not entered by the dispatcher was reached from another one.
+            let chained = counted.blocks.saturating_sub(self.entered);
+            rows.extend([
+                ("jit-counted-blocks", counted.blocks),
+                ("jit-counted-chained", chained),
+                ("jit-counted-jump-cache-hits", counted.jump_hits),
+                ("jit-counted-tlb-hits", counted.tlb_hits),
+            ]);
+        }
+        rows
     }
 }

@@ -73,6 +73,18 @@ impl Calls {
     }
 }
 
+/// What translated code counts where it is asked to, which costs it some of its speed.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Counted {
+    /// Blocks entered.
+    pub blocks: u64,
+    /// Accesses of translated code that hit the TLB.
+    pub tlb_hits: u64,
+    /// Transfers whose target was in the jump cache.
+    pub jump_hits: u64,
+}
+
 /// The translator's part of a `Cpu`. Empty if there is no translator.
 #[derive(Debug, Default)]
 pub struct JitEnv {
@@ -92,6 +104,7 @@ pub struct JitEnv {
     pub(super) spans: [u64; SLOTS],
     /// Handlers called, by opcode.
     pub(super) calls: Calls,
+    pub(super) counted: Counted,
     /// Bit per page (hashed) that entries of the jump cache lie in.
     pages: Box<[u64]>,
     /// Slots in use, or [`FEW`] if there are more.
@@ -105,6 +118,11 @@ impl JitEnv {
         let table = jumps.as_ptr() as u64;
         let pages = vec![0; PAGES / 64].into_boxed_slice();
         Self { jumps, table, code, pages, calls: Calls::new(), ..Self::default() }
+    }
+
+    /// The jump cache.
+    pub(super) fn jumps(&self) -> &[Jump] {
+        &self.jumps
     }
 
     /// The counters of called handlers.

@@ -123,6 +123,7 @@ impl Translator {
         self.miss_if(5);
         self.compare(TAG);
         self.miss_if(5);
+        self.count(layout::COUNTED_JUMP_HITS);
         self.load_code();
     }
 
@@ -180,6 +181,7 @@ impl Translator {
         let first = self.asm.jcc(5);
         self.compare(TAG);
         let second = self.asm.jcc(5);
+        self.count(layout::COUNTED_JUMP_HITS);
         self.load_code();
         self.enter_page();
         self.jump_rax();

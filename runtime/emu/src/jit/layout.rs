@@ -4,7 +4,7 @@
 use std::mem::offset_of;
 
 use super::asm::host::{R8, R9, R10, R11, R12, R13, R14, R15, RBP, RBX, RDI, RSI};
-use super::env::JitEnv;
+use super::env::{Counted, JitEnv};
 use crate::cpu::{Cpu, SegmentReg};
 use crate::host::VectorState;
 use crate::mmu::{Mmu, TlbLayout};
@@ -79,6 +79,10 @@ pub const TARGET_PAGE: i32 = (ENV + offset_of!(JitEnv, target_page)) as i32;
 pub const fn span(slot: u8) -> i32 {
     (ENV + offset_of!(JitEnv, spans) + slot as usize * 8) as i32
 }
+const COUNTED: usize = ENV + offset_of!(JitEnv, counted);
+pub const COUNTED_BLOCKS: i32 = (COUNTED + offset_of!(Counted, blocks)) as i32;
+pub const COUNTED_TLB_HITS: i32 = (COUNTED + offset_of!(Counted, tlb_hits)) as i32;
+pub const COUNTED_JUMP_HITS: i32 = (COUNTED + offset_of!(Counted, jump_hits)) as i32;
 pub const CALLED: i32 = (ENV + offset_of!(JitEnv, called)) as i32;
 
 pub const fn segment_base(index: u8) -> i32 {

@@ -60,6 +60,7 @@ impl Translator {
         let write = mem == Mem::Write;
         let hit = self.compare_tags(write, size.into());
         self.misses.push(Miss::Access { jump: hit.0, hit: hit.1 });
+        self.count(layout::COUNTED_TLB_HITS);
         self.asm.op(Code::wide(0x03), RCX, Rm::Mem(Ea::at(RAX, TlbLayout::ENTRY_ADDEND)));
         Ea::at(RCX, 0)
     }
@@ -115,6 +116,7 @@ impl Translator {
     fn probe_span(&mut self, span: SpanMiss) {
         let (jump, hit) = self.compare_tags(span.write, span.bytes.into());
         self.misses.push(Miss::Span { jump, hit, span });
+        self.count(layout::COUNTED_TLB_HITS);
         self.asm.load(RDX, Ea::at(RAX, TlbLayout::ENTRY_ADDEND));
         self.asm.store(Ea::cpu(layout::span(span.slot)), RDX);
         self.asm.op(Code::wide(0x01), RDX, Rm::Reg(RCX));

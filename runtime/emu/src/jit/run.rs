@@ -89,7 +89,7 @@ impl Jit {
             used: floor,
             limit: SIZE,
             cache: Cache::default(),
-            translator: Translator::new(stubs),
+            translator: Translator::new(stubs, std::env::var_os("MVM_COUNT").is_some()),
             trials: TRIALS,
             seen: vec![0; SEEN].into_boxed_slice(),
             pending: None,
@@ -379,6 +379,29 @@ impl Jit {
             self.armed = deadline;
             cpu.sys.platform.set_alarm(cpu.sys.index, deadline);
         }
+    }
+
+    /// What is counted, with what the code itself counts in `cpu`, and the memory that it all takes.
+    pub fn figures(&self, cpu: &Cpu) -> Counters {
+        let counted = self.translator.counts().then_some(cpu.jit.counted);
+        let tables = SEEN + self.cache.memory() + size_of_val(cpu.jit.jumps());
+        Counters {
+            counted,
+            memory: (self.arena.touched() + tables) as u64,
+            ..self.counters.clone()
+        }
+    }
+
+    /// Where its code is executed.
+    #[cfg(test)]
+    pub(crate) fn code_address(&self) -> u64 {
+        self.arena.entry(0)
+    }
+
+    /// Makes code count what it does from now on.
+    #[cfg(test)]
+    pub(crate) fn set_counting(&mut self) {
+        self.translator = Translator::new(self.stubs, true);
     }
 
     /// Room for `bytes` of code (and the largest block there can be).

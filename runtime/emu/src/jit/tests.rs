@@ -246,3 +246,60 @@ fn an_instruction_across_pages_is_translated_too() {
     assert_eq!((state.gpr[0], state.gpr[1]), (10_000, 0));
     assert!(counters.interpreted_blocks == 0 && counters.entered < 100, "{counters:?}");
 }
+
+#[test]
+fn no_memory_is_writable_and_executable() {
+    let mut machine = machine(Tier::Translator);
+    start(&mut machine, &[(CODE, &asm!(64 at CODE; pxor(xmm0, xmm0); fld1(); ud2();))], CODE);
+    machine.run(None).unwrap();
+    let code = machine.dispatcher().jit().unwrap().code_address();
+    // start-end rwxp ...
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let mut views = 0;
+    for line in maps.lines() {
+        let rights = line.split(' ').nth(1).unwrap();
+        assert!(!(rights.contains('w') && rights.contains('x')), "{line}");
+        let start = line.split('-').next().unwrap();
+        let executable = line.contains("memfd:mvm-emu-code") && rights.starts_with("r-x");
+        views += u32::from(executable && u64::from_str_radix(start, 16).unwrap() == code);
+    }
+    assert_eq!(views, 1, "its code is where it is looked for:\n{maps}");
+    // And it cannot become so.
+    // SAFETY: if it could be done, the code would stay as it is.
+    let writable = unsafe {
+        libc::mprotect(code as *mut libc::c_void, 4096, libc::PROT_READ | libc::PROT_WRITE)
+    };
+    assert_eq!(writable, -1);
+    assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EACCES));
+}
+
+#[test]
+fn code_counts_where_it_is_asked_to() {
+    const ROUNDS: u64 = 1000;
+    let code = asm!(64 at CODE, [again];
+        mov(ecx, ROUNDS as i32); mov(r15, CODE2); set_label(&mut again);
+        mov(rax, qword_ptr(rdi)); mov(qword_ptr(rdi + 8), rax); call(r15); dec(ecx); jnz(again); ud2();
+    );
+    let function = asm!(64 at CODE2; inc(rdx); ret(););
+    let count = |counting: bool| {
+        let mut machine = machine(Tier::Translator);
+        if counting {
+            machine.dispatcher().jit_mut().unwrap().set_counting();
+        }
+        start(&mut machine, &[(CODE, &code), (CODE2, &function)], CODE);
+        let (_, state) = machine.run(None).unwrap();
+        (state.gpr, machine.figures())
+    };
+    let ((plain, without), (counted, with)) = (count(false), count(true));
+    assert_eq!(plain, counted);
+    assert!(without.counted.is_none() && without.memory > 0x1_0000);
+    let figures = with.counted.unwrap();
+    // Each round: the body, the function, what comes behind the call.
+    assert!((3 * ROUNDS..3 * ROUNDS + 20).contains(&figures.blocks), "{figures:?}");
+    // Two accesses by one probe, a pushed and a popped return address, less the first ones.
+    assert!((3 * ROUNDS - 20..=3 * ROUNDS).contains(&figures.tlb_hits), "{figures:?}");
+    assert!((2 * ROUNDS - 20..=2 * ROUNDS).contains(&figures.jump_hits), "{figures:?}");
+    assert!(with.entered < 50, "{with:?}");
+    let names: Vec<_> = with.rows().iter().map(|(name, _)| *name).collect();
+    assert!(names.contains(&"jit-counted-tlb-hits") && names.contains(&"jit-memory"));
+}

@@ -109,6 +109,8 @@ pub struct Translator {
     pub(super) at: Option<At>,
     pub(super) upper: bool,
     pub(super) stubs: Stubs,
+    /// Code counts what it does ([`Counted`](super::env::Counted)).
+    counting: bool,
     /// The number of the first link of this block.
     first_link: u32,
     /// Links of the block.
@@ -134,8 +136,20 @@ impl std::fmt::Debug for Translator {
 pub const MAX_BLOCK: usize = 48 << 10;
 
 impl Translator {
-    pub fn new(stubs: Stubs) -> Self {
-        Self { stubs, ..Self::default() }
+    pub fn new(stubs: Stubs, counting: bool) -> Self {
+        Self { stubs, counting, ..Self::default() }
+    }
+
+    /// Does code count what it does?
+    pub fn counts(&self) -> bool {
+        self.counting
+    }
+
+    /// Counts, where flags are dead.
+    pub(super) fn count(&mut self, counter: i32) {
+        if self.counting {
+            self.asm.op(Code::wide(0xff), 0, Rm::Mem(Ea::cpu(counter)));
+        }
     }
 
     /// Translates `input` for the place `base` of the arena; its links get numbers from `first_link` on. The code
@@ -259,6 +273,12 @@ impl Translator {
         let native = self.asm.here();
         self.check_run(leave_native);
         self.asm.code[over - 1] = (self.asm.here() - over) as u8;
+        if self.counting {
+            // Flags may be in use.
+            self.asm.load(RCX, Ea::cpu(layout::COUNTED_BLOCKS));
+            self.asm.lea(RCX, Ea::at(RCX, 1));
+            self.asm.store(Ea::cpu(layout::COUNTED_BLOCKS), RCX);
+        }
         let base = self.asm.base;
         self.at = Some(At::Native);
         let memory = (base + memory) as u32;
@@ -280,6 +300,7 @@ impl Translator {
             self.cold.push(Cold::Leave { jump, target: start.into() });
         }
         let checked = self.asm.here();
+        self.count(layout::COUNTED_BLOCKS);
         let [memory, native, checked] =
             [memory, native, checked].map(|at| (self.asm.base + at) as u32);
         Entries { memory, native, checked }

@@ -116,7 +116,7 @@ impl Cpu {
         }
         let fault = if index == seg::SS { Fault::SS0 } else { Fault::GP0 };
         let protected = self.mode != Mode::Real;
-        if !limit_holds(segment, offset, size) || protected && !type_holds(segment, write) {
+        if !segment_holds(segment, offset, size, write, protected) {
             return Err(fault);
         }
         Ok(segment.base.wrapping_add(offset) & 0xffff_ffff)
@@ -521,6 +521,17 @@ fn check_canonical(linear: u64) -> Result<(), Fault> {
 #[inline(always)]
 pub(super) fn crosses(linear: u64, size: usize) -> bool {
     (linear & 0xfff) as usize + size > 4096
+}
+
+/// May `size` bytes at `offset` of a segment be read or written? `protected`: its type counts.
+pub(crate) fn segment_holds(
+    segment: &SegmentReg,
+    offset: u64,
+    size: usize,
+    write: bool,
+    protected: bool,
+) -> bool {
+    limit_holds(segment, offset, size) && (!protected || type_holds(segment, write))
 }
 
 /// Does `[offset, offset + size)` lie within the segment?

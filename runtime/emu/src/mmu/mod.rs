@@ -19,6 +19,7 @@ mod tests;
 use std::sync::Arc;
 
 pub use access::Wrote;
+pub(crate) use access::segment_holds;
 pub use phys::{Guard, PageRef, PhysMemory};
 pub use raw::HostAddr;
 pub use span::Span;

@@ -4,7 +4,7 @@ use super::bits::canonical;
 use super::decode::{AUX_MEM, operand_size};
 use super::descriptor::{Descriptor, Gate, access, system};
 use super::iret::{return_stack, return_target};
-use super::segments::{gp, is_null, np, null_stack, ts};
+use super::segments::{gp, is_null, np, null_stack, ss_fault, ts};
 use super::stack::Stack;
 use super::task::{Resume, Way};
 use crate::block::Block;
@@ -271,7 +271,7 @@ fn inner_stack(cpu: &mut Cpu, cpl: u8, long: bool) -> Result<(SegmentReg, Stack)
         vector::GP => ts(selector),
         _ => fault,
     })?;
-    Ok((ss, Stack::at(cpu.mode, &ss, sp.into(), cpl)))
+    Ok((ss, Stack::at(cpu.mode, &ss, sp.into(), cpl).or(ss_fault(selector))))
 }
 
 /// RET far, which drops `op.imm` bytes of parameters.

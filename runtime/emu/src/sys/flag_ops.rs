@@ -51,9 +51,9 @@ pub(crate) fn pushf(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     let image = cpu.rflags() & !(rflags::RF | rflags::VM);
     let mut stack = Stack::of(cpu);
     match stack.push(cpu, operand_size(op), image) {
-        Ok(()) => {
+        Ok(wrote) => {
             stack.commit(cpu);
-            Flow::Next
+            wrote.into()
         }
         Err(fault) => cpu.raise(fault),
     }

@@ -53,7 +53,7 @@ pub(crate) fn push(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     let selector = cpu.seg[usize::from(op.src)].selector;
     let mut stack = Stack::of(cpu);
     match stack.push(cpu, operand_size(op), selector.into()) {
-        Ok(()) => {
+        Ok(_) => {
             stack.commit(cpu);
             Flow::Break
         }

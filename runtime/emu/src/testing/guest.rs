@@ -9,6 +9,7 @@ use mvm_engine::{IoBus, Kick, MpState, Vcpu, VmExit};
 use mvm_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::Tier;
 use crate::cpu::{Cpu, seg};
 use crate::mmu::{Mmu, PhysMemory};
 use crate::sys::bits::{cr0, cr4, efer};
@@ -213,10 +214,16 @@ pub struct Guest {
 
 impl Guest {
     fn bare(power_up: bool) -> Self {
-        Self::with(power_up, Instructions { invpcid: true, smap: true, rdpid: true })
+        Self::with(power_up, Instructions { invpcid: true, smap: true, rdpid: true }, super::tier())
     }
 
-    fn with(power_up: bool, instructions: Instructions) -> Self {
+    /// As [`Guest::new`], on `tier`.
+    pub fn with_tier(tier: Tier) -> Self {
+        let all = Instructions { invpcid: true, smap: true, rdpid: true };
+        Self::with(true, all, tier).in_64_bit_mode()
+    }
+
+    fn with(power_up: bool, instructions: Instructions, tier: Tier) -> Self {
         let ram = GuestRam::new(&[(0, RAM)]).expect("RAM");
         let bus = Arc::new(TestBus::default());
         let mut platform = Platform::new(CpuModel::V3, 1, bus.clone(), host_tsc_khz());
@@ -230,7 +237,7 @@ impl Guest {
             cpu.power_up();
             cpu.gpr = [0; crate::op::reg::COUNT];
         }
-        let dispatcher = super::dispatcher(&mut cpu, super::tier());
+        let dispatcher = super::dispatcher(&mut cpu, tier);
         let vcpu = EmuVcpu::new(cpu, dispatcher, platform.clone(), Arc::default());
         Self { vcpu, ram, bus, platform, next_table: TABLES }
     }
@@ -257,7 +264,7 @@ impl Guest {
     /// The same, of a processor without [`Instructions`].
     pub fn without_features() -> Self {
         let none = Instructions { invpcid: false, smap: false, rdpid: false };
-        Self::with(true, none).in_64_bit_mode()
+        Self::with(true, none, super::tier()).in_64_bit_mode()
     }
 
     fn in_64_bit_mode(self) -> Self {
@@ -398,7 +405,8 @@ impl Guest {
         self.entry_in(PML4, linear, level)
     }
 
-    fn entry_in(&mut self, top: u64, linear: u64, level: u32) -> u64 {
+    /// The same in the address space whose top table is at `top`.
+    pub fn entry_in(&mut self, top: u64, linear: u64, level: u32) -> u64 {
         let mut table = top;
         for upper in (level + 1..=4).rev() {
             let at = table + (linear >> (12 + 9 * (upper - 1)) & 0x1ff) * 8;

@@ -347,6 +347,12 @@ impl UserMachine {
         &mut self.dispatcher
     }
 
+    /// The translator's figures.
+    #[cfg(test)]
+    pub(crate) fn figures(&self) -> crate::jit::Counters {
+        self.dispatcher.jit().expect("a translator").figures(&self.cpu)
+    }
+
     /// Instructions executed.
     pub fn instructions(&self) -> u64 {
         self.dispatcher.instructions

@@ -3,8 +3,9 @@
 use super::{Cause, Event};
 use crate::cpu::{Cpu, SegmentReg, seg};
 use crate::fault::{Fault, vector};
+use crate::mmu::segment_holds;
 use crate::sys::descriptor::{Gate, access, system};
-use crate::sys::segments::{gp, is_null, np, ts};
+use crate::sys::segments::{gp, is_null, np, ss_fault, ts};
 use crate::sys::task::{Resume, Way};
 
 impl Cpu {
@@ -54,8 +55,8 @@ impl Cpu {
         if from_8086 && cpl != 0 {
             return Err(gp(selector));
         }
-        let (ss, sp) = if cpl == self.cpl {
-            (self.seg[seg::SS], self.gpr[4] as u32)
+        let (ss, sp, beyond) = if cpl == self.cpl {
+            (self.seg[seg::SS], self.gpr[4] as u32, Fault::SS0)
         } else {
             let (sp, ss) = self.tss_stack(cpl)?;
             // Faults about the new stack segment are #TS.
@@ -63,7 +64,7 @@ impl Cpu {
                 vector::GP => ts(ss),
                 _ => fault,
             })?;
-            (segment, sp)
+            (segment, sp, ss_fault(ss))
         };
         let mut words = Vec::with_capacity(10);
         if from_8086 {
@@ -83,7 +84,11 @@ impl Cpu {
         let mut top = sp;
         for word in words {
             top = top.wrapping_sub(size) & mask | top & !mask;
-            let address = ss.base.wrapping_add(u64::from(top & mask)) & 0xffff_ffff;
+            let offset = u64::from(top & mask);
+            if !segment_holds(&ss, offset, size as usize, true, true) {
+                return Err(beyond);
+            }
+            let address = ss.base.wrapping_add(offset) & 0xffff_ffff;
             if size == 2 {
                 self.write_as::<u16>(cpl, address, word as u16)?;
             } else {

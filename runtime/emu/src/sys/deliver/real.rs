@@ -17,7 +17,7 @@ impl Cpu {
         let mut sp = self.gpr[4] as u16;
         for word in words.iter().rev() {
             sp = sp.wrapping_sub(2);
-            let address = self.seg[seg::SS].base.wrapping_add(sp.into());
+            let address = self.linear(seg::SS, sp.into(), 2, true)?;
             self.write_as::<u16>(0, address, *word)?;
         }
         self.gpr[4] = self.gpr[4] & !0xffff | u64::from(sp);

@@ -364,6 +364,49 @@ fn alignment_checks_end_with_the_flag() {
 }
 
 #[test]
+fn stacks_end_where_their_segments_end() {
+    // The limit comes before the alignment and before the page.
+    for (code, top) in [
+        (asm!(32 at USER; pushfd();), 2),
+        (asm!(32 at USER; pushf();), 1),
+        (asm!(32 at USER; push(fs);), 3),
+        (asm!(32 at USER; push(eax);), 2),
+        (asm!(32 at USER; popfd();), 0xffff_fffe),
+        (asm!(32 at USER; pop(es);), 0xffff_fffd),
+        (asm!(32 at USER; iretd();), 0xffff_fffd),
+        (asm!(32 at USER; retf();), 0xffff_fffe),
+        (vec![0x9a, 0, 0, 0, 0x40, 0x1b, 0], 2),
+    ] {
+        for flags in [2, 1 << 18 | 2] {
+            let mut guest = Guest::new();
+            guest.cpu().sys.cr0 |= 1 << 18;
+            // The last page there is, and the first.
+            guest.map(0xffff_f000, 0x60_0000, 7);
+            guest.put(USER_GPA, &code);
+            guest.user(sel::USER32);
+            guest.cpu().gpr[4] = top;
+            guest.cpu().set_rflags(flags);
+            guest.cpu().tlb_set_context();
+            let frame = guest.go().frame();
+            assert_eq!((frame.vector, frame.code), (vector::SS, Some(0)), "{code:02x?}");
+            assert_eq!((frame.rip, frame.rsp), (USER, top), "{code:02x?}");
+        }
+    }
+    // A handler's stack that ends: the new segment is named (SDM vol. 2, INT n).
+    let mut guest = Guest::new_32();
+    guest.put64(GDT + u64::from(sel::FREE), 0x0040_9300_0000_0007);
+    guest.put64(TSS + 4, 0x8 | u64::from(sel::FREE) << 32);
+    guest.put(0x9000, &[0xcd, 0x80]);
+    guest.put64(GDT + 0x18, 0x00cf_fb00_0000_ffff);
+    let code = asm!(32 at CODE;
+        push(i32::from(sel::USER_DATA)); push(0x8_0000i32); push(2i32); push(i32::from(sel::USER32)); push(0x9000i32); iretd();
+    );
+    // Its own #SS finds no room either, nor does the double fault.
+    let End::Exit(VmExit::TripleFault(fault)) = guest.run(&code) else { panic!("no triple fault") };
+    assert!(fault.reason.contains("Fault(12, code 0x68)"), "{}", fault.reason);
+}
+
+#[test]
 fn implicit_accesses_are_not_checked() {
     let mut guest = Guest::new();
     // A TSS and an IDT at odd addresses; the exception's stack is aligned by the processor.

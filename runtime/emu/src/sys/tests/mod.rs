@@ -6,6 +6,7 @@ mod debug;
 mod events;
 mod faults;
 mod features;
+mod lockstep;
 mod mmio;
 mod modes;
 mod simd;
