@@ -72,13 +72,13 @@ impl Translator {
             self.asm.bytes(&[inline.class]);
             self.miss_if(5);
         }
-        if let Some(operand) = inline.memory {
-            if operand.align != 0 {
-                self.keep_flags(live);
-                self.asm.op(Code::one(0xf6), 0, Rm::Reg(RCX));
-                self.asm.bytes(&[operand.align]);
-                self.miss_if(5);
-            }
+        if let Some(operand) = inline.memory
+            && operand.align != 0
+        {
+            self.keep_flags(live);
+            self.asm.op(Code::one(0xf6), 0, Rm::Reg(RCX));
+            self.asm.bytes(&[operand.align]);
+            self.miss_if(5);
         }
         if plan.sets || plan.reads != 0 {
             self.need_flags(live);
