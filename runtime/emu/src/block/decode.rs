@@ -1,6 +1,6 @@
 //! From the bytes of a page to a block (invariants 1 and 6).
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
 use super::cache::key;
 use super::stamp::CodeStamp;
@@ -227,6 +227,7 @@ impl BlockDecoder {
         let mut decoder = Decoder::with_ip(bits, bytes, base, DecoderOptions::NONE);
         let mut insn = Instruction::default();
         let mut used = 0;
+        let mut sti = false;
         while self.ops.len() < limit && decoder.can_decode() {
             decoder.decode_out(&mut insn);
             if insn.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
@@ -236,6 +237,7 @@ impl BlockDecoder {
             let mut op = undefined_op(undefined);
             (op.start, op.end) = (base as u16 + used as u16, base as u16 + end as u16);
             self.ends = self.select(&insn, mode, &mut op, &bytes[used..end]);
+            sti = insn.mnemonic() == Mnemonic::Sti;
             self.ops.push(op);
             self.valid.push(!insn.is_invalid());
             self.inlines.push(self.inline.take());
@@ -243,6 +245,9 @@ impl BlockDecoder {
             if self.ends {
                 break;
             }
+        }
+        if sti && let Some(last) = self.ops.last_mut() {
+            last.aux = sys::STI_LAST;
         }
         used
     }

@@ -95,7 +95,7 @@ pub struct JitEnv {
     pub(super) code: u64,
     /// Address of the attention's run word.
     pub(super) run: u64,
-    /// Between the two halves of an indirect call.
+    /// Between the two accesses of an indirect call, or of a push.
     pub(super) target: u64,
     pub(super) target_page: u64,
     /// Address of the [`CalledOp`] whose handler did not say "next".
@@ -143,22 +143,43 @@ impl JitEnv {
         (bit / 64, 1 << (bit % 64))
     }
 
+    /// Enters a place. What had its slot may still be found by [`JitEnv::find`].
     pub(super) fn insert(&mut self, address: u64, tag: u32, code: u32) {
-        if let Some(jump) = self.jumps.get_mut(Self::slot(address)) {
-            if jump.tag == NONE.tag && self.used.len() < FEW {
-                self.used.push(Self::slot(address) as u16);
-            }
-            *jump = Jump { address, tag, code };
-            let (word, bit) = Self::page(address);
-            self.pages[word] |= bit;
+        let (word, bit) = Self::page(address);
+        if let Some(pages) = self.pages.get_mut(word) {
+            *pages |= bit;
         }
+        let slot = Self::slot(address);
+        let Some(&before) = self.jumps.get(slot) else { return };
+        if before.tag != NO_JUMP && (before.address, before.tag) != (address, tag) {
+            self.put(slot ^ 1, before);
+        }
+        self.put(slot, Jump { address, tag, code });
     }
 
-    /// The address of the code for `address` if it is there with `tag`.
-    pub(super) fn find(&self, address: u64, tag: u32) -> Option<u64> {
-        let jump = self.jumps.get(Self::slot(address))?;
-        let found = jump.address == address && jump.tag == tag;
-        found.then(|| self.code + u64::from(jump.code))
+    fn put(&mut self, slot: usize, jump: Jump) {
+        if self.jumps[slot].tag == NO_JUMP && self.used.len() < FEW {
+            self.used.push(slot as u16);
+        }
+        self.jumps[slot] = jump;
+    }
+
+    /// The address of the code for `address` if it is there with `tag`; translated code finds it then, too.
+    pub(super) fn find(&mut self, address: u64, tag: u32) -> Option<u64> {
+        let slot = Self::slot(address);
+        let fits = |jump: &Jump| jump.address == address && jump.tag == tag;
+        if !fits(self.jumps.get(slot)?) {
+            if !fits(self.jumps.get(slot ^ 1)?) {
+                return None;
+            }
+            // Of two that share their slot the one that was looked for last has it.
+            if self.jumps[slot].tag == NO_JUMP {
+                self.put(slot, self.jumps[slot ^ 1]);
+            } else {
+                self.jumps.swap(slot, slot ^ 1);
+            }
+        }
+        Some(self.code + u64::from(self.jumps[slot].code))
     }
 
     /// Drops everything.
@@ -208,14 +229,14 @@ mod tests {
             for n in 0..count {
                 env.insert(page(n) + n * 5, 7, n as u32 + 1);
             }
-            let there = |env: &JitEnv| -> Vec<u64> {
+            let there = |env: &mut JitEnv| -> Vec<u64> {
                 (0..count).filter(|n| env.find(page(*n) + n * 5, 7).is_some()).collect()
             };
-            let before = there(&env);
+            let before = there(&mut env);
             assert!(before.contains(&(count - 1)));
             // Has the bit of the others' pages as well.
             env.forget_page(page(1));
-            let after = there(&env);
+            let after = there(&mut env);
             assert!(after.iter().all(|n| n % 3 != 1 && before.contains(n)), "{count}");
             if count < FEW as u64 {
                 assert!(before.iter().all(|n| n % 3 == 1 || after.contains(n)), "{count}");
@@ -224,9 +245,9 @@ mod tests {
             for n in 0..count {
                 env.insert(page(n) + n * 5, 7, n as u32 + 1);
             }
-            assert_eq!(there(&env), before);
+            assert_eq!(there(&mut env), before);
             env.clear();
-            assert!(there(&env).is_empty());
+            assert!(there(&mut env).is_empty());
         }
     }
 }

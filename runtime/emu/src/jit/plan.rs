@@ -78,6 +78,8 @@ pub enum Kind {
     Push {
         register: Option<u8>,
     },
+    /// The access of the plan is the one of the operand.
+    PushMemory,
     Pop {
         register: u8,
     },
@@ -450,7 +452,7 @@ fn one_byte(raw: &Raw) -> Option<Plan> {
                     let kind = Kind::Push { register: Some(register) };
                     Plan { mem: Mem::Write, size: 8, ..native(kind) }
                 }
-                None => return None,
+                None => Plan { mem: Mem::Read, size: 8, ..native(Kind::PushMemory) },
             },
             _ => return None,
         },

@@ -41,6 +41,8 @@ pub struct Jit {
     seen: Box<[u8]>,
     /// The link through which the last block was left.
     pending: Option<u32>,
+    /// The block at [`Cpu::rip`] is a bridge that did not know what follows: its own entry would say so again.
+    at_bridge: bool,
     /// What the alarm was set to.
     armed: u64,
     /// Where other processes give notice of code that they wrote to, and how much of that is known here.
@@ -93,6 +95,7 @@ impl Jit {
             trials: TRIALS,
             seen: vec![0; SEEN].into_boxed_slice(),
             pending: None,
+            at_bridge: false,
             armed: NEVER,
             notices,
             known_notices: 0,
@@ -114,7 +117,11 @@ impl Jit {
             self.known_notices = notices;
         }
         self.set_alarm(cpu);
-        let pending = self.pending.take();
+        if cpu.mmu.tlb.jump_tags_era() != self.era {
+            // The tags are used again.
+            self.era = cpu.mmu.tlb.jump_tags_era();
+            cpu.jit.clear();
+        }
         let host = match cpu.code_host(cpu.rip) {
             Ok(host) => host,
             Err(fault) => {
@@ -122,28 +129,14 @@ impl Jit {
                 return Ran::Code(Some(Stop::Fault));
             }
         };
-        let plain = pending.is_some_and(|link| self.goes_plain(link, cpu.rip));
-        let Some(block) = self.find(cpu, decoder, host, plain) else {
-            self.counters.interpreted_blocks += 1;
-            return Ran::Interpret;
-        };
-        let Some(entry) = self.way_in(cpu, name(host, plain), &block) else {
-            self.counters.interpreted_blocks += 1;
-            return Ran::Interpret;
-        };
-        if let Some(link) = pending {
-            self.link(link, cpu.rip, &block);
-        }
-        if cpu.mmu.tlb.jump_tags_era() != self.era {
-            // The tags are used again.
-            self.era = cpu.mmu.tlb.jump_tags_era();
-            cpu.jit.clear();
-        }
+        let pending = self.pending.take();
         let tag = cpu.mmu.tlb.jump_tag(cpu.rip);
-        if !plain {
-            cpu.jit.insert(cpu.rip, tag, block.memory);
-        }
-        let code = self.arena.entry(entry);
+        let look = pending.is_some() || std::mem::take(&mut self.at_bridge);
+        let known = if look { None } else { cpu.jit.find(cpu.rip, tag) };
+        let Some(code) = known.or_else(|| self.look_up(cpu, decoder, host, pending, tag)) else {
+            self.counters.interpreted_blocks += 1;
+            return Ran::Interpret;
+        };
         cpu.gpr[BLOCK] = cpu.rip & PAGE;
         let Some(run) = cpu.sys.attention().clear_to_run(notices) else {
             return Ran::Code(Some(Stop::Attention));
@@ -157,6 +150,28 @@ impl Jit {
             enter(cpu, code)
         };
         Ran::Code(self.left(cpu, exit))
+    }
+
+    /// The code for [`Cpu::rip`], at `host`, which is made if there is none, and linked to where link `pending` came
+    /// from. None: that is for the interpreter.
+    fn look_up(
+        &mut self,
+        cpu: &mut Cpu,
+        decoder: &mut BlockDecoder,
+        host: HostAddr,
+        pending: Option<u32>,
+        tag: u32,
+    ) -> Option<u64> {
+        let plain = pending.is_some_and(|link| self.goes_plain(link, cpu.rip));
+        let block = self.find(cpu, decoder, host, plain)?;
+        let entry = self.way_in(cpu, name(host, plain), &block)?;
+        if let Some(link) = pending {
+            self.link(link, cpu.rip, &block);
+        }
+        if !plain {
+            cpu.jit.insert(cpu.rip, tag, block.memory);
+        }
+        Some(self.arena.entry(entry))
     }
 
     fn left(&mut self, cpu: &mut Cpu, exit: Exit) -> Option<Stop> {
@@ -173,6 +188,12 @@ impl Jit {
             exit::EVENT => {
                 self.counters.left_event += 1;
                 self.note_event();
+                cpu.rip = page | exit.value;
+                None
+            }
+            exit::BRIDGE => {
+                self.counters.left_to += 1;
+                self.at_bridge = true;
                 cpu.rip = page | exit.value;
                 None
             }

@@ -136,8 +136,9 @@ impl Spans {
                 (0..16).for_each(|register| self.forget(register));
                 continue;
             }
-            // An indirect call through memory has two accesses.
-            if plan.mem != Mem::None && plan.kind != (Kind::CallIndirect { register: None }) {
+            // These have two accesses.
+            let two = matches!(plan.kind, Kind::CallIndirect { register: None } | Kind::PushMemory);
+            if plan.mem != Mem::None && !two {
                 self.access(i, &Address::of(op, plan), plan);
             }
             self.effect(op, plan, inline.as_ref(), immediate(i));
@@ -223,7 +224,7 @@ impl Spans {
                 self.forget(0);
                 self.forget(2);
             }
-            Kind::Push { .. } => self.set(SP, SP, -8),
+            Kind::Push { .. } | Kind::PushMemory => self.set(SP, SP, -8),
             Kind::Pop { register } => {
                 self.set(SP, SP, 8);
                 self.forget(register);

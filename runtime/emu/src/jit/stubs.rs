@@ -20,6 +20,8 @@ pub struct Stubs {
     pub exit_link: u32,
     /// eax: the offset in the page of the block that was not entered.
     pub exit_event: u32,
+    /// eax: the offset in the page of a bridge to another page than the one that follows.
+    pub exit_bridge: u32,
     /// rcx: where to go on.
     pub exit_to: u32,
 }
@@ -40,6 +42,9 @@ pub mod exit {
     pub const EVENT: u64 = 1;
     /// `Cpu::rip` is set.
     pub const TO: u64 = 2;
+    /// `value`: offset in the page of a bridge that goes to another page than the one that follows, as far as the
+    /// TLB knows.
+    pub const BRIDGE: u64 = 4;
     /// `value`: the [`Flow`](crate::op::Flow) of the op in `JitEnv::called`.
     pub const FLOW: u64 = 3;
 }
@@ -96,10 +101,14 @@ impl Stubs {
         stubs.exit_event = asm.here() as u32;
         mov_edx(asm, exit::EVENT);
         let event = asm.jmp();
+        stubs.exit_bridge = asm.here() as u32;
+        mov_edx(asm, exit::BRIDGE);
+        let bridge = asm.jmp();
         stubs.exit_link = asm.here() as u32;
         mov_edx(asm, exit::LINK);
         asm.land(to);
         asm.land(event);
+        asm.land(bridge);
         store_all(asm);
         let leave = asm.here();
         asm.op(Code::wide(0x83), 0, Rm::Reg(4)); // add rsp, 8

@@ -118,7 +118,7 @@ fn neighbours() -> Vec<u8> {
         movups(xmm1, xmmword_ptr(r15 + 16)); addps(xmm1, xmmword_ptr(rbx)); movups(xmmword_ptr(rbx + 64), xmm1); xchg(qword_ptr(r15), rax);
         cmpxchg(dword_ptr(r15 + 120), edx); mul(qword_ptr(r15 + 90)); mov(r8, r15); mov(r8, qword_ptr(r8 + 2)); mov(qword_ptr(r15 + 130), r8);
         lea(rsp, ptr(r15 + 160)); push(rax); push(77i32); pop(r14); push(rsp); pop(rbp); mov(rbp, rsp); push(r15); push(rbx); leave();
-        push(rdx); pop(rsp); mov(rdi, qword_ptr(r15 + 8)); jb(out); nop(); set_label(&mut out); ud2();
+        push(qword_ptr(rsp + 8)); push(qword_ptr(r15)); pop(rdx); push(rdx); pop(rsp); mov(rdi, qword_ptr(r15 + 8)); jb(out); nop(); set_label(&mut out); ud2();
     )
 }
 

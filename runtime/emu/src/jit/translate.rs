@@ -5,7 +5,7 @@ use super::asm::{Asm, Code, Ea, Rm};
 use super::env::CalledOp;
 use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_CX, GUEST_DX, GUEST_SP, host_of};
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Operand, Plan};
-use super::spans::Spans;
+use super::spans::{Address, Spans};
 use super::stubs::Stubs;
 use crate::host::inline::Inline;
 use crate::op::Op;
@@ -67,10 +67,10 @@ enum Cold {
         target: i64,
         save: bool,
     },
-    /// To the dispatcher, to go on at `target`. Flags are in memory.
-    Leave {
+    /// To the dispatcher: the bridge at `start` goes to another page than the one that follows. Flags are in memory.
+    Bridge {
         jump: usize,
-        target: i64,
+        start: u16,
     },
 }
 
@@ -297,7 +297,7 @@ impl Translator {
         self.check_run(leave);
         self.at = Some(At::Memory);
         for jump in self.compare_next_page(next) {
-            self.cold.push(Cold::Leave { jump, target: start.into() });
+            self.cold.push(Cold::Bridge { jump, start });
         }
         let checked = self.asm.here();
         self.count(layout::COUNTED_BLOCKS);
@@ -368,6 +368,16 @@ impl Translator {
                         self.asm.imm32(op.imm as i32);
                     }
                 }
+                self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
+            }
+            Kind::PushMemory => {
+                self.keep_flags(live);
+                let place = self.probe(&Address::of_operand(op), Mem::Read, 8);
+                self.asm.load(RDX, place);
+                self.asm.store(Ea::cpu(layout::TARGET), RDX);
+                let place = self.probe(&Address::at(4, -8), Mem::Write, 8);
+                self.asm.load(RDX, Ea::cpu(layout::TARGET));
+                self.asm.store(place, RDX);
                 self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
             }
             Kind::Pop { register } => {
@@ -657,10 +667,10 @@ impl Translator {
                     }
                     self.jump_far(target);
                 }
-                Cold::Leave { jump, target } => {
+                Cold::Bridge { jump, start } => {
                     self.asm.land(jump);
-                    self.at = Some(At::Memory);
-                    self.leave_to(target);
+                    self.asm.mov_eax(start.into());
+                    self.asm.far(0xe9, self.stubs.exit_bridge);
                 }
             }
         }

@@ -129,9 +129,9 @@ pub fn decode(insn: &Instruction) -> Option<SysOp> {
         M::Hlt => end(misc::hlt),
         M::Pause => end(misc::pause),
         M::Cli => go_on(flag_ops::cli),
-        M::Sti => end(flag_ops::sti),
-        M::Clac => end(flag_ops::set_ac),
-        M::Stac => Some(SysOp::new(flag_ops::set_ac, true).aux(1)),
+        M::Sti => go_on(flag_ops::sti),
+        M::Clac => go_on(flag_ops::set_ac),
+        M::Stac => Some(SysOp::new(flag_ops::set_ac, false).aux(1)),
         M::Pushf | M::Pushfd | M::Pushfq => {
             Some(SysOp::new(flag_ops::pushf, false).aux(size_suffix(insn)))
         }

@@ -83,7 +83,8 @@ pub(crate) fn popf(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     }
     let old = cpu.rflags();
     let new = old & !mask & !rflags::RF | image & mask;
-    if (old ^ new) & !rflags::ARITH & !rflags::DF == 0 {
+    let held = new & rflags::IF != 0 && cpu.sys.lapic.held;
+    if (old ^ new) & !rflags::ARITH & !rflags::DF & !rflags::IF == 0 && !held {
         // Nothing that the block loop looks at: the common case of save and restore.
         cpu.set_rflags(new);
         return Flow::Next;
@@ -101,8 +102,11 @@ pub(crate) fn cli(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
     Flow::Next
 }
 
+/// [`Op::aux`] of an STI that ends its block.
+pub(crate) const LAST: u8 = 1;
+
 /// STI: interrupts come after the next instruction.
-pub(crate) fn sti(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
+pub(crate) fn sti(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     if !cpu.io_privileged() {
         return cpu.raise(Fault::GP0);
     }
@@ -110,6 +114,10 @@ pub(crate) fn sti(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
         return Flow::Next;
     }
     cpu.sysflags |= rflags::IF;
+    if op.aux != LAST && !cpu.sys.lapic.held {
+        // What comes from now on is looked at between blocks, and the next instruction belongs to this one.
+        return Flow::Next;
+    }
     cpu.shadow = true;
     cpu.sys.ss_loaded = false;
     cpu.interrupts_may_be_on();
@@ -126,6 +134,6 @@ pub(crate) fn set_ac(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     } else {
         cpu.sysflags |= rflags::AC;
     }
-    cpu.tlb_set_context();
-    Flow::Break
+    cpu.tlb_set_privilege();
+    Flow::Next
 }

@@ -36,5 +36,6 @@ mod tests;
 pub use decode::{SysOp, decode};
 pub use deliver::Shutdown;
 pub use events::Service;
+pub(crate) use flag_ops::LAST as STI_LAST;
 pub use platform::Platform;
 pub use state::{Msrs, SystemState};

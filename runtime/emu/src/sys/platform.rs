@@ -1,7 +1,7 @@
 //! What the vCPUs of one machine share.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mvm_engine::IoBus;
 use mvm_engine::cpuid::{CpuModel, CpuidTable, PHYSICAL_BITS};
@@ -52,9 +52,13 @@ pub struct Platform {
     pub(crate) physical_bits: u32,
     /// Timers of vCPUs that run translated code.
     pub(super) alarm: Alarm,
-    /// vCPUs that halted with interrupts off, or wait for a start-up IPI.
-    stopped: AtomicU32,
+    /// vCPUs that halted with interrupts off, or wait for a start-up IPI; above [`RESUMED`], how often one of them
+    /// went on.
+    stopped: AtomicU64,
 }
+
+/// One more that went on, in [`Platform::stopped`].
+const RESUMED: u64 = 1 << 32;
 
 impl Platform {
     /// A machine of `vcpus` processors of model `cpu` over `io`, with a TSC of `tsc_khz`.
@@ -72,7 +76,7 @@ impl Platform {
             physical_bits: address_sizes.map_or(PHYSICAL_BITS, |e| e.eax & 0xff),
             model,
             alarm: Alarm::new(vcpus, tsc_khz),
-            stopped: AtomicU32::new(0),
+            stopped: AtomicU64::new(0),
         })
     }
 
@@ -82,15 +86,17 @@ impl Platform {
     }
 
     /// Is nobody left to wake anybody? A counted vCPU takes its attention word only when it is not
-    /// counted any more, so whatever was sent to it is either seen here or has uncounted it.
+    /// counted any more, so whatever was sent to it is either seen here or has uncounted it, which is seen afterwards.
     pub(crate) fn all_stopped(&self) -> bool {
-        self.stopped.load(Ordering::SeqCst) >= self.vcpus
+        let before = self.stopped.load(Ordering::SeqCst);
+        before % RESUMED >= u64::from(self.vcpus)
             && !(0..self.vcpus).any(|i| self.apics.port(i).attention.waits(reason::WAKING))
+            && self.stopped.load(Ordering::SeqCst) == before
     }
 
     /// Takes such a vCPU back.
     pub(crate) fn resume_one(&self) {
-        self.stopped.fetch_sub(1, Ordering::SeqCst);
+        self.stopped.fetch_add(RESUMED - 1, Ordering::SeqCst);
     }
 }
 
@@ -131,5 +137,35 @@ mod tests {
         platform.resume_one();
         first.take();
         assert!(stops_last(&platform));
+    }
+
+    #[test]
+    fn a_vcpu_that_looks_while_it_is_looked_at_is_not_stopped() {
+        let platform = Platform::for_tests(2);
+        let [first, second] = [0, 1].map(|i| &platform.apics.port(i).attention);
+        let rounds = 0..100_000;
+        let wait = |attention: &crate::sys::attention::Attention| {
+            while !attention.waits(reason::UNHALT) {
+                std::thread::yield_now();
+            }
+            platform.resume_one();
+            attention.take();
+        };
+        // By turns each stops and is woken by the other one, so somebody always goes on.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in rounds.clone() {
+                    platform.stop_one();
+                    wait(second);
+                    first.raise(reason::UNHALT);
+                }
+            });
+            for round in rounds.clone() {
+                platform.stop_one();
+                second.raise(reason::UNHALT);
+                assert!(!platform.all_stopped(), "round {round}");
+                wait(first);
+            }
+        });
     }
 }

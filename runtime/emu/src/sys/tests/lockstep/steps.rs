@@ -372,7 +372,7 @@ impl Step {
                 u64::from(page * 4096 >= USER_PART as u64) << 2 ^ u64::from(random.once_in(5)) << 2;
             let rights = u64::from(!random.once_in(5)) | u64::from(!random.once_in(3)) << 1 | user;
             let no_execute = if random.once_in(5) { pte::NX } else { 0 };
-            base + page * 4096 | rights | random.next() & 0x60 | no_execute
+            (base + page * 4096) | rights | random.next() & 0x60 | no_execute
         };
         let page = random.below(CODE_PAGES);
         match random.below(8) {
@@ -793,8 +793,8 @@ fn text(e: &mut Emitter, kind: u64, (to, from): (u64, u64), count: u64, size: u6
 fn stack(e: &mut Emitter, address: u64, words: u64) {
     let user = e.user;
     e.asm(|a| a.mov(rsp, address));
-    for i in 0..words as usize {
-        e.asm(|a| a.push(WIDE[i]));
+    for register in WIDE.iter().take(words as usize) {
+        e.asm(|a| a.push(*register));
     }
     e.asm(|a| a.pushfq());
     e.asm(|a| a.pop(WIDE[words as usize + 1]));
