@@ -1,6 +1,6 @@
 //! The boot processor as kernels find it: descriptor tables, page tables, registers.
 
-use mvm_engine::{Segment, Table, VcpuState};
+use mvm_engine::{LapicState, Segment, Table, VcpuState};
 use mvm_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -116,6 +116,20 @@ impl Entry {
         if self.mode == Mode::Solo5 {
             sregs.cr0 |= CR0_NE;
             sregs.cr4 |= CR4_OSFXSR | CR4_OSXMMEXCPT;
+        }
+    }
+}
+
+/// Connects the boot processor with the old interrupt controllers, as firmware does: its local APIC is on and lets INTR (LINT0)
+/// and NMI (LINT1) through (MultiProcessor Specification 1.4, 3.6.2.2, "virtual wire mode").
+pub fn connect_pic(lapic: &mut LapicState) {
+    // Numbers of registers, and what firmware makes of them: enabled by software; ExtINT and NMI, not masked.
+    const SPURIOUS: (usize, u32) = (0x0f, 0x1ff);
+    const LINT0: (usize, u32) = (0x35, 0x700);
+    const LINT1: (usize, u32) = (0x36, 0x400);
+    for (register, value) in [SPURIOUS, LINT0, LINT1] {
+        if let Some(slot) = lapic.regs.get_mut(register) {
+            *slot = value;
         }
     }
 }
