@@ -20,8 +20,8 @@ use crate::virtio::net::{Net, NetBackend, NetConfig, PacketSocket};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockConfig};
 use crate::{
-    BusDevice, EventLoop, Gate, HypercallConfig, HypercallDisk, HypercallNet, Hypercalls,
-    InterruptLine, Serial, SerialConfig,
+    Bus, BusDevice, EventLoop, Gate, HypercallConfig, HypercallDisk, HypercallNet, Hypercalls,
+    InterruptLine, MsiSink, Pic, Serial, SerialConfig,
 };
 
 const RAM: u64 = 2 << 20;
@@ -139,8 +139,46 @@ pub fn fuzz_fw_cfg(data: &[u8]) {
     }
 }
 
+/// The old interrupt controllers, between a guest, devices and a processor.
+///
+/// # Panics
+/// What they say is not what they are.
+pub fn fuzz_pic(data: &[u8]) {
+    let mut bus = Bus::new();
+    let pic = Pic::new(Arc::new(Unconnected));
+    if pic.place(&mut bus).is_err() {
+        return;
+    }
+    let ports = [Pic::PORTS[0], Pic::PORTS[1], Pic::ELCR].map(|port| [port, port + 1]).concat();
+    let mut choices = Bytewise(data);
+    while let Some(choice) = choices.draw() {
+        let port = ports[(choice >> 8) as usize % ports.len()];
+        let bytes = choice.to_le_bytes();
+        match choice & 7 {
+            0 => drop(bus.ports.read(port, &mut [0; 2][..1 + (choice >> 16 & 1) as usize])),
+            1..4 => drop(bus.ports.write(port, &bytes[2..3 + (choice >> 32 & 1) as usize])),
+            4 | 5 => pic.set_irq(bytes[1] & 31, bytes[2] & 1 != 0),
+            6 => {
+                let asked = pic.intr();
+                let vector = pic.acknowledge();
+                assert!(asked || vector & 7 == 7, "{vector:#x} though nothing was requested");
+            }
+            _ => {
+                let state = pic.state();
+                let other = Pic::new(Arc::new(Unconnected));
+                other.restore(&state);
+                assert_eq!(other.state(), state);
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Unconnected;
+
+impl MsiSink for Unconnected {
+    fn signal_msi(&self, _: u64, _: u32) {}
+}
 
 impl InterruptLine for Unconnected {
     fn trigger(&self) {}

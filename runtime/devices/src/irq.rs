@@ -36,6 +36,9 @@ pub trait MsiSink: Send + Sync {
     /// Says what pin `pin` of the I/O APIC would send from now on (`None`: masked), for engines
     /// that route an eventfd to a message by themselves.
     fn route_changed(&self, _pin: u8, _message: Option<MsiMessage>) {}
+
+    /// INTR, the output of the old interrupt controllers, changes.
+    fn set_intr(&self, _asserted: bool) {}
 }
 
 /// A wire that ends in an eventfd, for engines that inject from one by themselves (irqfd). Edges

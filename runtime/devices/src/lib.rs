@@ -3,6 +3,7 @@
 //! * [`Bus`] routes port and memory-mapped accesses to [`BusDevice`]s.
 //! * [`InterruptLine`] is what a device pulls, [`MsiSink`] what the machine implements over its
 //!   engine; [`IoApic`] stands between the two.
+//! * [`Pic`] is what stood there before it, for kernels that know nothing else.
 //! * [`Serial`], [`SystemControl`] and [`DebugExit`] are the few platform devices a guest expects
 //!   without discovery, [`PowerControl`] the one that ACPI needs.
 //! * [`Pit`] and [`Rtc`] are how kernels for PCs measure time that were told of no other way.
@@ -25,6 +26,7 @@ mod ioapic;
 mod irq;
 mod limit;
 pub mod packets;
+mod pic;
 mod platform;
 mod serial;
 pub mod virtio;
@@ -41,8 +43,9 @@ pub use gate::{Gate, Passage};
 pub use hvt::{HypercallConfig, HypercallDisk, HypercallNet, Hypercalls};
 pub use ioapic::{IoApic, IoApicPin, IoApicState};
 pub use irq::{EventFdLine, InterruptLine, MsiMessage, MsiSink};
+pub use pic::{IsaLine, Pic, PicPin, PicState};
 pub use platform::{
-    DebugExit, Pit, PitState, PostCode, PowerControl, PowerOff, Rtc, RtcState, Scratch, SystemB,
-    SystemControl, TestInterrupts,
+    DebugExit, Pit, PitError, PitState, PostCode, PowerControl, PowerOff, Rtc, RtcState, Scratch,
+    SystemB, SystemControl, TestInterrupts,
 };
 pub use serial::{Serial, SerialConfig, SerialInputError, SerialState};

@@ -106,6 +106,10 @@ impl Vm for EmuVm {
         self.platform.apics.signal_msi(message);
     }
 
+    fn set_intr(&self, asserted: bool) {
+        self.platform.apics.port(0).set_intr(asserted);
+    }
+
     fn cpuid(&self, index: u32) -> Vec<CpuidEntry> {
         self.platform.model.entries(index).to_vec()
     }

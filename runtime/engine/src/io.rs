@@ -18,4 +18,9 @@ pub trait IoBus: Send + Sync + fmt::Debug {
     /// A local APIC ended the level-triggered interrupt `vector` (the EOI broadcast of SDM vol. 3,
     /// 11.8.5): the IOAPIC may raise it again.
     fn eoi(&self, vector: u8);
+    /// The processor takes the interrupt that INTR asks for ([`Vm::set_intr`](crate::Vm::set_intr)): the vector with which the
+    /// old interrupt controllers answer (SDM vol. 3, 7.3.1). None if there are none.
+    fn acknowledge(&self) -> Option<u8> {
+        None
+    }
 }

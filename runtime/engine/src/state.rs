@@ -38,6 +38,18 @@ pub struct VcpuState {
     pub cpuid: Vec<CpuidEntry>,
 }
 
+impl VcpuState {
+    /// Why no processor can be in this state, whatever its engine.
+    pub fn contradiction(&self) -> Option<&'static str> {
+        const IF: u64 = 1 << 9;
+        let events = &self.events;
+        let held_off = events.shadow || self.regs.rflags & IF == 0;
+        let other = events.exception.is_some() || self.mp_state != MpState::Running;
+        (events.external.is_some() && (held_off || other))
+            .then_some("an interrupt is being delivered to a processor that does not take any")
+    }
+}
+
 /// General registers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GeneralRegisters {
@@ -128,12 +140,15 @@ pub struct PendingEvents {
     pub exception: Option<(u8, Option<u32>)>,
     /// Interrupts are held off for one instruction by STI or MOV SS.
     pub shadow: bool,
-    /// An NMI is pending.
-    pub nmi_pending: bool,
+    /// NMIs that are pending: a processor can hold one on its way to the handler, and one behind it.
+    pub nmis_pending: u8,
     /// NMIs are masked until IRET.
     pub nmi_masked: bool,
     /// A start-up IPI's vector, pending.
     pub sipi: Option<u8>,
+    /// The vector of an interrupt that the old interrupt controllers have been acknowledged and that is not delivered.
+    #[serde(default)]
+    pub external: Option<u8>,
     /// A paravirtual kick that the next HLT consumes. KVM tells of one only by not halting.
     pub unhalted: bool,
 }

@@ -55,6 +55,11 @@ pub trait Vm: Send + Sync + fmt::Debug {
     /// Sends an interrupt message to the local APICs. Any thread; never blocks.
     fn signal_msi(&self, message: MsiMessage);
 
+    /// INTR, the output of the old interrupt controllers, changes. It is wired to the first vCPU, which takes it while its
+    /// local APIC says so (LINT0 in mode ExtINT, or the APIC disabled by IA32_APIC_BASE) and
+    /// [acknowledges](IoBus::acknowledge). Any thread; never blocks. For engines that do not know of it there is none.
+    fn set_intr(&self, _asserted: bool) {}
+
     /// Says what interrupt `gsi` of the I/O APIC sends from now on, `None` if it is masked. For engines
     /// that interrupt by themselves; others have nothing to note.
     ///

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use mvm_devices::{Bus, Hypercalls, IoApic, MsiMessage as DeviceMessage, MsiSink};
+use mvm_devices::{Bus, Hypercalls, IoApic, MsiMessage as DeviceMessage, MsiSink, Pic};
 use mvm_engine::{IoBus, MsiMessage, Vm};
 
 use crate::events::Notifier;
@@ -15,13 +15,19 @@ use crate::monitor::protocol::Phase;
 pub(crate) struct MachineBus {
     bus: Bus,
     ioapic: Arc<IoApic>,
+    pic: Option<Arc<Pic>>,
     kernel_up: AtomicBool,
     notifier: Arc<Notifier>,
 }
 
 impl MachineBus {
-    pub fn new(bus: Bus, ioapic: Arc<IoApic>, notifier: Arc<Notifier>) -> Self {
-        Self { bus, ioapic, kernel_up: AtomicBool::new(false), notifier }
+    pub fn new(
+        bus: Bus,
+        ioapic: Arc<IoApic>,
+        pic: Option<Arc<Pic>>,
+        notifier: Arc<Notifier>,
+    ) -> Self {
+        Self { bus, ioapic, pic, kernel_up: AtomicBool::new(false), notifier }
     }
 
     pub fn devices(&self) -> &Bus {
@@ -74,21 +80,31 @@ impl IoBus for MachineBus {
     fn eoi(&self, vector: u8) {
         self.ioapic.eoi_broadcast(vector);
     }
+
+    fn acknowledge(&self) -> Option<u8> {
+        self.pic.as_ref().map(|pic| pic.acknowledge())
+    }
 }
 
-/// Takes the IOAPIC's messages to an engine's machine, which is made after the IOAPIC.
+/// Takes what the interrupt controllers have to say to an engine's machine, which is made after them.
 #[derive(Debug, Default)]
 pub(crate) struct VmSink(OnceLock<Weak<dyn Vm>>);
 
 impl VmSink {
     /// From now on messages go to `vm`.
     pub fn connect(&self, vm: &Arc<dyn Vm>) {
-        // A second machine for the same IOAPIC cannot be.
+        // A second machine for the same controllers cannot be.
         let _ = self.0.set(Arc::downgrade(vm));
     }
 }
 
 impl MsiSink for VmSink {
+    fn set_intr(&self, asserted: bool) {
+        if let Some(vm) = self.0.get().and_then(Weak::upgrade) {
+            vm.set_intr(asserted);
+        }
+    }
+
     fn signal_msi(&self, address: u64, data: u32) {
         if let Some(vm) = self.0.get().and_then(Weak::upgrade) {
             vm.signal_msi(MsiMessage { address, data });

@@ -1,10 +1,10 @@
 //! The devices of a machine and where they are wired to.
 
-mod clocks;
 mod emulators;
 mod fs;
 mod hvt;
 mod net;
+mod old_pc;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -23,15 +23,15 @@ use mvm_devices::virtio::vsock::{Dialer, Joined, Vsock, VsockConfig, VsockError}
 use mvm_devices::virtio::{MmioTransport, VirtioDevice};
 use mvm_devices::{
     Bus, BusDevice, BusError, DebugExit, EventLoop, EventLoopError, HypercallConfig, Hypercalls,
-    IoApic, IoApicPin, PostCode, PowerControl, PowerOff, Serial, SerialConfig, SerialInputError,
-    SystemControl, VmEvent,
+    InterruptLine, IoApic, IoApicPin, IsaLine, Pic, PicPin, PitError, PostCode, PowerControl,
+    PowerOff, Serial, SerialConfig, SerialInputError, SystemControl, VmEvent,
 };
 
-pub(crate) use clocks::Clocks;
-pub use clocks::ClocksState;
 pub use fs::SharedFiles;
 pub(crate) use hvt::Guest as HvtGuest;
 pub use net::NetCard;
+pub(crate) use old_pc::OldPc;
+pub use old_pc::OldPcState;
 
 use crate::boot::Attached;
 use crate::bus::VmSink;
@@ -69,6 +69,9 @@ pub enum Error {
     /// The file system device cannot be made.
     #[error(transparent)]
     Fs(#[from] FsError),
+    /// The interval timer cannot be made.
+    #[error(transparent)]
+    Pit(#[from] PitError),
     /// The devices' thread cannot be made.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
@@ -171,8 +174,8 @@ pub(crate) struct Parts {
     pub nets: Vec<NetCard>,
     /// Sockets between host and guest.
     pub vsock: Option<Sockets>,
-    /// A PC has the clocks of old ones: its kernel may know no others. Linux does without.
-    pub old_clocks: bool,
+    /// A PC has what old ones have: its kernel may know nothing else. Linux does without.
+    pub old_pc: bool,
     /// The file system that the host shares.
     pub fs: Option<SharedFiles>,
     /// Told when its server is gone.
@@ -226,8 +229,8 @@ pub(crate) struct Devices {
     pub hypercalls: Option<Arc<Hypercalls>>,
     /// Tells kernels made for PC emulators of their machine.
     pub fw_cfg: Option<Arc<FwCfg>>,
-    /// Clocks of old PCs.
-    pub clocks: Option<Clocks>,
+    /// What old PCs have.
+    pub old_pc: Option<OldPc>,
     /// The thread on which all but the block and network devices wait.
     events: Option<EventLoop>,
 }
@@ -245,8 +248,13 @@ impl Devices {
         let mut bus = Bus::new();
         let sink = Arc::new(VmSink::default());
         let ioapic = IoApic::new(sink.clone());
+        let is_pc = !matches!(platform, Platform::Hypercalls(_));
+        let old_pc = match is_pc && parts.old_pc {
+            true => Some(OldPc::place(sink.clone(), &mut bus)?),
+            false => None,
+        };
         let config = SerialConfig { output: parts.console, tail: parts.console_ring };
-        let serial = Serial::new(Arc::new(pin(&ioapic, layout::SERIAL_GSI)?), config);
+        let serial = Serial::new(line(&ioapic, old_pc.as_ref(), layout::SERIAL_GSI)?, config);
         bus.ports.insert("serial", layout::SERIAL_PORT, Serial::LEN, serial.clone())?;
         let mut devices = Self {
             ioapic,
@@ -262,7 +270,7 @@ impl Devices {
             fs: None,
             hypercalls: None,
             fw_cfg: None,
-            clocks: None,
+            old_pc,
             events: None,
         };
         if let Platform::Hypercalls(guest) = platform {
@@ -283,12 +291,10 @@ impl Devices {
             devices.hypercalls = Some(hvt::attach(config, &mut bus)?);
         } else {
             bus.memory.insert("ioapic", layout::IOAPIC, IoApic::LEN, devices.ioapic.clone())?;
-            if parts.old_clocks {
-                devices.clocks = Some(Clocks::place(&mut bus)?);
-            }
-            place_ports(parts.on_event, devices.clocks.as_ref(), &mut bus)?;
+            place_ports(parts.on_event, devices.old_pc.as_ref(), &mut bus)?;
             if matches!(platform, Platform::EmulatedPc) {
-                devices.fw_cfg = Some(emulators::place(ram, &devices.ioapic, &mut bus)?);
+                let old = devices.old_pc.as_ref().map(|old| &old.pic);
+                devices.fw_cfg = Some(emulators::place(ram, &devices.ioapic, old, &mut bus)?);
             }
             let virtio = VirtioParts {
                 console_ring: parts.console_ring,
@@ -314,6 +320,9 @@ impl Devices {
         bus: &mut Bus,
     ) -> Result<(), Error> {
         let events = EventLoop::start("mvm-devices")?;
+        if let Some(old) = &self.old_pc {
+            old.connect(&self.ioapic, &events)?;
+        }
         if let Some(input) = parts.console_input {
             self.serial.read_from(input, &events)?;
         }
@@ -374,7 +383,8 @@ impl Devices {
             return Err(Error::TooMany);
         }
         let gsi = layout::virtio_gsi(index);
-        let wire = Wire::new(gsi, pin(&self.ioapic, gsi)?);
+        let old = self.old_pc.as_ref().and_then(|old| old_pin(&old.pic, gsi));
+        let wire = Wire::new(gsi, pin(&self.ioapic, gsi)?, old);
         let name = device.name().to_owned();
         let transport = MmioTransport::new(device, ram.clone(), wire.clone());
         let at = layout::virtio_mmio(index);
@@ -395,10 +405,16 @@ impl Devices {
     /// Stops the work on all queues, with the vCPUs stopped already.
     pub fn pause(&self) {
         self.virtio.transports().for_each(|v| v.device().pause());
+        if let Some(old) = &self.old_pc {
+            old.pit.pause();
+        }
     }
 
     /// Lets it go on.
     pub fn resume(&self) {
+        if let Some(old) = &self.old_pc {
+            old.pit.resume();
+        }
         self.virtio.transports().for_each(|v| v.device().resume());
     }
 
@@ -466,12 +482,12 @@ impl Devices {
 /// The ports that a PC's kernel expects without being told, and those by which it ends its machine.
 fn place_ports(
     events: mvm_devices::EventSink,
-    clocks: Option<&Clocks>,
+    old_pc: Option<&OldPc>,
     bus: &mut Bus,
 ) -> Result<(), BusError> {
     for (port, device) in SystemControl::ports(events.clone()) {
-        let device: Arc<dyn BusDevice> = match clocks {
-            Some(clocks) if port == SystemControl::SYSTEM_B => Arc::new(clocks.pit.system_b()),
+        let device: Arc<dyn BusDevice> = match old_pc {
+            Some(old) if port == SystemControl::SYSTEM_B => Arc::new(old.pit.system_b()),
             _ => Arc::new(device),
         };
         bus.ports.insert("system-control", port, 1, device)?;
@@ -511,6 +527,24 @@ fn open_vsock(
 fn pin(ioapic: &Arc<IoApic>, gsi: u32) -> Result<IoApicPin, Error> {
     let pin = u8::try_from(gsi).ok().and_then(|pin| ioapic.pin(pin));
     pin.ok_or(Error::NoInterrupt(gsi))
+}
+
+/// The input of the old controllers for interrupt `gsi`, if they have one.
+fn old_pin(pic: &Arc<Pic>, gsi: u32) -> Option<PicPin> {
+    u8::try_from(gsi).ok().and_then(|irq| pic.pin(irq))
+}
+
+/// The wire of interrupt `gsi`.
+fn line(
+    ioapic: &Arc<IoApic>,
+    old_pc: Option<&OldPc>,
+    gsi: u32,
+) -> Result<Arc<dyn InterruptLine>, Error> {
+    let ioapic = pin(ioapic, gsi)?;
+    Ok(match old_pc.and_then(|old| old_pin(&old.pic, gsi)) {
+        Some(pic) => Arc::new(IsaLine { pic, ioapic }),
+        None => Arc::new(ioapic),
+    })
 }
 
 /// What a machine does when a device reports an event: it ends.

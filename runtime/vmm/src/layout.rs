@@ -46,6 +46,12 @@ pub const IDENTITY_MAP_GIB: u64 = 4;
 /// First address that is mapped in a Solo5 guest; from here to [`HIGH_RAM_START`] it can only read.
 pub const SOLO5_VISIBLE: u64 = 0x1_0000;
 
+/// The page table of a Solo5 guest's first 2 MiB, after those of [`PAGE_TABLES`].
+pub const SOLO5_FIRST_TABLE: u64 = PAGE_TABLES + (2 + IDENTITY_MAP_GIB) * 0x1000;
+
+/// Room for further ones. Nothing else of such a guest lies there.
+pub const SOLO5_TABLES: Range<u64> = 0x1000..PAGE_TABLES;
+
 /// What a Solo5 guest is told, its manifest included.
 pub const SOLO5_BOOT_INFO: u64 = SOLO5_VISIBLE;
 
@@ -150,7 +156,8 @@ pub fn ram_ranges(memory: u64) -> Vec<(u64, u64)> {
 }
 
 // The last is the page table of the first 2 MiB, for Solo5 guests.
-const _: () = assert!(PAGE_TABLES + (3 + IDENTITY_MAP_GIB) * 0x1000 <= SOLO5_VISIBLE);
+const _: () = assert!(SOLO5_FIRST_TABLE + 0x1000 <= SOLO5_VISIBLE);
+const _: () = assert!(GDT + 0x100 <= SOLO5_TABLES.start);
 const _: () = assert!(SOLO5_BOOT_INFO + SOLO5_BOOT_INFO_MAX as u64 <= CMDLINE);
 const _: () = assert!(HIGH_RAM_START == mvm_devices::Hypercalls::GUEST_MEMORY);
 const _: () = assert!(BOOT_INFO + BOOT_INFO_MAX as u64 <= ZERO_PAGE);

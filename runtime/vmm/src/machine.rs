@@ -181,6 +181,9 @@ impl Machine {
         if let Some(first) = vcpus.first_mut() {
             let mut state = first.state()?;
             entry.apply(&mut state);
+            if frame.devices.old_pc.is_some() {
+                boot::connect_pic(&mut state.lapic);
+            }
             first.set_state(&state)?;
         }
         frame.finish(vcpus, boot)
@@ -345,7 +348,7 @@ impl Frame {
             disks: parts.disks,
             nets: parts.nets,
             vsock: parts.vsock,
-            old_clocks: !kernel.cmdline_style(parts.cmdline_style).is_linux(),
+            old_pc: !kernel.cmdline_style(parts.cmdline_style).is_linux(),
             fs: parts.fs,
             on_lost,
             on_hello: Arc::new({
@@ -361,7 +364,8 @@ impl Frame {
             (None, _) => Platform::Pc,
         };
         let (devices, bus) = Devices::build(device_parts, &platform, &ram)?;
-        let bus = Arc::new(MachineBus::new(bus, devices.ioapic.clone(), notifier.clone()));
+        let pic = devices.old_pc.as_ref().map(|old| old.pic.clone());
+        let bus = Arc::new(MachineBus::new(bus, devices.ioapic.clone(), pic, notifier.clone()));
         let vcpus = parts.vcpus;
         let config = VmConfig { vcpus, cpu, ram: ram.clone(), io: bus.clone() };
         let vm = engine.create_vm(config)?;
@@ -416,6 +420,7 @@ impl Frame {
             tsc_khz: self.vm.tsc_khz(),
             attached,
             fw_cfg: self.devices.fw_cfg.as_deref(),
+            pic: self.devices.old_pc.is_some(),
         }
     }
 

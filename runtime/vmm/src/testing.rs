@@ -30,6 +30,7 @@ struct SegmentPlan {
     linear: u64,
     content: Vec<u8>,
     size: u64,
+    flags: u64,
 }
 
 impl ElfBuilder {
@@ -50,7 +51,16 @@ impl ElfBuilder {
 
     /// Loads `content` at `start`, linked for `linear` and followed by zeros up to `size` bytes.
     pub fn segment(mut self, start: u64, linear: u64, content: &[u8], size: u64) -> Self {
-        self.segments.push(SegmentPlan { start, linear, content: content.to_vec(), size });
+        let content = content.to_vec();
+        self.segments.push(SegmentPlan { start, linear, content, size, flags: READ_WRITE_EXECUTE });
+        self
+    }
+
+    /// The flags of the last segment: 1 execute, 2 write, 4 read; all of them unless set.
+    pub fn flags(mut self, flags: u64) -> Self {
+        if let Some(last) = self.segments.last_mut() {
+            last.flags = flags;
+        }
         self
     }
 
@@ -87,15 +97,15 @@ impl ElfBuilder {
         }
         let mut offset = HEADER_SIZE[class] + count * PROGRAM_HEADER_SIZE[class];
         let mut bodies = Vec::new();
-        let mut header = |kind: u64, linear, start, content: &[u8], size: u64| {
+        let mut header = |kind: u64, linear, start, content: &[u8], size: u64, flags: u64| {
             let len = content.len() as u64;
             if self.is_64 {
-                file.extend((kind | READ_WRITE_EXECUTE << 32).to_le_bytes());
+                file.extend((kind | flags << 32).to_le_bytes());
                 for word in [offset, linear, start, len, size, 4] {
                     file.extend(word.to_le_bytes());
                 }
             } else {
-                for word in [kind, offset, linear, start, len, size, READ_WRITE_EXECUTE, 4] {
+                for word in [kind, offset, linear, start, len, size, flags, 4] {
                     file.extend((word as u32).to_le_bytes());
                 }
             }
@@ -103,10 +113,10 @@ impl ElfBuilder {
             bodies.extend_from_slice(content);
         };
         for s in &self.segments {
-            header(PT_LOAD, s.linear, s.start, &s.content, s.size);
+            header(PT_LOAD, s.linear, s.start, &s.content, s.size, s.flags);
         }
         for note in &self.notes {
-            header(PT_NOTE, 0, 0, note, note.len() as u64);
+            header(PT_NOTE, 0, 0, note, note.len() as u64, READ_WRITE_EXECUTE);
         }
         file.extend(bodies);
         file

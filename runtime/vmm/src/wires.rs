@@ -5,23 +5,25 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use mvm_devices::virtio::MmioTransport;
-use mvm_devices::{EventFdLine, InterruptLine, IoApicPin};
+use mvm_devices::{EventFdLine, InterruptLine, IoApicPin, PicPin};
 use mvm_engine::Vm;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::layout;
 
-/// The wire of one device. It leads to a pin of the I/O APIC until it is attached to an engine.
+/// The wire of one device. It leads to a pin of the I/O APIC until it is attached to an engine, and to one of the old
+/// controllers as well if there are some.
 #[derive(Debug)]
 pub(crate) struct Wire {
     gsi: u32,
     pin: IoApicPin,
+    old: Option<PicPin>,
     direct: OnceLock<EventFdLine>,
 }
 
 impl Wire {
-    pub fn new(gsi: u32, pin: IoApicPin) -> Arc<Self> {
-        Arc::new(Self { gsi, pin, direct: OnceLock::new() })
+    pub fn new(gsi: u32, pin: IoApicPin, old: Option<PicPin>) -> Arc<Self> {
+        Arc::new(Self { gsi, pin, old, direct: OnceLock::new() })
     }
 
     /// Has `vm` interrupt by itself, if it can. Before the guest runs.
@@ -37,6 +39,9 @@ impl Wire {
 
 impl InterruptLine for Wire {
     fn set_level(&self, asserted: bool) {
+        if let Some(old) = &self.old {
+            old.set_level(asserted);
+        }
         match self.direct.get() {
             Some(line) => line.set_level(asserted),
             None => self.pin.set_level(asserted),

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::BusDevice;
 use crate::events::{EventSink, VmEvent};
 
-pub use pit::{Pit, PitState, SystemB};
+pub use pit::{Pit, PitError, PitState, SystemB};
 pub use power::PowerControl;
 pub use power_off::PowerOff;
 pub use rtc::{Rtc, RtcState};

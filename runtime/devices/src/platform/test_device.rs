@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::{BusDevice, IoApic};
+use crate::{BusDevice, IoApic, Pic};
 
 /// Bytes that keep what is written to them, for accesses of every width.
 #[derive(Debug)]
@@ -55,8 +55,12 @@ impl BusDevice for Scratch {
     }
 }
 
-/// A port for each of the I/O APIC's pins, which takes the pin's level.
-pub struct TestInterrupts(Arc<IoApic>);
+/// A port for each of the I/O APIC's pins, which takes the level of the pin, and of the old controllers' input of the same
+/// number.
+pub struct TestInterrupts {
+    ioapic: Arc<IoApic>,
+    pic: Option<Arc<Pic>>,
+}
 
 impl TestInterrupts {
     /// The port of pin 0.
@@ -64,9 +68,9 @@ impl TestInterrupts {
     /// Ports, and so pins.
     pub const LEN: u64 = IoApic::PINS as u64;
 
-    /// Ports for the pins of `ioapic`.
-    pub fn new(ioapic: Arc<IoApic>) -> Self {
-        Self(ioapic)
+    /// Ports for the pins of `ioapic`, and the inputs of `pic`.
+    pub fn new(ioapic: Arc<IoApic>, pic: Option<Arc<Pic>>) -> Self {
+        Self { ioapic, pic }
     }
 }
 
@@ -77,7 +81,11 @@ impl BusDevice for TestInterrupts {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Ok(pin) = u8::try_from(offset) {
-            self.0.set_level(pin, data.iter().any(|byte| *byte != 0));
+            let asserted = data.iter().any(|byte| *byte != 0);
+            if let Some(pic) = &self.pic {
+                pic.set_irq(pin, asserted);
+            }
+            self.ioapic.set_level(pin, asserted);
         }
     }
 }
@@ -139,7 +147,8 @@ mod tests {
         // Pin 14: vector 0x51, edge, not masked.
         register(0x10 + 2 * 14 + 1, 0);
         register(0x10 + 2 * 14, 0x51);
-        let lines = TestInterrupts::new(ioapic);
+        let pic = Pic::new(sink.clone());
+        let lines = TestInterrupts::new(ioapic, Some(pic.clone()));
         let count = || sink.0.lock().unwrap().len();
         lines.write(14, &[1]);
         lines.write(14, &[1]);
@@ -152,5 +161,10 @@ mod tests {
         lines.write(u64::MAX, &[]);
         assert_eq!(count(), 2, "masked, or not there");
         assert_eq!(sink.0.lock().unwrap()[0].data & 0xff, 0x51);
+        let mut bus = crate::Bus::new();
+        pic.place(&mut bus).unwrap();
+        let mut requests = [0];
+        bus.ports.read(0xa0, &mut requests);
+        assert_eq!(requests, [1 << 6 | 1 << 5]);
     }
 }

@@ -158,6 +158,7 @@ impl Lapic {
             tracing::debug!(vcpu = self.index, mode = ?self.mode(), "local APIC mode");
         }
         self.publish();
+        self.recheck_external();
         Some(())
     }
 
@@ -205,6 +206,25 @@ impl Lapic {
     pub fn deliverable(&self) -> Option<u8> {
         let vector = self.port().irr.highest()?;
         (u32::from(vector) & 0xf0 > self.ppr() & 0xf0).then_some(vector)
+    }
+
+    /// Whether the old interrupt controllers ask for an interrupt, and are heard: LINT0 is theirs (ExtINT), or there is no
+    /// local APIC in the way (SDM vol. 3, 11.4.3). Task priorities mean nothing to them.
+    pub fn external_requested(&self) -> bool {
+        self.port().intr() && self.hears_external()
+    }
+
+    fn hears_external(&self) -> bool {
+        const EXTINT: u32 = 7 << 8;
+        let lint0 = self.lvt[Lvt::Lint0 as usize];
+        self.mode() == ApicMode::Disabled || lint0 & (LVT_MASKED | 7 << 8) == EXTINT
+    }
+
+    /// Asks for INTR to be looked at again, if it is asserted: LINT0 may lead to it now.
+    pub(crate) fn recheck_external(&mut self) {
+        if self.external_requested() {
+            self.port().attention.raise_self(reason::INTERRUPT);
+        }
     }
 
     /// Takes interrupt `vector` into service.

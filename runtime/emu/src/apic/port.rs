@@ -93,6 +93,7 @@ pub struct Port {
     sipi: AtomicU8,
     nmis: AtomicU8,
     bad_vector: AtomicBool,
+    intr: AtomicBool,
 }
 
 impl Port {
@@ -110,6 +111,7 @@ impl Port {
             sipi: AtomicU8::new(0),
             nmis: AtomicU8::new(0),
             bad_vector: AtomicBool::new(false),
+            intr: AtomicBool::new(false),
         }
     }
 
@@ -131,6 +133,19 @@ impl Port {
         if self.irr.insert(vector) {
             self.attention.raise(reason::INTERRUPT);
         }
+    }
+
+    /// INTR changes, which is wired to LINT0.
+    pub fn set_intr(&self, asserted: bool) {
+        self.intr.store(asserted, Ordering::SeqCst);
+        if asserted {
+            self.attention.raise(reason::INTERRUPT);
+        }
+    }
+
+    /// Whether INTR is asserted.
+    pub fn intr(&self) -> bool {
+        self.intr.load(Ordering::SeqCst)
     }
 
     /// Takes the note that an interrupt with a vector below 16 was received.

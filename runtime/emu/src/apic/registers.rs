@@ -192,6 +192,9 @@ impl Lapic {
             value |= LVT_MASKED;
         }
         let before = std::mem::replace(&mut self.lvt[entry as usize], value);
+        if entry == Lvt::Lint0 {
+            self.recheck_external();
+        }
         if entry == Lvt::Timer {
             let (old, new) = (TimerMode::from_lvt(before), TimerMode::from_lvt(value));
             // Going to or from deadline mode disarms the timer (SDM vol. 3, 11.5.4.1).

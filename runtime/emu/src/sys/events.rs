@@ -95,11 +95,18 @@ impl Cpu {
         if self.sys.activity == MpState::WaitForSipi {
             return Ok(());
         }
-        if self.sys.nmis_pending > 0 && !self.sys.nmi_masked {
+        if let Some(vector) = self.sys.external.take() {
+            self.deliver_interrupt(vector)?;
+        } else if self.sys.nmis_pending > 0 && !self.sys.nmi_masked {
             self.wake();
             self.sys.nmis_pending -= 1;
             self.deliver_interrupt(vector::NMI)?;
             self.sys.nmi_masked = true;
+        } else if self.sysflags & rflags::IF != 0
+            && let Some(vector) = self.take_external()
+        {
+            self.wake();
+            self.deliver_interrupt(vector)?;
         } else if self.sysflags & rflags::IF != 0
             && let Some(vector) = self.sys.lapic.deliverable()
         {
@@ -108,12 +115,20 @@ impl Cpu {
             self.deliver_interrupt(vector)?;
         }
         let waiting = self.sys.lapic.port().irr.highest().is_some();
-        self.sys.lapic.held = waiting;
-        if waiting && self.sysflags & rflags::IF != 0 && self.sys.lapic.deliverable().is_some() {
+        let external = self.sys.lapic.external_requested();
+        self.sys.lapic.held = waiting || external;
+        if (waiting && self.sys.lapic.deliverable().is_some() || external)
+            && self.sysflags & rflags::IF != 0
+        {
             // An NMI or trap gate came first: look again at the next boundary.
             self.sys.attention().raise_self(reason::INTERRUPT);
         }
         Ok(())
+    }
+
+    /// The interrupt that the old controllers ask for, acknowledged. It comes before those of the local APIC, as in KVM.
+    fn take_external(&mut self) -> Option<u8> {
+        self.sys.lapic.external_requested().then(|| self.sys.platform.io.acknowledge()).flatten()
     }
 
     pub(crate) fn wake(&mut self) {

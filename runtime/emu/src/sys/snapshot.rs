@@ -9,6 +9,7 @@ use super::attention::reason;
 use super::bits::{cr0, dr};
 use super::clock::Origin;
 use super::paravirt;
+use crate::apic::NMIS_MAX;
 use crate::cpu::{Cpu, SegmentReg};
 use crate::flags::rflags;
 
@@ -48,9 +49,10 @@ impl Cpu {
         let events = PendingEvents {
             exception: self.fault.map(|f| (f.vector(), f.code())),
             shadow: self.shadow,
-            nmi_pending: sys.nmis_pending != 0,
+            nmis_pending: sys.nmis_pending,
             nmi_masked: sys.nmi_masked,
             sipi: None,
+            external: sys.external,
             unhalted: sys.pv.unhalted,
         };
         VcpuState {
@@ -111,8 +113,9 @@ impl Cpu {
         if !state.cpuid.is_empty() {
             sys.cpuid = state.cpuid.as_slice().into();
         }
-        sys.nmis_pending = state.events.nmi_pending.into();
+        sys.nmis_pending = state.events.nmis_pending.min(NMIS_MAX);
         sys.nmi_masked = state.events.nmi_masked;
+        sys.external = state.events.external;
         sys.pv.unhalted = state.events.unhalted;
         sys.activity = state.mp_state;
         let clock = state.clock.now();
@@ -181,6 +184,9 @@ impl Cpu {
                 "XCR0 {:#x}: components that this model does not have",
                 state.xcr0
             ));
+        }
+        if let Some(reason) = state.contradiction() {
+            return bad(reason.into());
         }
         if state.lapic.regs.len() > 64 {
             return bad(format!("{} local APIC registers", state.lapic.regs.len()));

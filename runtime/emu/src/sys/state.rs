@@ -86,6 +86,8 @@ pub struct SystemState {
     pub(crate) counted_stopped: bool,
     /// NMIs that wait: one, or two if none is being handled.
     pub nmis_pending: u8,
+    /// An interrupt that is to be delivered before anything else: its controller was acknowledged elsewhere.
+    pub external: Option<u8>,
     /// NMIs wait for an IRET.
     pub nmi_masked: bool,
     /// The op that just ran takes no single-step trap (MOV SS, INT n, SYSCALL).
@@ -137,6 +139,7 @@ impl SystemState {
             activity: if index == 0 { MpState::Running } else { MpState::WaitForSipi },
             counted_stopped: false,
             nmis_pending: 0,
+            external: None,
             nmi_masked: false,
             step_inhibited: false,
             ss_loaded: false,
@@ -235,6 +238,7 @@ impl Cpu {
         sys.idtr = Table { base: 0, limit: 0xffff };
         sys.lapic.init();
         sys.nmis_pending = 0;
+        sys.external = None;
         sys.nmi_masked = false;
         sys.step_inhibited = false;
         sys.ss_loaded = false;

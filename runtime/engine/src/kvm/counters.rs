@@ -21,7 +21,7 @@ impl Counter {
 
 macro_rules! counters {
     ($($(#[doc = $doc:literal])+ $field:ident: $name:literal,)*) => {
-        /// Why a vCPU left the guest, by kind. Each return of KVM_RUN is in one of them.
+        /// Why a vCPU left the guest, by kind. Each return of KVM_RUN but those for [`INTR`](super::kick::INTR) is in one of them.
         #[derive(Debug, Default)]
         pub(super) struct Exits {
             $($(#[doc = $doc])+ pub $field: Counter,)*
@@ -51,6 +51,8 @@ counters! {
     hlt: "hlt-exits",
     /// The guest takes interrupts again.
     irq_window: "irq-window-exits",
+    /// Interrupts of the old controllers; no exits.
+    external: "external-interrupts",
     /// Triple faults.
     shutdown: "shutdown-exits",
     /// What KVM could not go on from, and what should never come.

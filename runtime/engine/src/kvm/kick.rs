@@ -16,6 +16,8 @@ use crate::Kick;
 pub(super) const KICK: u32 = 1;
 /// Another vCPU asks whether this one is stopped for good.
 pub(super) const LOOK: u32 = 2;
+/// INTR was asserted.
+pub(super) const INTR: u32 = 4;
 
 /// How other threads reach a vCPU.
 #[derive(Debug)]
@@ -38,10 +40,23 @@ impl Reach {
 
     /// Asks for something; the vCPU comes to [`Reach::take`] soon, or when it is run next.
     pub fn ask(&self, what: u32) {
-        self.wanted.fetch_or(what, Ordering::SeqCst);
-        self.page.set_immediate_exit(true);
+        self.ask_self(what);
         if let Some(thread) = *self.lock() {
             sys::send_kick(thread);
+        }
+    }
+
+    /// Asks for something on the vCPU's own thread: KVM_RUN returns at once.
+    pub fn ask_self(&self, what: u32) {
+        self.wanted.fetch_or(what, Ordering::SeqCst);
+        self.page.set_immediate_exit(true);
+    }
+
+    /// INTR was asserted. The vCPU's own thread looks at it before it runs on; others interrupt it.
+    pub fn interrupt(&self) {
+        let own = *self.lock() == Some(sys::this_thread());
+        if !own {
+            self.ask(INTR);
         }
     }
 

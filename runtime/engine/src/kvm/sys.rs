@@ -82,6 +82,18 @@ impl RunPage {
         self.byte(offset_of!(kvm_run, immediate_exit)).store(on.into(), Ordering::SeqCst);
     }
 
+    /// Has KVM_RUN return (KVM_EXIT_IRQ_WINDOW_OPEN) as soon as the vCPU takes interrupts that are not its local APIC's.
+    pub fn request_interrupt_window(&self, on: bool) {
+        let wanted = self.byte(offset_of!(kvm_run, request_interrupt_window));
+        wanted.store(on.into(), Ordering::Relaxed);
+    }
+
+    /// Whether it does, as of the last KVM_RUN.
+    pub fn takes_interrupts(&self) -> bool {
+        let ready = self.byte(offset_of!(kvm_run, ready_for_interrupt_injection));
+        ready.load(Ordering::Relaxed) != 0
+    }
+
     /// Size in bytes of each access of a KVM_EXIT_IO.
     pub fn io_size(&self) -> usize {
         const SIZE: usize = offset_of!(kvm_run, __bindgen_anon_1)

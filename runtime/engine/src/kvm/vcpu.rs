@@ -1,18 +1,19 @@
 //! One vCPU: the loop around KVM_RUN.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
-    KVM_MP_STATE_UNINITIALIZED, kvm_enable_cap,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, kvm_enable_cap, kvm_mp_state,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::counters::Exits;
 use super::fault;
 use super::halt::Pace;
-use super::kick::{KICK, KvmKick, Reach};
+use super::kick::{INTR, KICK, KvmKick, Reach};
 use super::state::{self, Access};
 use super::sys::{self, RunPage, ThreadTimer};
 use super::vm::{Machine, failed};
@@ -35,6 +36,8 @@ pub(super) struct KvmVcpu {
     pace: Pace,
     /// It was stopped when it was looked at last.
     stopped: bool,
+    /// KVM is asked to say when it takes an interrupt of the old controllers.
+    window: bool,
 }
 
 /// An exit that the loop does not deal with by itself.
@@ -69,7 +72,18 @@ impl KvmVcpu {
             fd.enable_cap(&cap).map_err(failed("limit a vCPU to what it is shown"))?;
         }
         let pace = Pace::new();
-        Ok(Self { fd, index, machine, reach, exits, cpuid, timer: None, pace, stopped: false })
+        Ok(Self {
+            fd,
+            index,
+            machine,
+            reach,
+            exits,
+            cpuid,
+            timer: None,
+            pace,
+            stopped: false,
+            window: false,
+        })
     }
 
     /// This thread runs the vCPU from now on.
@@ -81,6 +95,10 @@ impl KvmVcpu {
             self.timer = Some(ThreadTimer::new().map_err(host("make a timer"))?);
         }
         self.reach.enter();
+        if self.intr() {
+            // A processor that halts sleeps in KVM_RUN: that it takes interrupts has to be known before.
+            self.reach.ask_self(INTR);
+        }
         self.pace = Pace::new();
         self.set_timer(self.pace.interval());
         Ok(())
@@ -106,8 +124,14 @@ impl KvmVcpu {
 
     fn run_to_exit(&mut self) -> Result<VmExit> {
         loop {
+            let intr = self.intr();
+            if intr != self.window {
+                self.window = intr;
+                self.reach.page().request_interrupt_window(intr);
+            }
             match self.fd.run() {
                 Ok(exit) => {
+                    let open = matches!(exit, VcpuExit::IrqWindowOpen);
                     let (io, page) = (&*self.machine.io, self.reach.page());
                     if let Some(fatal) = dispatch(exit, io, page, &self.exits) {
                         return Ok(self.fatal(&fatal));
@@ -116,11 +140,15 @@ impl KvmVcpu {
                         self.set_timer(self.pace.interval());
                     }
                     self.mark_alive();
+                    if open {
+                        self.take_external()?;
+                    }
                 }
                 Err(e) if e.errno() == libc::EINTR => {
                     if let Some(exit) = self.interrupted()? {
                         return Ok(exit);
                     }
+                    self.take_external()?;
                 }
                 // A processor that waited to be started has got something to look at.
                 Err(e) if e.errno() == libc::EAGAIN => {}
@@ -133,11 +161,48 @@ impl KvmVcpu {
         }
     }
 
+    /// Whether the old controllers ask for an interrupt.
+    fn intr(&self) -> bool {
+        self.index == 0 && self.machine.intr.load(Ordering::SeqCst)
+    }
+
+    /// Takes the interrupt that the old controllers ask for, if KVM said that the vCPU does.
+    ///
+    /// Only where KVM_RUN has returned between two instructions, with no access left to finish. The interrupt becomes one
+    /// that is being delivered, which KVM tells of: what KVM_INTERRUPT leaves with it is not part of any state.
+    fn take_external(&mut self) -> Result<()> {
+        if !self.intr() || !self.reach.page().takes_interrupts() {
+            return Ok(());
+        }
+        let mut events = self.fd.get_vcpu_events().map_err(failed("read pending events"))?;
+        if events.interrupt.injected | events.nmi.injected | events.exception.injected != 0 {
+            return Ok(());
+        }
+        let Some(vector) = self.machine.io.acknowledge() else { return Ok(()) };
+        // What comes meanwhile (NMIs) stays as it is.
+        events.flags = 0;
+        events.interrupt.injected = 1;
+        events.interrupt.soft = 0;
+        events.interrupt.nr = vector;
+        self.fd.set_vcpu_events(&events).map_err(failed("interrupt a vCPU"))?;
+        let activity = self.fd.get_mp_state().map_err(failed("read a vCPU's activity"))?;
+        if activity.mp_state == KVM_MP_STATE_HALTED {
+            let runs = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+            self.fd.set_mp_state(runs).map_err(failed("wake a vCPU"))?;
+        }
+        self.exits.external.add();
+        Ok(())
+    }
+
     /// A signal ended KVM_RUN: somebody wants something, or it is time to look.
     fn interrupted(&mut self) -> Result<Option<VmExit>> {
-        if self.reach.take() & KICK != 0 {
+        let wanted = self.reach.take();
+        if wanted & KICK != 0 {
             self.exits.kicks.add();
             return Ok(Some(VmExit::Kicked));
+        }
+        if wanted == INTR {
+            return Ok(None);
         }
         self.exits.looks.add();
         if self.is_stopped()? {

@@ -1,6 +1,6 @@
 //! A machine of the kvm engine.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -42,6 +42,8 @@ pub(super) struct Machine {
     pub xsave: XsaveSize,
     pub known: KnownMsrs,
     pub rendezvous: Arc<Rendezvous>,
+    /// INTR of the first vCPU.
+    pub intr: AtomicBool,
     reaches: Mutex<Vec<Option<Arc<Reach>>>>,
 }
 
@@ -93,6 +95,7 @@ impl KvmVm {
             tsc_khz,
             known,
             rendezvous: Arc::new(Rendezvous::new(vcpus)),
+            intr: AtomicBool::new(false),
             reaches: Mutex::new(vec![None; vcpus as usize]),
         };
         let mut places: Vec<Place> = (0..vcpus).map(|_| Place::Empty).collect();
@@ -160,7 +163,7 @@ fn set_up(fd: &VmFd) -> Result<()> {
     fd.enable_cap(&split).map_err(failed("make local APICs"))?;
     let quirks = fd.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
     if quirks & KVM_X86_QUIRK_LINT0_REENABLED as i32 != 0 {
-        // There is no PIC for LINT0 to be wired to after a reset.
+        // Whoever boots a guest that has the old controllers connects LINT0, as firmware does.
         let mut cap = kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS2, ..Default::default() };
         cap.args[0] = KVM_X86_QUIRK_LINT0_REENABLED.into();
         fd.enable_cap(&cap).map_err(failed("disconnect LINT0"))?;
@@ -192,6 +195,13 @@ impl Vm for KvmVm {
         // Nobody there to take it is the guest's affair, as on a bus.
         if let Err(e) = self.machine.fd.signal_msi(msi) {
             tracing::debug!("an interrupt message goes nowhere: {message:?}: {e}");
+        }
+    }
+
+    fn set_intr(&self, asserted: bool) {
+        self.machine.intr.store(asserted, Ordering::SeqCst);
+        if asserted && let Some(Some(first)) = lock(&self.machine.reaches).first() {
+            first.interrupt();
         }
     }
 

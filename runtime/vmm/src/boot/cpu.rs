@@ -1,6 +1,6 @@
 //! The boot processor as kernels find it: descriptor tables, page tables, registers.
 
-use mvm_engine::{Segment, Table, VcpuState};
+use mvm_engine::{LapicState, Segment, Table, VcpuState};
 use mvm_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -17,12 +17,14 @@ const UNUSABLE: u32 = 1 << 16;
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
 const CR0_NE: u64 = 1 << 5;
+const CR0_WP: u64 = 1 << 16;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
+const EFER_NXE: u64 = 1 << 11;
 /// The bit of RFLAGS that is always set.
 const RFLAGS_FIXED: u64 = 2;
 
@@ -48,8 +50,8 @@ pub enum Mode {
     /// 64-bit mode on [`write_identity_map`]'s tables, with the selectors of the Linux/x86 64-bit
     /// boot protocol: `__BOOT_CS` 0x10, `__BOOT_DS` 0x18.
     Linux64,
-    /// 64-bit mode on [`write_solo5_map`]'s tables, SSE on, with the selectors of Solo5's tender:
-    /// code 8, data 0x10.
+    /// 64-bit mode on [`write_solo5_map`]'s tables, SSE and protection of pages on, with the selectors
+    /// of Solo5's tender: code 8, data 0x10.
     Solo5,
     /// 32-bit protected mode without paging: code 8, data 0x10.
     Protected,
@@ -114,8 +116,23 @@ impl Entry {
             sregs.efer = EFER_LME | EFER_LMA;
         }
         if self.mode == Mode::Solo5 {
-            sregs.cr0 |= CR0_NE;
+            sregs.cr0 |= CR0_NE | CR0_WP;
+            sregs.efer |= EFER_NXE;
             sregs.cr4 |= CR4_OSFXSR | CR4_OSXMMEXCPT;
+        }
+    }
+}
+
+/// Connects the boot processor with the old interrupt controllers, as firmware does: its local APIC is on and lets INTR (LINT0)
+/// and NMI (LINT1) through (MultiProcessor Specification 1.4, 3.6.2.2, "virtual wire mode").
+pub fn connect_pic(lapic: &mut LapicState) {
+    // Numbers of registers, and what firmware makes of them: enabled by software; ExtINT and NMI, not masked.
+    const SPURIOUS: (usize, u32) = (0x0f, 0x1ff);
+    const LINT0: (usize, u32) = (0x35, 0x700);
+    const LINT1: (usize, u32) = (0x36, 0x400);
+    for (register, value) in [SPURIOUS, LINT0, LINT1] {
+        if let Some(slot) = lapic.regs.get_mut(register) {
+            *slot = value;
         }
     }
 }
@@ -168,7 +185,7 @@ pub fn write_identity_map(ram: &GuestRam) -> Result<(), Error> {
 
 /// Writes page tables that map memory up to `end` to itself, but for what lies below
 /// [`layout::SOLO5_VISIBLE`], which is not mapped, and from there to [`layout::HIGH_RAM_START`],
-/// which is read-only (in effect once the guest sets CR0.WP, which Solo5's tender leaves to it).
+/// which is read-only.
 ///
 /// # Errors
 /// Guest memory does not reach there.
@@ -182,7 +199,7 @@ pub fn write_solo5_map(ram: &GuestRam, end: u64) -> Result<(), Error> {
             _ => at | PAGE_PRESENT | PAGE_WRITE,
         })
         .collect();
-    let table = layout::PAGE_TABLES + (2 + layout::IDENTITY_MAP_GIB) * PAGE;
+    let table = layout::SOLO5_FIRST_TABLE;
     write(ram, "page tables", table, &small)?;
     let first_directory = layout::PAGE_TABLES + 2 * PAGE;
     write(ram, "page tables", first_directory, &[table | PAGE_PRESENT | PAGE_WRITE])

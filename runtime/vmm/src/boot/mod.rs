@@ -32,7 +32,7 @@ use mvm_memory::{GuestRam, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
 pub use cmdline::Parts as CmdlineParts;
-pub use cpu::Entry;
+pub use cpu::{Entry, connect_pic};
 pub use error::Error;
 pub use hvt::{Attached, Kind as ManifestKind, Manifest, ManifestEntry};
 pub use modules::Module;
@@ -103,6 +103,8 @@ pub struct Facts<'a> {
     pub tsc_khz: u64,
     /// What was attached to the entries of its manifest.
     pub attached: &'a [Attached],
+    /// Whether there are the interrupt controllers and the timer of old PCs.
+    pub pic: bool,
     /// The device by which kernels made for PC emulators ask for some of it, if there is one.
     pub fw_cfg: Option<&'a FwCfg>,
 }
@@ -177,14 +179,14 @@ impl Kernel {
         modules: impl IntoIterator<Item = Module>,
         cmdline: &CmdlineParts<'_>,
     ) -> Result<Entry, Error> {
-        let Facts { ram, vcpus, tsc_khz, attached, fw_cfg } = *facts;
+        let Facts { ram, tsc_khz, attached, fw_cfg, .. } = *facts;
         // An empty file is as good as none.
         let modules: Vec<Module> = modules.into_iter().filter(|m| m.content.size() > 0).collect();
         let at = self.plan(ram, &modules)?;
         let rsdp = match self.manifest() {
             // Nor is there room for a PC's tables in what it can see.
             Some(_) => None,
-            None => write_tables(ram, vcpus, cmdline)?,
+            None => write_tables(facts, cmdline)?,
         };
         let cmdline = cmdline::build(cmdline)?;
         let loaded = modules::layout(&modules, at);
@@ -269,18 +271,15 @@ fn tell(
 
 /// Writes what a kernel looks for without being told: MP table, reset code and, if its command line
 /// does not tell of devices, ACPI tables, whose root pointer's address is returned.
-fn write_tables(
-    ram: &GuestRam,
-    vcpus: u32,
-    cmdline: &CmdlineParts<'_>,
-) -> Result<Option<u64>, Error> {
-    mptable::write(ram.memory(), vcpus)?;
+fn write_tables(facts: &Facts<'_>, cmdline: &CmdlineParts<'_>) -> Result<Option<u64>, Error> {
+    let Facts { ram, vcpus, pic, .. } = *facts;
+    mptable::write(ram.memory(), vcpus, pic)?;
     reset::write(ram.memory())?;
     if cmdline.style.announces_devices() {
         return Ok(None);
     }
     let virtio_devices = cmdline.virtio_devices;
-    acpi::write(ram.memory(), acpi::Platform { vcpus, virtio_devices }).map(Some)
+    acpi::write(ram.memory(), acpi::Platform { vcpus, virtio_devices, pic }).map(Some)
 }
 
 #[cfg(test)]

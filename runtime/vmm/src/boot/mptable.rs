@@ -2,7 +2,7 @@
 //! processors, its IOAPIC and which interrupt is on which pin.
 //!
 //! All 24 pins are described as ISA interrupts of the same number: edge-triggered, active high,
-//! which is what the serial port and the virtio devices do.
+//! which is what the serial port and the virtio devices do. The timer of old PCs, if there is one, is IRQ 0 at pin 2.
 
 use mvm_memory::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
@@ -41,12 +41,13 @@ const BOOT_PROCESSOR: u8 = 2;
 const ALL_LOCAL_APICS: u8 = 0xff;
 const ISA_BUS: u8 = 0;
 
-/// Writes floating pointer and configuration table for `vcpus` processors.
+/// Writes floating pointer and configuration table for `vcpus` processors. `pic` says whether there are the interrupt
+/// controllers and the timer of old PCs.
 ///
 /// # Errors
 /// The table does not fit its place or guest memory.
-pub fn write(memory: &GuestMemory, vcpus: u32) -> Result<(), Error> {
-    let bytes = build(vcpus);
+pub fn write(memory: &GuestMemory, vcpus: u32, pic: bool) -> Result<(), Error> {
+    let bytes = build(vcpus, pic);
     if bytes.len() as u64 > layout::MP_TABLE_MAX {
         return Err(Error::Structure { what: "MP table", at: layout::MP_TABLE });
     }
@@ -56,7 +57,7 @@ pub fn write(memory: &GuestMemory, vcpus: u32) -> Result<(), Error> {
 }
 
 /// Floating pointer structure (4.1) and, right after it, the configuration table.
-fn build(vcpus: u32) -> Vec<u8> {
+fn build(vcpus: u32, pic: bool) -> Vec<u8> {
     let mut pointer = Vec::with_capacity(16);
     pointer.extend_from_slice(b"_MP_");
     let table_at = layout::MP_TABLE as u32 + 16;
@@ -64,12 +65,12 @@ fn build(vcpus: u32) -> Vec<u8> {
     // Length in 16-byte units, revision, checksum, no default configuration, no IMCR.
     pointer.extend_from_slice(&[1, SPEC_REVISION, 0, 0, 0, 0, 0, 0]);
     pointer[10] = checksum(&pointer);
-    pointer.extend(table(vcpus));
+    pointer.extend(table(vcpus, pic));
     pointer
 }
 
 /// The configuration table: header (4.2) and entries.
-fn table(vcpus: u32) -> Vec<u8> {
+fn table(vcpus: u32, pic: bool) -> Vec<u8> {
     // Local and I/O APICs share one space of ids, in a byte each.
     let ioapic_id = vcpus as u8;
     let mut entries = Vec::new();
@@ -93,8 +94,14 @@ fn table(vcpus: u32) -> Vec<u8> {
     ioapic.extend_from_slice(&(layout::IOAPIC as u32).to_le_bytes());
     push(&ioapic);
     for pin in 0..layout::IOAPIC_PINS as u8 {
+        // Nothing else is at pin 0, and IRQ 2 is the second controller's.
+        let irq = match pin {
+            0 if pic => continue,
+            2 if pic => 0,
+            pin => pin,
+        };
         // Flags 0: polarity and trigger mode are those of the bus, high and edge for ISA.
-        push(&[entry::IO_INTERRUPT, interrupt::INT, 0, 0, ISA_BUS, pin, ioapic_id, pin]);
+        push(&[entry::IO_INTERRUPT, interrupt::INT, 0, 0, ISA_BUS, irq, ioapic_id, pin]);
     }
     push(&[entry::LOCAL_INTERRUPT, interrupt::EXT_INT, 0, 0, ISA_BUS, 0, 0, 0]);
     push(&[entry::LOCAL_INTERRUPT, interrupt::NMI, 0, 0, ISA_BUS, 0, ALL_LOCAL_APICS, 1]);
@@ -138,7 +145,7 @@ mod tests {
 
     #[test]
     fn a_kernel_finds_pointer_and_table() {
-        let bytes = build(3);
+        let bytes = build(3, false);
         let (pointer, table) = bytes.split_at(16);
         assert_eq!(&pointer[..4], b"_MP_");
         assert_eq!(pointer.iter().fold(0u8, |a, b| a.wrapping_add(*b)), 0);
@@ -154,7 +161,14 @@ mod tests {
 
     #[test]
     fn processors_and_pins_are_all_there() {
-        let table = table(layout::MAX_VCPUS);
+        let old = table(1, true);
+        let pins: Vec<_> = entries(&old)
+            .into_iter()
+            .filter(|e| e[0] == entry::IO_INTERRUPT)
+            .map(|p| (p[5], p[7]))
+            .collect();
+        assert_eq!((pins.len(), pins[0], pins[1], pins[2]), (23, (1, 1), (0, 2), (3, 3)));
+        let table = table(layout::MAX_VCPUS, false);
         let all = entries(&table);
         let cpus: Vec<_> = all.iter().filter(|e| e[0] == entry::PROCESSOR).collect();
         assert_eq!(cpus.len(), layout::MAX_VCPUS as usize);
@@ -162,6 +176,6 @@ mod tests {
         let pins: Vec<_> = all.iter().filter(|e| e[0] == entry::IO_INTERRUPT).collect();
         assert_eq!(pins.len(), 24);
         assert!(pins.iter().all(|p| p[5] == p[7] && p[6] == layout::MAX_VCPUS as u8));
-        assert!(build(layout::MAX_VCPUS).len() as u64 <= layout::MP_TABLE_MAX);
+        assert!(build(layout::MAX_VCPUS, false).len() as u64 <= layout::MP_TABLE_MAX);
     }
 }

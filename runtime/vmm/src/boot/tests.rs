@@ -25,7 +25,7 @@ fn place(kernel: &[u8], memory: u64, initramfs: Option<&[u8]>) -> Result<(GuestR
 }
 
 fn facts(ram: &GuestRam, vcpus: u32) -> Facts<'_> {
-    Facts { ram, vcpus, tsc_khz: 1_000_000, attached: &[], fw_cfg: None }
+    Facts { ram, vcpus, tsc_khz: 1_000_000, attached: &[], pic: false, fw_cfg: None }
 }
 
 fn announce(

@@ -11,7 +11,7 @@ use mvm_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
 use super::{Error, Frame, Machine, Parts};
-use crate::devices::ClocksState;
+use crate::devices::OldPcState;
 use crate::events::Events;
 use crate::layout;
 use crate::vcpu_thread::Control;
@@ -32,9 +32,9 @@ pub struct MachineState {
     /// The firmware configuration device, where there is one. What it tells follows from [`Parts`].
     #[serde(default)]
     pub fw_cfg: Option<FwCfgState>,
-    /// Clocks of old PCs, where there are some.
+    /// What old PCs have, where it is there.
     #[serde(default)]
-    pub clocks: Option<ClocksState>,
+    pub old_pc: Option<OldPcState>,
 }
 
 impl MachineState {
@@ -91,7 +91,7 @@ impl Machine {
             serial: self.devices.serial.state(),
             virtio: self.devices.virtio.transports().map(|v| v.save()).collect(),
             fw_cfg: self.devices.fw_cfg.as_ref().map(|device| device.state()),
-            clocks: self.devices.clocks.as_ref().map(|clocks| clocks.state()),
+            old_pc: self.devices.old_pc.as_ref().map(|old| old.state()),
         })
     }
 
@@ -129,6 +129,10 @@ impl Machine {
         }
         // First where interrupts go, then what the vCPUs have of them, and at the end the devices, which interrupt.
         devices.ioapic.restore(&state.ioapic);
+        let old_pc = devices.old_pc.as_ref().zip(state.old_pc.as_ref());
+        if let Some((old, state)) = old_pc {
+            old.restore_controllers(state);
+        }
         let mut vcpus = frame.create_vcpus()?;
         let now = host_tsc();
         for (vcpu, state) in vcpus.iter_mut().zip(&state.vcpus) {
@@ -143,8 +147,8 @@ impl Machine {
         if let (Some(device), Some(state)) = (&devices.fw_cfg, &state.fw_cfg) {
             device.restore(state);
         }
-        if let (Some(clocks), Some(state)) = (&devices.clocks, &state.clocks) {
-            clocks.restore(state);
+        if let Some((old, state)) = old_pc {
+            old.restore_clocks(state);
         }
         let boot = frame.tell_again(cargo)?;
         frame.finish(vcpus, boot)

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use mvm_emu::EmuEngine;
+use mvm_emu::{EmuEngine, Tier};
 use mvm_engine::Engine;
 use mvm_engine::kvm::KvmEngine;
 use mvm_vmm::testing::section;
@@ -176,9 +176,11 @@ impl Write for Captured {
     }
 }
 
-/// The engines of this host. Where there is no `/dev/kvm` for us a line says so.
+/// The engines of this host, emu in both ways to run code. Where there is no `/dev/kvm` for us a line says so.
 pub fn all_engines() -> Vec<Box<dyn Engine>> {
-    let mut engines: Vec<Box<dyn Engine>> = vec![Box::new(EmuEngine::new().unwrap())];
+    let tiers = [Tier::Interpreter, Tier::Translator];
+    let emu = |tier| -> Box<dyn Engine> { Box::new(EmuEngine::new().unwrap().with_tier(tier)) };
+    let mut engines: Vec<Box<dyn Engine>> = tiers.map(emu).into();
     match KvmEngine::new() {
         Ok(kvm) => engines.push(Box::new(kvm)),
         Err(e) => eprintln!("skipped on kvm: {e}"),

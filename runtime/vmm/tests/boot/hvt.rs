@@ -356,3 +356,129 @@ fn kernels_that_cannot_be_served_are_refused_with_what_they_lack() {
         }
     }
 }
+
+/// Where segments of an image lie, and where it does what cannot be done.
+const RODATA: u64 = 0x40_0000;
+const IMAGE_DATA: u64 = 0x40_2000;
+const HEAP: u64 = 0x50_0000;
+const IDT: u64 = 0x60_0000;
+const IDTR: u64 = 0x61_0000;
+const GDT: u64 = 0x62_0000;
+/// A handler of page faults, in the code's segment.
+const FAULT: u64 = AT + 0x800;
+
+/// A guest that does what `write` says, and whose handler of page faults ends it with their error code and 0x40.
+fn protected(write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
+    let mut code = assemble(64, AT, |a| {
+        for (at, value) in
+            [(0, FAULT & 0xffff | 8 << 16 | 0x8e00 << 32 | FAULT >> 16 << 48), (8, 0)]
+        {
+            a.mov(rax, value)?;
+            a.mov(qword_ptr(IDT + 14 * 16 + at), rax)?;
+        }
+        a.mov(rax, 0xfff | IDT << 16)?;
+        a.mov(qword_ptr(IDTR), rax)?;
+        a.mov(word_ptr(IDTR + 8), 0)?;
+        a.lidt(qword_ptr(IDTR))?;
+        // The descriptor table that it was entered with is where it can see nothing.
+        for (at, value) in [(8, 0x00af_9b00_0000_ffff_u64), (16, 0x00cf_9300_0000_ffff)] {
+            a.mov(rax, value)?;
+            a.mov(qword_ptr(GDT + at), rax)?;
+        }
+        a.mov(rax, 23 | GDT << 16)?;
+        a.mov(qword_ptr(IDTR), rax)?;
+        a.lgdt(qword_ptr(IDTR))?;
+        write(a)
+    });
+    assert!(code.len() <= (FAULT - AT) as usize);
+    code.resize((FAULT - AT) as usize, 0xf4);
+    code.extend(assemble(64, FAULT, |a| {
+        a.pop(rbx)?;
+        a.or(ebx, 0x40)?;
+        a.mov(qword_ptr(ARGS + 8), rbx)?;
+        a.mov(edx, 0x508)?;
+        a.mov(eax, ARGS as u32)?;
+        a.out(dx, eax)?;
+        halt(a)
+    }));
+    // `ret` is code wherever it may be executed.
+    ElfBuilder::elf64(AT)
+        .load(AT, &code)
+        .flags(5)
+        .load(RODATA, &[0xc3; 0x1000])
+        .flags(4)
+        .segment(IMAGE_DATA, IMAGE_DATA, &[0xc3; 16], 0x2000)
+        .flags(6)
+        .solo5(HVT, &[])
+        .build()
+}
+
+/// The status with which such a guest ends.
+fn status(write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u64 {
+    let run = run(parts(&protected(|a| {
+        write(a)?;
+        halt_with(a, 0)
+    })));
+    let EndReason::GuestHalt { status, .. } = run.reason else { panic!("{}", run.reason) };
+    u64::try_from(status).unwrap()
+}
+
+/// Error codes of page faults (SDM vol. 3, 4.7).
+const WRITE_TO_PRESENT: u64 = 3;
+const FETCH_FROM_PRESENT: u64 = 0x11;
+
+#[test]
+fn code_and_constants_cannot_be_written() {
+    for at in [AT, FAULT + 8, RODATA, RODATA + 0xff8] {
+        assert_eq!(status(|a| a.mov(qword_ptr(at), 1)), 0x40 | WRITE_TO_PRESENT, "{at:#x}");
+    }
+    for at in [IMAGE_DATA, IMAGE_DATA + 0x1ff8, HEAP, AT + 0x1000, RODATA - 8, RODATA + 0x1000] {
+        assert_eq!(status(|a| a.mov(qword_ptr(at), 1)), 0, "{at:#x}");
+    }
+    // What the guest is told, and what it cannot see at all.
+    assert_eq!(status(|a| a.mov(qword_ptr(INFO), 1)), 0x40 | WRITE_TO_PRESENT);
+    assert_eq!(status(|a| a.mov(rax, qword_ptr(0))), 0x40);
+}
+
+#[test]
+fn data_of_the_image_cannot_be_executed() {
+    let call = |at: u64| {
+        status(|a| {
+            a.mov(rax, at)?;
+            a.call(rax)
+        })
+    };
+    for at in [RODATA, IMAGE_DATA] {
+        // The fault pushes its frame below the return address.
+        assert_eq!(call(at), 0x40 | FETCH_FROM_PRESENT, "{at:#x}");
+    }
+    // Elsewhere a guest may put code.
+    assert_eq!(
+        status(|a| {
+            a.mov(byte_ptr(HEAP), 0xc3)?;
+            a.mov(rax, HEAP)?;
+            a.call(rax)
+        }),
+        0
+    );
+}
+
+#[test]
+fn an_image_in_many_pieces_is_protected_as_far_as_that_goes() {
+    // Alternating pages in more large ones than there are tables for.
+    const PIECES: u64 = 12;
+    let code = assemble(64, AT, |a| {
+        for piece in 1..=PIECES {
+            a.mov(byte_ptr((piece << 21) + 0x1000), 1)?;
+        }
+        halt_with(a, 7)
+    });
+    let mut elf = ElfBuilder::elf64(AT).load(AT, &code).flags(5);
+    for piece in 1..=PIECES {
+        let at = piece << 21;
+        elf = elf.load(at, &[1; 16]).flags(4).load(at + 0x1000, &[2; 16]).flags(6);
+    }
+    let kernel = elf.solo5(HVT, &[]).build();
+    let run = run(Parts { memory: 64 << 20, ..parts(&kernel) });
+    assert_eq!(run.reason, EndReason::GuestHalt { status: 7, cookie: 0 });
+}

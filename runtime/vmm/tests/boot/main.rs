@@ -7,4 +7,5 @@ mod guest;
 mod hvt;
 mod linux;
 mod multiboot;
+mod pic;
 mod pvh;

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use mvm_emu::EmuEngine;
+use mvm_emu::{EmuEngine, Tier};
 use mvm_engine::Engine;
 use mvm_engine::kvm::KvmEngine;
 use mvm_memory::GuestRam;
@@ -64,7 +64,10 @@ impl fmt::Display for Route {
 /// Routes of three legs. Without a usable `/dev/kvm` those with kvm are missing, and a line says so.
 pub fn routes() -> Vec<Route> {
     let emu: Arc<dyn Engine> = Arc::new(EmuEngine::new().unwrap());
-    let mut routes = vec![Route::new(&emu, [&emu, &emu, &emu])];
+    let translating = EmuEngine::new().unwrap().with_tier(Tier::Translator);
+    let jit: Arc<dyn Engine> = Arc::new(translating);
+    let mut routes =
+        vec![Route::new(&emu, [&emu, &emu, &emu]), Route::new(&emu, [&jit, &emu, &jit])];
     match KvmEngine::new() {
         Ok(kvm) => {
             let kvm: Arc<dyn Engine> = Arc::new(kvm);

@@ -16,5 +16,6 @@ mod firmware;
 mod halted;
 mod interrupts;
 mod journey;
+mod pic;
 mod registers;
 mod unikernel;

@@ -53,6 +53,7 @@ pub const TARGETS: &[Target] = &[
     queue("balloon", mvm_devices::fuzz::fuzz_balloon),
     queue("hvt", mvm_devices::fuzz::fuzz_hvt),
     queue("fw-cfg", mvm_devices::fuzz::fuzz_fw_cfg),
+    queue("pic", mvm_devices::fuzz::fuzz_pic),
     queue("fs", mvm_fs::fuzz::fuzz_fs),
     Target { name: "layer", seeds: layers, longest: 4096, run: layer },
     Target { name: "archive", seeds: archives, longest: 4096, run: archive },

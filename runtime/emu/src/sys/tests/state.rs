@@ -233,13 +233,13 @@ fn states_of_nonsense_do_not_end_the_engine() {
 fn what_others_have_sent_is_part_of_the_state() {
     let mut guest = Guest::new();
     let port = guest.platform.apics.port(0);
-    port.nmi();
+    (0..3).for_each(|_| port.nmi());
     port.attention.raise(reason::UNHALT | reason::KICK);
     let state = guest.vcpu.state().expect("a state");
-    assert!(state.events.nmi_pending && state.events.unhalted);
+    assert!(state.events.nmis_pending == 2 && state.events.unhalted);
     let mut other = Guest::new();
     other.vcpu.set_state(&state).expect("it is taken");
-    assert!(other.cpu().sys.nmis_pending == 1 && other.cpu().sys.pv.unhalted);
+    assert!(other.cpu().sys.nmis_pending == 2 && other.cpu().sys.pv.unhalted);
     // Whoever wanted the run to end still does.
     assert_eq!(guest.vcpu.run().expect("the host does not fail"), VmExit::Kicked);
     // INIT takes effect, as it would before the next instruction.

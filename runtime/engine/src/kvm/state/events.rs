@@ -10,19 +10,22 @@ use kvm_bindings::{
 use crate::{MpState, PendingEvents};
 
 const RFLAGS_IF: u64 = 1 << 9;
+/// NMIs that a processor can hold.
+const NMIS_MAX: u8 = 2;
 
 /// The events in our terms, and the vector of an interrupt that was accepted and not delivered: KVM holds
-/// one between leaving the guest and entering it again, we do not.
+/// one between leaving the guest and entering it again, we do not. From whom it is the local APIC knows.
 pub(super) fn events_from(e: &kvm_vcpu_events, mp_state: u32) -> (PendingEvents, Option<u8>) {
     let error = (e.exception.has_error_code != 0).then_some(e.exception.error_code);
     let exception = e.exception.injected | e.exception.pending != 0;
     let events = PendingEvents {
         exception: exception.then_some((e.exception.nr, error)),
         shadow: e.interrupt.shadow != 0,
-        nmi_pending: e.nmi.pending | e.nmi.injected != 0,
+        nmis_pending: e.nmi.pending.saturating_add(e.nmi.injected).min(NMIS_MAX),
         // One that is about to be delivered masks others only then.
         nmi_masked: e.nmi.masked != 0 && e.nmi.injected == 0,
         sipi: (mp_state == KVM_MP_STATE_SIPI_RECEIVED).then_some(e.sipi_vector as u8),
+        external: None,
         unhalted: false,
     };
     // INT n is not accepted from anywhere: RIP is still at it.
@@ -50,7 +53,11 @@ pub(super) fn events_to(events: &PendingEvents, rflags: u64) -> kvm_vcpu_events 
         };
         e.interrupt.shadow = kind as u8;
     }
-    e.nmi.pending = events.nmi_pending.into();
+    if let Some(vector) = events.external {
+        e.interrupt.injected = 1;
+        e.interrupt.nr = vector;
+    }
+    e.nmi.pending = events.nmis_pending;
     e.nmi.masked = events.nmi_masked.into();
     if let Some(vector) = events.sipi {
         e.sipi_vector = vector.into();
@@ -88,9 +95,10 @@ mod tests {
         let events = PendingEvents {
             exception: Some((14, Some(2))),
             shadow: true,
-            nmi_pending: true,
+            nmis_pending: 2,
             nmi_masked: true,
             sipi: Some(0x9a),
+            external: None,
             unhalted: false,
         };
         for rflags in [2, 0x202] {
@@ -108,7 +116,7 @@ mod tests {
         (e.nmi.injected, e.nmi.masked) = (1, 1);
         let (events, accepted) = events_from(&e, KVM_MP_STATE_RUNNABLE);
         assert_eq!(accepted, Some(0x41));
-        assert!(events.nmi_pending && !events.nmi_masked);
+        assert!(events.nmis_pending == 1 && !events.nmi_masked);
         e.interrupt.soft = 1;
         assert_eq!(events_from(&e, KVM_MP_STATE_RUNNABLE).1, None);
     }

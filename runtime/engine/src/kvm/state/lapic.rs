@@ -76,6 +76,12 @@ pub(super) fn registers_to(regs: &[u32], index: u32) -> kvm_lapic_state {
     state
 }
 
+/// Whether interrupt `vector` is in service: one that was accepted and is not comes from elsewhere.
+pub(super) fn in_service(regs: &[u32], vector: u8) -> bool {
+    let word = regs.get(reg::ISR + usize::from(vector >> 5));
+    word.is_some_and(|word| word >> (vector & 31) & 1 != 0)
+}
+
 /// Takes interrupt `vector` out of service and makes it a request again: it was accepted, but is not delivered.
 pub(super) fn unaccept(regs: &mut [u32], vector: u8) {
     let (word, bit) = (usize::from(vector >> 5), 1 << (vector & 31));
@@ -124,6 +130,7 @@ mod tests {
         assert_eq!((regs[reg::ISR + 1], regs[reg::IRR + 1], regs[reg::IRR + 2]), (1, 1 << 5, 1));
         assert_eq!(regs[reg::PPR], 0x20, "0x20 is still in service");
         unaccept(&mut [], 0x25);
+        assert!(in_service(&regs, 0x20) && !in_service(&regs, 0x25) && !in_service(&[], 0x25));
     }
 
     #[test]

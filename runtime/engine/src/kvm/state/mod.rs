@@ -61,10 +61,13 @@ impl Access<'_> {
         // First, since asking for it makes a pending INIT or start-up IPI take effect.
         let mp_state = vcpu.get_mp_state().map_err(failed("read a vCPU's activity"))?.mp_state;
         let events = vcpu.get_vcpu_events().map_err(failed("read pending events"))?;
-        let (events, accepted) = events::events_from(&events, mp_state);
+        let (mut events, accepted) = events::events_from(&events, mp_state);
         let mut lapic = lapic::registers_from(&lapic, base);
-        if let Some(vector) = accepted {
-            lapic::unaccept(&mut lapic, vector);
+        match accepted {
+            Some(vector) if lapic::in_service(&lapic, vector) => {
+                lapic::unaccept(&mut lapic, vector);
+            }
+            external => events.external = external,
         }
         let sregs = vcpu.get_sregs().map_err(failed("read system registers"))?;
         let area = self.xsave.get(vcpu).map_err(failed("read the vector registers"))?;
@@ -161,6 +164,9 @@ impl Access<'_> {
         }
         if let Some(reason) = crate::cpuid::incompatible(self.cpuid, &state.cpuid) {
             return Err(self.bad(reason));
+        }
+        if let Some(reason) = state.contradiction() {
+            return Err(self.bad(reason.into()));
         }
         if state.lapic.regs.len() > lapic::COUNT {
             return Err(self.bad(format!("{} local APIC registers", state.lapic.regs.len())));

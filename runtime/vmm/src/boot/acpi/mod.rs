@@ -1,8 +1,8 @@
 //! ACPI tables (specification 6.5): how a kernel that was not told on its command line finds
 //! processors, devices, and the registers by which it switches the machine off.
 //!
-//! The platform is *hardware-reduced* (4.1): no SCI, no PM timer, no fixed-function registers, no
-//! legacy PIC, PIT or RTC, which is what the machine is. Everything there is stands in three tables; small kernels
+//! The platform is *hardware-reduced* (4.1): no SCI, no PM timer, no fixed-function registers. Kernels other than Linux
+//! have PIC, PIT and RTC all the same, of which the MADT tells as usual. Everything there is stands in three tables; small kernels
 //! know the list of ACPI 1.0 only.
 //!
 //! ```text
@@ -37,6 +37,8 @@ pub struct Platform {
     pub vcpus: u32,
     /// Number of virtio devices, at the first places of the layout.
     pub virtio_devices: u32,
+    /// Whether there are the interrupt controllers and the timer of old PCs.
+    pub pic: bool,
 }
 
 /// Writes all tables and returns the address of the RSDP.
@@ -58,7 +60,7 @@ fn build(platform: Platform) -> Vec<u8> {
     let mut area = Area(vec![0; acpi_tables::rsdp::Rsdp::len()]);
     let dsdt = area.put(dsdt::table(platform).as_slice());
     let fadt = area.put(&bytes(&tables::fadt(dsdt)));
-    let madt = area.put(&bytes(&tables::madt(platform)));
+    let madt = area.put(tables::madt(platform).as_slice());
     let rsdt = area.put(tables::rsdt(&[fadt, madt]).as_slice());
     let xsdt = area.put(&bytes(&tables::xsdt(&[fadt, madt])));
     let rsdp = tables::rsdp(rsdt, xsdt);

@@ -3,15 +3,13 @@
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{
-    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
-};
+use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use mvm_devices::PowerControl;
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, bytes};
 use crate::layout;
 
 /// IA-PC boot architecture flags (5.2.9.3): there is neither VGA nor a CMOS clock to probe for. The
@@ -45,15 +43,22 @@ pub fn fadt(dsdt: u64) -> FADT {
     fadt.finalize()
 }
 
-/// The interrupt controllers. There is no PIC (flag `PCAT_COMPAT` is clear) and no override: an
-/// interrupt's number is its pin's.
-pub fn madt(platform: Platform) -> MADT {
-    let local = LocalInterruptController::Address(layout::LOCAL_APIC as u32);
-    let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, local);
+/// The interrupt controllers. An interrupt's number is its pin's, but for the timer's of old PCs. If there is none there
+/// is no PIC either (flag `PCAT_COMPAT` is clear).
+pub fn madt(platform: Platform) -> Sdt {
+    const HEADER: u32 = 36;
+    const REVISION: u8 = 1;
+    let mut madt = Sdt::new(*b"APIC", HEADER, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    madt.append(layout::LOCAL_APIC as u32);
+    madt.append(u32::from(platform.pic));
     for id in 0..platform.vcpus as u8 {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+        madt.append_slice(&bytes(&ProcessorLocalApic::new(id, id, EnabledStatus::Enabled)));
     }
-    madt.add_structure(IoApic::new(platform.vcpus as u8, layout::IOAPIC as u32, 0));
+    madt.append_slice(&bytes(&IoApic::new(platform.vcpus as u8, layout::IOAPIC as u32, 0)));
+    if platform.pic {
+        // Interrupt source override (5.2.12.5): IRQ 0 of the ISA bus is at pin 2, as the bus has it.
+        madt.append_slice(&[2, 10, 0, 0, 2, 0, 0, 0, 0, 0]);
+    }
     madt
 }
 

@@ -44,6 +44,8 @@ pub struct Segment {
     file_size: u64,
     /// Bytes in memory; those that are not in the file are zero.
     pub size: u64,
+    /// What may be done with it: bit 0 execute, 1 write, 2 read.
+    flags: u32,
 }
 
 /// An ELF kernel.
@@ -202,6 +204,16 @@ impl Segment {
     pub fn end(&self) -> u64 {
         self.start + self.size
     }
+
+    /// Whether its header says that it may be written.
+    pub fn is_writable(&self) -> bool {
+        self.flags & 2 != 0
+    }
+
+    /// Whether its header says that it may be executed.
+    pub fn is_executable(&self) -> bool {
+        self.flags & 1 != 0
+    }
 }
 
 fn program_header(bytes: &[u8], bits: u32) -> ProgramHeader {
@@ -217,6 +229,7 @@ fn program_header(bytes: &[u8], bits: u32) -> ProgramHeader {
         start: field(3),
         file_size: field(4),
         size: field(5),
+        flags: if bits == 32 { u32_at(bytes, 24) } else { u32_at(bytes, 4) },
     };
     let alignment = field(if bits == 32 { 7 } else { 6 });
     ProgramHeader { kind: u32_at(bytes, 0), segment, alignment }

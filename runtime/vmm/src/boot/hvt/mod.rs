@@ -6,6 +6,7 @@
 //! what lies from [`layout::SOLO5_VISIBLE`] on, read-only.
 
 mod manifest;
+mod protection;
 
 use super::area::Area;
 use super::cpu::{self, Entry, Mode, reg};
@@ -148,6 +149,7 @@ impl BootImage for HvtImage {
 
         cpu::write_gdt(ram, Mode::Solo5)?;
         cpu::write_solo5_map(ram, memory)?;
+        protection::apply(ram, &self.elf.segments)?;
         // As if called: the stack's top is where a return address would be.
         let registers = [(reg::RDI, layout::SOLO5_BOOT_INFO), (reg::RSP, memory - 8)];
         Ok(Entry::new(Mode::Solo5, self.elf.entry, &registers))

@@ -11,12 +11,13 @@ use aml::{Resource, Value};
 
 fn platforms() -> impl Iterator<Item = Platform> {
     let devices = 0..=layout::MAX_VIRTIO_DEVICES;
-    (1..=layout::MAX_VCPUS)
-        .flat_map(move |vcpus| devices.clone().map(move |n| Platform { vcpus, virtio_devices: n }))
+    (1..=layout::MAX_VCPUS).flat_map(move |vcpus| devices.clone().map(move |n| (vcpus, n))).map(
+        |(vcpus, virtio_devices)| Platform { vcpus, virtio_devices, pic: virtio_devices & 1 != 0 },
+    )
 }
 
 const LARGEST: Platform =
-    Platform { vcpus: layout::MAX_VCPUS, virtio_devices: layout::MAX_VIRTIO_DEVICES };
+    Platform { vcpus: layout::MAX_VCPUS, virtio_devices: layout::MAX_VIRTIO_DEVICES, pic: true };
 
 fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum, b| sum.wrapping_add(*b))
@@ -80,8 +81,9 @@ impl Tables {
 fn every_machine_has_tables_with_checksums_in_their_place() {
     for platform in platforms() {
         let [_, madt, dsdt] = Tables::write(platform).all();
-        // MADT (5.2.12): 8 bytes for each local APIC, 12 for the IOAPIC.
-        assert_eq!(madt.len(), 44 + 8 * platform.vcpus as usize + 12, "{platform:?}");
+        // MADT (5.2.12): 8 bytes for each local APIC, 12 for the IOAPIC, 10 for an override.
+        let controllers = 8 * platform.vcpus as usize + 12 + 10 * usize::from(platform.pic);
+        assert_eq!(madt.len(), 44 + controllers, "{platform:?}");
         let devices = 1 + platform.vcpus + platform.virtio_devices;
         let names = aml::names(&dsdt[36..]);
         let ids = names.keys().filter(|path| path.ends_with("._HID")).count();
@@ -120,7 +122,7 @@ fn the_fadt_describes_a_reduced_machine_with_its_power_registers() {
 
 #[test]
 fn the_madt_lists_all_controllers() {
-    let [_, madt, _] = Tables::write(Platform { vcpus: 3, virtio_devices: 0 }).all();
+    let [_, madt, _] = Tables::write(Platform { vcpus: 3, virtio_devices: 0, pic: false }).all();
     assert_eq!((word(&madt, 36), word(&madt, 40)), (0xfee0_0000, 0), "no PIC");
     for id in 0..3u8 {
         let at = 44 + 8 * usize::from(id);
@@ -129,6 +131,10 @@ fn the_madt_lists_all_controllers() {
     let ioapic = &madt[68..];
     assert_eq!((ioapic[0], ioapic[1], word(ioapic, 4), word(ioapic, 8)), (1, 12, 0xfec0_0000, 0));
     assert!(ioapic[2] >= 3, "its id is none of a local APIC");
+    assert_eq!(ioapic.len(), 12, "no override");
+    let [_, madt, _] = Tables::write(Platform { vcpus: 1, virtio_devices: 0, pic: true }).all();
+    assert_eq!((word(&madt, 36), word(&madt, 40)), (0xfee0_0000, 1), "a PIC");
+    assert_eq!(madt[64..], [2, 10, 0, 0, 2, 0, 0, 0, 0, 0], "IRQ 0 is at pin 2");
 }
 
 #[test]
@@ -165,7 +171,7 @@ fn intels_compiler_reads_the_tables() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    for platform in [Platform { vcpus: 1, virtio_devices: 0 }, LARGEST] {
+    for platform in [Platform { vcpus: 1, virtio_devices: 0, pic: false }, LARGEST] {
         let [fadt, madt, dsdt] = Tables::write(platform).all();
         for (name, table) in [("facp", fadt), ("apic", madt), ("dsdt", dsdt)] {
             let path = dir.path().join(format!("{name}.aml"));

@@ -1,11 +1,13 @@
 //! The 8254 programmable interval timer, as far as kernels use it to measure time.
 //!
 //! Its three counters count down at 1.193182 MHz of the host's monotonic clock and can be latched and read in all modes.
-//! The outputs of counters 0 and 1 are connected nowhere, as there is no 8259: kernels for PCs measure their time-stamp
-//! counter by the timer before they do anything else, and some wait for a change of its count for ever. Counter 2 has its
-//! gate and its output in system control port B.
+//! Kernels for PCs measure their time-stamp counter by the timer before they do anything else, and some wait for a change
+//! of its count for ever. The output of counter 0 is IRQ 0, that of counter 1 is connected nowhere. Counter 2 has its gate
+//! and its output in system control port B.
 //!
 //! Source: Intel 8254 data sheet (order number 231164).
+
+mod ticks;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +17,8 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::BusDevice;
+pub use ticks::PitError;
+use ticks::Ticks;
 
 /// Counts in a second.
 const HZ: u128 = 1_193_182;
@@ -65,6 +69,9 @@ pub struct PitState {
     now: u64,
     /// The two bits of system control port B that are kept.
     control: u8,
+    /// When the next interrupt is, which may be past.
+    #[serde(default)]
+    tick: Option<u64>,
 }
 
 impl CounterState {
@@ -221,12 +228,29 @@ struct Inner {
     before: u64,
     counters: [CounterState; 3],
     control: u8,
+    ticks: Option<Ticks>,
 }
 
 impl Inner {
     fn now(&self) -> u64 {
         // 584 years.
         self.before.saturating_add(self.since.elapsed().as_nanos() as u64)
+    }
+
+    /// A write, and what it means for counter 0's output.
+    fn write_and_tick(&mut self, offset: u64, byte: u8, now: u64) {
+        let set = |counter: &CounterState| (counter.mode, counter.begun, counter.reload);
+        let before = set(&self.counters[0]);
+        if let Some(ticks) = &mut self.ticks {
+            ticks.give(&self.counters[0], now);
+        }
+        self.write(offset, byte, now);
+        if let Some(ticks) = &mut self.ticks {
+            if set(&self.counters[0]) != before {
+                ticks.set(&self.counters[0], now);
+            }
+            ticks.wait(now);
+        }
     }
 
     fn write(&mut self, offset: u64, byte: u8, now: u64) {
@@ -269,7 +293,8 @@ impl Pit {
     pub fn new() -> Self {
         let mut counters: [CounterState; 3] = Default::default();
         counters[2].gate_low = true;
-        Self(Arc::new(Mutex::new(Inner { since: Instant::now(), before: 0, counters, control: 0 })))
+        let since = Instant::now();
+        Self(Arc::new(Mutex::new(Inner { since, before: 0, counters, control: 0, ticks: None })))
     }
 
     /// System control port B (0x61), in which the gate and the output of counter 2 are.
@@ -283,7 +308,9 @@ impl Pit {
         let counters = inner.counters.clone();
         // As long as none has begun, there is nothing that time could change.
         let counts = counters.iter().any(|counter| counter.begun.is_some());
-        PitState { counters, now: if counts { inner.now() } else { 0 }, control: inner.control }
+        let now = if counts { inner.now() } else { 0 };
+        let tick = inner.ticks.as_ref().and_then(Ticks::next);
+        PitState { counters, now, control: inner.control, tick }
     }
 
     /// Goes on from `state`, for which no time has passed.
@@ -295,6 +322,10 @@ impl Pit {
         inner.control = state.control;
         // What is no mode of a counter comes from no guest.
         inner.counters.iter_mut().for_each(|counter| counter.mode = counter.mode.min(5));
+        if let Some(ticks) = &mut inner.ticks {
+            ticks.restore(state.tick);
+            ticks.wait(state.now);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -325,7 +356,7 @@ impl BusDevice for Pit {
         if let Some(&byte) = data.first() {
             let mut inner = self.lock();
             let now = inner.now();
-            inner.write(offset, byte, now);
+            inner.write_and_tick(offset, byte, now);
         }
     }
 }
@@ -371,7 +402,13 @@ mod tests {
     }
 
     fn timer() -> Inner {
-        Inner { since: Instant::now(), before: 0, counters: Default::default(), control: 0 }
+        Inner {
+            since: Instant::now(),
+            before: 0,
+            counters: Default::default(),
+            control: 0,
+            ticks: None,
+        }
     }
 
     fn set(timer: &mut Inner, control: u8, value: u16) {
