@@ -28,7 +28,7 @@ const SPARE: u64 = 3;
 
 /// Shortest and longest time between two looks.
 const SHORT: Duration = Duration::from_millis(20);
-const LONG: Duration = Duration::from_secs(2);
+const LONG: Duration = Duration::from_secs(10);
 
 /// Starts to keep below `limit` files. Only the first call counts: there is one server.
 pub fn keep_below(limit: u64) {
