@@ -17,6 +17,8 @@ mod child;
 mod container;
 mod error;
 mod forward;
+mod given;
+mod icache;
 mod info;
 mod log;
 mod mountapi;

@@ -9,6 +9,7 @@ use mvm_agent_protocol::messages::Share;
 use rustix::fs::{FileType, Mode, OFlags, fstat};
 
 use crate::error::{Context, Error, Result};
+use crate::icache;
 use crate::mountapi::{attach, clone_tree, mount_at, open_in_root, open_path};
 
 /// The device's tag.
@@ -31,6 +32,7 @@ pub fn tree(share: &Share) -> Result<OwnedFd> {
         none => {
             let path = Path::new(SHARES_DIR);
             mount_at(path, "virtiofs", Some(TAG), &[], 0)?;
+            icache::keep_below(share.max_files);
             none.insert(open_path(path)?)
         }
     };

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::Context;
 use containerd_shim_protos::create_task;
 use containerd_shim_protos::ttrpc::Server;
+use mvm_vmm::logfmt::{self, Logfmt};
 use nix::libc;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -36,6 +37,9 @@ const FLUSH: Duration = Duration::from_secs(5);
 /// # Errors
 /// The process cannot be set up, or no machines can be made here.
 pub fn serve(host: Arc<dyn Host>, flags: &Flags) -> anyhow::Result<()> {
+    logfmt::common("namespace", &flags.namespace);
+    // The first container is the pod's sandbox, or alone.
+    logfmt::common("sandbox", &flags.id);
     log(flags.debug);
     let listener = take_listener().context("cannot take the socket over")?;
     std::env::set_current_dir("/").context("cannot leave the bundle")?;
@@ -62,7 +66,7 @@ pub fn serve(host: Arc<dyn Host>, flags: &Flags) -> anyhow::Result<()> {
         .add_listener(listener.into_raw_fd())?
         .register_service(create_task(Arc::new(service)));
     server.start()?;
-    tracing::info!(container = flags.id, namespace = flags.namespace, "the shim is ready");
+    tracing::info!("the shim is ready");
     let _ = ended.recv();
     if let Some(socket) = &flags.socket {
         // Whoever asks from now on is not to find us.
@@ -94,7 +98,8 @@ fn take_listener() -> io::Result<OwnedFd> {
 /// Lines go to containerd's fifo. A line for which there is no room is lost: nobody may be reading.
 fn log(debug: bool) {
     let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
-    let lines = tracing_subscriber::fmt().with_ansi(false).with_max_level(level).with_target(debug);
+    let lines = tracing_subscriber::fmt().event_format(Logfmt);
+    let lines = lines.with_max_level(level);
     match open_log() {
         Ok(fifo) => lines.with_writer(Mutex::new(fifo)).init(),
         // Nobody wants to hear it.

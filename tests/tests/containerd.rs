@@ -1,11 +1,13 @@
 //! containerd's front door: `ctr` of the distribution, with a daemon of the tests' own.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::Stdio;
 use std::thread;
 
-use mvm_tests::{Chroot, IMAGE, Running, Terminal, World, containerd, eventually, is_running};
+use mvm_tests::{
+    Chroot, Containerd, IMAGE, Running, Terminal, World, containerd, eventually, is_running,
+};
 use nix::sys::signal::{Signal, kill};
 
 #[test]
@@ -78,12 +80,29 @@ fn a_long_life() {
     let net = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).expect("a namespace");
     assert_ne!(net(&pid.to_string()), net("self"));
     assert!(ctd.mvm(&["ps"]).out().contains("default.c1"));
+    // Who reads the log finds what is about it by fields.
+    let machine = ctd.mvm(&["ps", "-q"]).expect_code(0).out();
+    let fields = format!(
+        "msg=\"the machine is up\" namespace=default sandbox=c1 container=c1 machine={}",
+        machine.trim()
+    );
+    let log = ctd.log();
+    assert!(log.lines().any(|line| line.starts_with("time=") && line.ends_with(&fields)), "{log}");
 
     // Without input: ctr never tells of the end of one that ends before the process is there.
     let run = ctd.exec("c1", "e1", "echo in; echo err >&2; exit 3", b"").expect_code(3);
     assert_eq!((run.out().as_str(), run.err().as_str()), ("in\n", "err\n"));
     // By its name in mvm, too.
     assert_eq!(ctd.mvm(&["exec", "default.c1", "echo", "there"]).expect_code(0).out(), "there\n");
+
+    // A console in its guest, where the agent is process 1.
+    let settings = ctd.path("debug.toml");
+    fs::write(&settings, "debug-console = true\n").expect("a file");
+    let settings = settings.display().to_string();
+    let debug = ["--config", &settings, "debug", "default.c1", "sh", "-c"];
+    let seen = ctd.mvm(&[&debug[..], &["ps | grep -c '[w]hile :'"]].concat()).expect_code(0);
+    assert_eq!(seen.out(), "1\n");
+    assert!(ctd.mvm(&["debug", "default.c1"]).err().contains("debug-console = true"));
 
     let metrics = ctd.ctr(&["task", "metrics", "c1"]).expect_code(0).out();
     let used = metrics.lines().find(|line| line.contains("memory") && line.contains("usage"));
@@ -147,13 +166,57 @@ fn five_at_a_time_and_several_in_a_row() {
             });
         }
     });
-    for n in 0..5 {
-        // The same id each time: nothing of the last one is in the way.
-        assert_eq!(
-            ctd.sh(&[], "again", &format!("echo {n}")).expect_code(0).out(),
-            format!("{n}\n")
-        );
+    in_a_row(&ctd, 5);
+    ctd.expect_nothing_left();
+}
+
+#[test]
+#[ignore = "many containers"]
+fn twenty_in_a_row() {
+    let ctd = containerd!();
+    in_a_row(&ctd, 20);
+    ctd.expect_nothing_left();
+}
+
+/// So many containers, all of the same id: nothing of the last one is in the way.
+fn in_a_row(ctd: &Containerd, count: usize) {
+    for n in 0..count {
+        let run = ctd.sh(&[], "again", &format!("echo {n}"));
+        assert_eq!(run.expect_code(0).out(), format!("{n}\n"));
     }
+}
+
+#[test]
+#[ignore = "a gibibyte"]
+fn a_gibibyte_of_output_is_neither_lost_nor_kept() {
+    const ALL: u64 = 1 << 30;
+    let ctd = containerd!();
+    let args = ["head", "-c", &ALL.to_string(), "/dev/zero"];
+    let mut command = ctd.run_command(&["--rm"], "c1", &args);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().expect("ctr");
+    let mut output = child.stdout.take().expect("a pipe");
+    let mut block = vec![0; 1 << 20];
+    let (mut seen, mut most) = (0, 0);
+    loop {
+        let count = output.read(&mut block).expect("its output");
+        assert!(block[..count].iter().all(|byte| *byte == 0));
+        seen += count as u64;
+        if count == 0 {
+            break;
+        }
+        if seen > ALL / 2 && most == 0 {
+            let memory = |pid| {
+                let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+                let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+                line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0)
+            };
+            most = ctd.shims().into_iter().map(memory).max().unwrap_or(0);
+        }
+    }
+    assert!(child.wait().expect("ctr").success());
+    assert_eq!(seen, ALL);
+    assert!((1..128 << 10).contains(&most), "the shim has had {most} KiB");
     ctd.expect_nothing_left();
 }
 

@@ -7,7 +7,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use mvm_tests::{Chroot, Containerd, IMAGE, Shim, World, containerd, eventually, run_with};
+use mvm_tests::{
+    Chroot, Containerd, IMAGE, LoopDevice, Shim, World, containerd, eventually, run_with,
+};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::TempDir;
 
@@ -281,10 +283,62 @@ fn two_thousand_files_are_unpacked() {
 
 #[test]
 #[ignore = "many files"]
-fn ten_thousand_files_are_unpacked() {
+fn twenty_thousand_files_are_unpacked() {
     let ctd = containerd!();
-    unpack(&ctd, 10_000);
+    unpack(&ctd, 20_000);
     ctd.expect_nothing_left();
+}
+
+#[test]
+fn a_repository_is_cloned() {
+    let ctd = containerd!();
+    clone(&ctd, 300);
+    ctd.expect_nothing_left();
+}
+
+#[test]
+#[ignore = "many files"]
+fn a_repository_of_five_thousand_files_is_cloned() {
+    let ctd = containerd!();
+    clone(&ctd, 5000);
+    ctd.expect_nothing_left();
+}
+
+/// A repository on a volume, cloned to another one and to the root.
+fn clone(ctd: &Containerd, count: usize) {
+    let name = "docker.io/library/debian:latest";
+    ctd.import(&World::new().image_file("debian"), name, ctd.snapshotter());
+    let dir = dir();
+    let mount = bind(dir.path(), "/v", "rbind:rw");
+    let script = format!(
+        "set -e; export HOME=/root; git config --global user.email a@b; git config --global user.name n
+         git config --global --add safe.directory '*'; mkdir /v/one; cd /v/one; git init -q
+         n=0; while [ $n -lt {count} ]; do d=d$((n % 40)); [ -d $d ] || mkdir $d
+         echo file $n >$d/f$n; n=$((n + 1)); done
+         git add . && git commit -qm first && git clone -q /v/one /v/two && git clone -q /v/two /three
+         cd /three && git fsck --full 2>/dev/null && git status --porcelain | wc -l
+         git ls-files | wc -l && git ls-files | xargs cat | sha256sum | cut -d' ' -f1"
+    );
+    let command =
+        ctd.run_image_command(&["--rm", "--mount", &mount], name, "c1", &["bash", "-c", &script]);
+    let run = run_with(command, b"", LARGE).expect_code(0);
+    let two = dir.path().join("two").display().to_string();
+    // As it lists them: by names.
+    let digest =
+        "find . -path ./.git -prune -o -type f -print | LC_ALL=C sort | xargs cat | sha256sum";
+    let want = host("sh", &["-c", &format!("cd {two} && {digest} | cut -d' ' -f1")]);
+    assert_eq!(run.out(), format!("0\n{count}\n{want}"), "{}", run.err());
+}
+
+#[test]
+fn data_on_a_disk_comes_through_whole() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: the shim mounts, and this is an ordinary user");
+        return;
+    }
+    let shim = Shim::new();
+    mvm_tests::data_on_a_disk(&shim, 64);
+    shim.expect_nothing_left();
 }
 
 fn unpack(ctd: &Containerd, count: usize) {
@@ -370,4 +424,26 @@ fn what_the_guest_cannot_mount_the_host_does() {
     let kept = host("debugfs", &["-R", "cat /kept", &ext4.display().to_string()]);
     assert_eq!(kept, "kept\n");
     shim.expect_nothing_left();
+}
+
+#[test]
+fn a_block_device_of_the_host_is_the_containers() {
+    let ctd = containerd!();
+    let dir = dir();
+    let Some(device) = LoopDevice::new(&dir.path().join("image"), 3 << 20) else { return };
+    let path = device.path().display().to_string();
+    let script = format!(
+        "[ -b {path} ] && blockdev --getsize64 {path} || wc -c <{path}
+         echo written by the guest | dd of={path} bs=512 seek=7 conv=sync 2>/dev/null && sync
+         dd if={path} bs=512 skip=7 count=1 2>/dev/null | head -n 1"
+    );
+    let run = ctd.sh(&["--device", &path], "c1", &script).expect_code(0);
+    assert_eq!(run.out(), "3145728\nwritten by the guest\n", "{}", run.err());
+    let content = device.content();
+    assert!(content[7 * 512..].starts_with(b"written by the guest\n"));
+    assert!(content[..7 * 512].iter().all(|byte| *byte == 0));
+    // Who is allowed everything is not given what the host happens to have.
+    let run = ctd.sh(&["--privileged"], "c2", &format!("[ -b {path} ] || echo none"));
+    assert_eq!(run.expect_code(0).out(), "none\n");
+    ctd.expect_nothing_left();
 }

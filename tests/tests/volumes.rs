@@ -323,3 +323,23 @@ fn a_lost_file_server_ends_the_machine_with_the_reason() {
     assert!(reason.contains("file server"), "{about}");
     world.mvm(&["rm", "lost"]).expect_code(0);
 }
+
+#[test]
+fn more_files_than_the_server_may_hold_open_are_unpacked_and_found() {
+    let world = World::small();
+    let dir = dir();
+    let script = "i=0; while [ $i -lt 40 ]; do mkdir /vol/d$i; j=0; while [ $j -lt 60 ]; do echo $i $j >/vol/d$i/f$j; \
+                  j=$((j + 1)); done; i=$((i + 1)); done; find /vol -type f | wc -l; cat /vol/d*/f* | wc -l";
+    let mut command = Command::new("prlimit");
+    let run = ["run", "--rm", "-v", &bind(dir.path(), "/vol"), "busybox", "sh", "-c", script];
+    let mvm = world.command(&run);
+    command.arg("--nofile=1600:1600").arg(mvm.get_program()).args(mvm.get_args());
+    for (key, value) in mvm.get_envs() {
+        match value {
+            Some(value) => command.env(key, value),
+            None => command.env_remove(key),
+        };
+    }
+    let run = run_with(command, b"", Duration::from_secs(300)).expect_code(0);
+    assert_eq!(run.out(), "2400\n2400\n", "{}", run.err());
+}

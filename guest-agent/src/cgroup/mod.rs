@@ -188,11 +188,18 @@ impl Cgroup {
 
     /// Kills all processes in it and below and waits for them.
     pub fn kill(&self) {
+        self.kill_at_once();
+        if let Some(path) = &self.path {
+            self.wait_for(path, "populated", 0);
+        }
+    }
+
+    /// Kills all processes in it and below.
+    pub fn kill_at_once(&self) {
         let Some(path) = &self.path else { return };
         if let Err(e) = fs::write(path.join("cgroup.kill"), "1") {
             warning!("cannot kill the processes of {}: {e}", path.display());
         }
-        self.wait_for(path, "populated", 0);
     }
 
     /// Sends a signal to all processes in it and below.

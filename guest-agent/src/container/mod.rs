@@ -16,6 +16,7 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxResources};
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::child::{Job, namespaces};
 use crate::error::{Context, Error, Result};
+use crate::given;
 use crate::log::warning;
 use crate::reaper::Reaper;
 use crate::rootfs::Mounted;
@@ -36,6 +37,14 @@ pub struct Workshop {
     pub reaper: Arc<Reaper>,
     /// Holds their groups.
     pub cgroups: Cgroups,
+}
+
+/// A specification, as text and as what that means.
+#[derive(Clone, Copy)]
+struct Parsed<'a> {
+    json: &'a [u8],
+    spec: &'a Spec,
+    process: &'a ProcessSpec,
 }
 
 /// A container.
@@ -59,7 +68,8 @@ impl Workshop {
         if !is_valid_id(&request.id) {
             return Err(Error::Invalid(format!("container id {:?} is not valid", request.id)));
         }
-        let spec = Spec::parse(&request.spec_json)?;
+        let spec_json = given::translate(&request.spec_json, &request.devices)?;
+        let spec = Spec::parse(&spec_json)?;
         namespaces::check(&spec)?;
         let process = spec
             .process
@@ -69,7 +79,8 @@ impl Workshop {
         let mut notices = notices::of(&spec, &request.id);
 
         let cgroup = Arc::new(self.cgroups.create(&request.id)?);
-        let made = self.create_in(request, &spec, process, &cgroup, &mut notices);
+        let spec = Parsed { json: &spec_json, spec: &spec, process };
+        let made = self.create_in(request, spec, &cgroup, &mut notices);
         if made.is_err() {
             cgroup.kill();
             if let Err(e) = cgroup.remove() {
@@ -82,12 +93,12 @@ impl Workshop {
     fn create_in(
         &self,
         request: &CreateContainerRequest,
-        spec: &Spec,
-        process: &ProcessSpec,
+        parsed: Parsed<'_>,
         cgroup: &Arc<Cgroup>,
         notices: &mut Vec<String>,
     ) -> Result<Container> {
-        let heritage = Heritage::of(&request.spec_json)?;
+        let Parsed { json, spec, process } = parsed;
+        let heritage = Heritage::of(json)?;
         let linux = spec.linux.clone().unwrap_or_default();
         if let Some(resources) = linux.resources() {
             notices.extend(cgroup.apply(resources)?);
@@ -124,7 +135,7 @@ impl Workshop {
                 init: request.init,
             };
             let stdio = request.stdio.clone().unwrap_or_default();
-            let (first, more) = newborn.set_up(job, &request.spec_json, process, &stdio, None)?;
+            let (first, more) = newborn.set_up(job, json, process, &stdio, None)?;
             Ok((first, more, root))
         };
         let (first, more, root) =

@@ -66,6 +66,9 @@ impl Newborn {
         drop(theirs);
         let oom_killed = Arc::new(Mutex::new(false));
         let streams: Arc<Mutex<Option<Arc<Streams>>>> = Arc::default();
+        // With the first process of its own process-id namespace the kernel ends the others. Without such a namespace
+        // they would live on, and with them the streams that the host waits for the end of.
+        let ends_all = beside.is_none() && !birth.new_pid_namespace;
         let exit = {
             let (oom_killed, streams, group) =
                 (Arc::clone(&oom_killed), Arc::clone(&streams), Arc::clone(cgroup));
@@ -74,6 +77,9 @@ impl Newborn {
                 pid,
                 Box::new(move |_| {
                     *lock(&oom_killed) = group.oom_kills() > kills_before;
+                    if ends_all {
+                        group.kill_at_once();
+                    }
                     if let Some(streams) = &*lock(&streams) {
                         streams.process_ended();
                     }

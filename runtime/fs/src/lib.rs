@@ -34,7 +34,7 @@ pub mod tree;
 
 pub use client::{ClientError, ShareClient};
 pub use confine::Layer;
-pub use process::main;
+pub use process::{main, max_files};
 pub use protocol::{Cache, NewShare, ShareOptions, Source, check_name};
 pub use spawn::{FileServer, Launch, PROCESS_NAME, SUBCOMMAND, SpawnError, spawn};
 pub use tree::Tree;

@@ -80,6 +80,11 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// How many descriptors a server may have that this process starts: it takes as many as the hard limit allows.
+pub fn max_files() -> u64 {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard)
+}
+
 fn set_up() -> Result<Packets, Error> {
     let failed = |what| move |source| Error::SetUp { what, source };
     sys::close_inherited().map_err(failed("close_range"))?;

@@ -13,17 +13,17 @@ use std::time::Duration;
 use mvm_agent_protocol::messages::launch_failure::Kind as FailureKind;
 use mvm_agent_protocol::messages::{
     BlockDevice, ConfigureNetworkRequest, CreateContainerRequest, DeleteProcessRequest,
-    ExecProcessRequest, GuestInfoRequest, GuestInfoResponse, InlineFile, LaunchFailure,
-    ListProcessesRequest, NetworkInterface, ProcessInfo, ResizeTerminalRequest, Rootfs,
-    SetClockRequest, Share, SignalProcessRequest, StartProcessRequest, StatsRequest, StatsResponse,
-    Stdio as StdioMessage, Tmpfs, Volume, WaitProcessRequest,
+    ExecProcessRequest, GivenDevice, GuestInfoRequest, GuestInfoResponse, InlineFile,
+    LaunchFailure, ListProcessesRequest, NetworkInterface, ProcessInfo, ResizeTerminalRequest,
+    Rootfs, SetClockRequest, Share, SignalProcessRequest, StartProcessRequest, StatsRequest,
+    StatsResponse, Stdio as StdioMessage, Tmpfs, Volume, WaitProcessRequest,
 };
 use mvm_agent_protocol::rpc::{CallError, Client};
 use mvm_agent_protocol::stream::{Dial, Header, Kind};
 use mvm_agent_protocol::{WAIT_MAX_MS, port};
 
 use crate::error::Error;
-use crate::spec::{Container, Root};
+use crate::spec::{self, Container, Root};
 
 /// The vsock socket's name in the sandbox's directory.
 pub const VSOCK_SOCKET: &str = "vsock.sock";
@@ -173,7 +173,7 @@ impl Guest {
             let readonly = shared.bind.read_only;
             let mut volume = Volume { name: name.clone(), readonly, ..Default::default() };
             let path = if shared.file { mvm_fs::FILE.to_owned() } else { String::new() };
-            volume.set_share(Share { name, path, ..Default::default() });
+            volume.set_share(share(name, path));
             volume
         });
         let memory = container.memory.iter().map(|memory| {
@@ -188,6 +188,7 @@ impl Guest {
             volumes: files.chain(shared).chain(memory).collect(),
             stdio: Some(stdio.message()).into(),
             init,
+            devices: container.devices.iter().map(given).collect(),
             ..Default::default()
         };
         let response = self.client.create_container(&request, self.limit).map_err(refused_setup)?;
@@ -396,8 +397,12 @@ fn rootfs(root: &Root) -> Rootfs {
             rootfs.set_block(disk(0, "erofs"));
             rootfs.set_tmpfs(Tmpfs::new());
         }
+        Root::Directory(path) => {
+            rootfs.set_path(path.clone());
+            rootfs.set_tmpfs(Tmpfs::new());
+        }
         Root::Share(name) => {
-            rootfs.set_share(Share { name: name.clone(), ..Default::default() });
+            rootfs.set_share(share(name.clone(), String::new()));
             rootfs.direct = true;
         }
         Root::Disk { index, kind, read_only } => {
@@ -407,6 +412,21 @@ fn rootfs(root: &Root) -> Rootfs {
         }
     }
     rootfs
+}
+
+fn given(device: &spec::GivenDevice) -> GivenDevice {
+    let mut disk = BlockDevice::new();
+    disk.set_index(device.index);
+    GivenDevice {
+        major: device.major,
+        minor: device.minor,
+        device: Some(disk).into(),
+        ..Default::default()
+    }
+}
+
+fn share(name: String, path: String) -> Share {
+    Share { name, path, max_files: mvm_fs::max_files(), ..Default::default() }
 }
 
 /// The host's clock, as hello and the agent want it.

@@ -14,6 +14,7 @@ mod devices;
 pub mod engines;
 mod events;
 pub mod layout;
+pub mod logfmt;
 mod machine;
 pub mod monitor;
 mod outcome;

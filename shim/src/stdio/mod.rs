@@ -156,11 +156,15 @@ impl Io {
                 File::options().write(true).open("/dev/null").map(|out| Sink { out, _keep: None })
             }
         };
-        if let Some(from) = streams.output {
-            self.copies.output("stdout", from, discard(ends.stdout.take())?)?;
+        // What has nothing to come ends here: a client waits for the end of each fifo that it reads before it
+        // deletes the task.
+        match (streams.output, ends.stdout.take()) {
+            (Some(from), sink) => self.copies.output("stdout", from, discard(sink)?)?,
+            (None, sink) => drop(sink),
         }
-        if let Some(from) = streams.error {
-            self.copies.output("stderr", from, discard(ends.stderr.take())?)?;
+        match (streams.error, ends.stderr.take()) {
+            (Some(from), sink) => self.copies.output("stderr", from, discard(sink)?)?,
+            (None, sink) => drop(sink),
         }
         Ok(())
     }

@@ -167,3 +167,29 @@ fn terminal_input_has_no_end() {
     let mut fds = [nix::poll::PollFd::new(guest.as_fd(), nix::poll::PollFlags::POLLIN)];
     assert_eq!(nix::poll::poll(&mut fds, 0u8).unwrap(), 0, "the terminal was hung up");
 }
+
+#[test]
+fn a_stream_of_which_there_is_nothing_ends_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths {
+        stdout: fifo(dir.path(), "out"),
+        stderr: fifo(dir.path(), "err"),
+        ..Paths::default()
+    };
+    let io = Io::open(&paths, &owner()).unwrap();
+    let open = |path: &str| open(Path::new(path), OpenOptions::new().read(true)).unwrap();
+    let (mut out, mut err) = (open(&paths.stdout), open(&paths.stderr));
+    // As the machine of a unikernel has it: a console.
+    let (output, mut guest) = UnixStream::pair().unwrap();
+    io.connect(Streams { input: None, output: Some(output), error: None }).unwrap();
+    assert_eq!(err.read(&mut [0]).unwrap(), 0, "the end of the other stream");
+    // This one goes on, and ends with what it comes from.
+    let kind = out.read(&mut [0]).unwrap_err().kind();
+    assert_eq!(kind, io::ErrorKind::WouldBlock);
+    guest.write_all(b"said").unwrap();
+    drop(guest);
+    io.finish();
+    let mut text = String::new();
+    out.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "said");
+}

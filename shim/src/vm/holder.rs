@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use oci_spec::runtime::Spec;
@@ -53,7 +54,9 @@ pub struct Heritage<'a> {
 /// A holder that lives. Dropping it ends it.
 #[derive(Debug)]
 pub struct Holder {
-    child: Child,
+    pid: u32,
+    /// `None` once it has retired.
+    child: Mutex<Option<Child>>,
 }
 
 impl Holder {
@@ -73,9 +76,11 @@ impl Holder {
         // The environment says where things are kept.
         command.current_dir("/").process_group(0);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut holder = Self { child: command.spawn()? };
+        let mut child = command.spawn()?;
+        let pipe = child.stdout.take();
+        let holder = Self { pid: child.id(), child: Mutex::new(Some(child)) };
         let mut report = String::new();
-        if let Some(pipe) = holder.child.stdout.take() {
+        if let Some(pipe) = pipe {
             pipe.take(MAX_REPORT).read_to_string(&mut report)?;
         }
         // Dropped, and so ended, if it could not do it.
@@ -88,15 +93,25 @@ impl Holder {
 
     /// Its process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
+    }
+
+    /// Ends it with the process that it stands for: who hears of that one's end may look whether the
+    /// process id is gone. Should the shim be killed after that, what is left is containerd's to clean up, by
+    /// the shim's `delete`.
+    pub fn retire(&self) {
+        let child = self.child.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut child) = child {
+            // Nothing to be done about one that is gone already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        // Nothing to be done about one that is gone already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.retire();
     }
 }
 

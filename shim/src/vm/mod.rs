@@ -2,11 +2,12 @@
 //!
 //! A container is prepared on the host (root, network namespace, hooks) when it is created, and its
 //! machine boots when it is started, so that networks are complete by then. Its root and its bind
-//! mounts are shared with the guest as they are at that moment; a root that is a whole file system is a
-//! disk. The machine lives until the container is deleted. Containers of a [`pod`] are in the machine
+//! mounts are shared with the guest as they are at that moment; a root that is a whole file system, and block
+//! devices, are disks. The machine lives until the container is deleted. Containers of a [`pod`] are in the machine
 //! of its sandbox.
 
 mod binds;
+mod blocks;
 pub mod cgroup;
 mod forward;
 pub mod holder;
@@ -304,7 +305,14 @@ impl Machines {
             start(&mut sandbox)
         });
         match booted {
-            Ok(started) => Ok((Machine::new(sandbox, groups)?, started)),
+            Ok(started) => {
+                tracing::info!(
+                    container = container.id,
+                    machine = sandbox.id(),
+                    "the machine is up"
+                );
+                Ok((Machine::new(sandbox, groups)?, started))
+            }
             Err(e) => {
                 // Why it did not start is what matters.
                 if let Err(left) = sandbox.abandon(&e.to_string()) {
@@ -333,6 +341,9 @@ impl Machines {
         for bind in &inside.binds {
             shares.push(bind.share().map_err(Error::failed)?);
         }
+        let (more, devices) = blocks::open(&inside.blocks, disks.len()).map_err(Error::failed)?;
+        disks.extend(more);
+        inside.container.devices = devices;
         // Without anything to share the guest has no such device, and needs no server.
         let shares = (!shares.is_empty()).then_some(shares);
         let plan = |hardware| Ok(machine_plan(hardware, disks, shares));
@@ -401,6 +412,35 @@ impl Machines {
             }
         }
     }
+
+    /// Waits for the end of a process of `container`.
+    fn await_end(&self, container: &Container, process: Target<'_>) -> Exit {
+        if let Some(unikernel) = container.unikernel() {
+            return unikernel.wait().map(Exit::now).unwrap_or_else(|why| {
+                tracing::error!(container = process.container, "{why}");
+                Exit::now(EXIT_MACHINE_ENDED)
+            });
+        }
+        let waited = match (container.role, container.running()) {
+            (_, Err(e)) => Err(e),
+            (Role::Sandbox, _) => container.wait_sandbox().map(Exit::now),
+            (_, Ok(Running { machine, guest, .. })) => match guest.wait(process.exec) {
+                Ok(exit) => {
+                    let status = u32::try_from(exit.code).unwrap_or(EXIT_MACHINE_ENDED);
+                    Ok(Exit { oom_killed: exit.oom_killed, ..Exit::now(status) })
+                }
+                // Its pod was ended.
+                Err(_) if container.role == Role::Member && self.pod().is_err() => {
+                    Ok(Exit::now(EXIT_KILLED))
+                }
+                Err(e) => Err(machine.explain(e.into())),
+            },
+        };
+        waited.unwrap_or_else(|why| {
+            tracing::error!(container = process.container, exec = process.exec, "{why}");
+            Exit::now(EXIT_MACHINE_ENDED)
+        })
+    }
 }
 
 /// What is recorded of a machine's size.
@@ -468,7 +508,10 @@ impl Container {
         let annotated = role != Role::Sandbox && unikernel::is_annotated(&spec);
         if role != Role::Sandbox && !annotated {
             // What cannot be carried out is said at once, not only when the machine boots.
-            inside(&spec, &new.bundle, role, FIRST)?;
+            let inside = inside(&spec, &new.bundle, role, FIRST)?;
+            if role == Role::Member {
+                blocks::refuse(&inside.blocks).map_err(|e| Error::Unimplemented(e.to_string()))?;
+            }
         }
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
         let root_path = match new.rootfs.is_empty() {
@@ -718,31 +761,11 @@ impl Backend for Machines {
         let Ok(container) = self.container(process.container) else {
             return Exit::now(EXIT_MACHINE_ENDED);
         };
-        if let Some(unikernel) = container.unikernel() {
-            return unikernel.wait().map(Exit::now).unwrap_or_else(|why| {
-                tracing::error!(container = process.container, "{why}");
-                Exit::now(EXIT_MACHINE_ENDED)
-            });
+        let exit = self.await_end(&container, process);
+        if process.exec.is_empty() {
+            container.holder.retire();
         }
-        let waited = match (container.role, container.running()) {
-            (_, Err(e)) => Err(e),
-            (Role::Sandbox, _) => container.wait_sandbox().map(Exit::now),
-            (_, Ok(Running { machine, guest, .. })) => match guest.wait(process.exec) {
-                Ok(exit) => {
-                    let status = u32::try_from(exit.code).unwrap_or(EXIT_MACHINE_ENDED);
-                    Ok(Exit { oom_killed: exit.oom_killed, ..Exit::now(status) })
-                }
-                // Its pod was ended.
-                Err(_) if container.role == Role::Member && self.pod().is_err() => {
-                    Ok(Exit::now(EXIT_KILLED))
-                }
-                Err(e) => Err(machine.explain(e.into())),
-            },
-        };
-        waited.unwrap_or_else(|why| {
-            tracing::error!(container = process.container, exec = process.exec, "{why}");
-            Exit::now(EXIT_MACHINE_ENDED)
-        })
+        exit
     }
 
     fn signal(&self, process: Target<'_>, signal: i32) -> Result<()> {

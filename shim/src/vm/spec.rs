@@ -12,6 +12,7 @@ use mvm_sandbox::spec::{Container, Root};
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 
 use super::binds::{self, Bind};
+use super::blocks::{self, Wanted};
 use super::holder::Network;
 use super::pod::Role;
 use crate::host::Size;
@@ -42,6 +43,8 @@ pub struct Inside {
     pub container: Container,
     /// What the host shares for it.
     pub binds: Vec<Bind>,
+    /// Block devices that it is to have. Their disks are still to be made.
+    pub blocks: Vec<Wanted>,
 }
 
 /// Which network namespace the specification asks for.
@@ -121,10 +124,13 @@ pub fn for_guest(spec: &Spec, bundle: &Path, role: Role, name: &str) -> Result<I
         resources.set_cpu(Some(cpu));
     }
     spec.set_linux(Some(linux));
+    let blocks = blocks::wanted(&spec);
+    blocks::keep_given(&mut spec, &blocks);
     let binds::Provided { binds, memory } = provided;
     let volumes = binds.iter().map(Bind::volume).collect();
-    let container = Container { spec, root: Root::Image, files: Vec::new(), volumes, memory };
-    Ok(Inside { container, binds })
+    let (root, files, devices) = (Root::Image, Vec::new(), Vec::new());
+    let container = Container { spec, root, files, volumes, memory, devices };
+    Ok(Inside { container, binds, blocks })
 }
 
 /// The Linux part; an empty one if there is none, which is not the library's default.

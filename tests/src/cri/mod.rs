@@ -3,6 +3,7 @@
 mod grpc;
 mod streaming;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -228,6 +229,34 @@ impl<'a> Cri<'a> {
         let _: Nothing = self.must("RemoveContainer", &container_request(id));
     }
 
+    /// Changes a container's limits.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn update(&self, id: &str, limits: LinuxContainerResources) -> Result<(), CallError> {
+        let request = UpdateContainerResourcesRequest {
+            container_id: id.into(),
+            linux: MessageField::some(limits),
+            ..Default::default()
+        };
+        self.call::<Nothing>("UpdateContainerResources", &request).map(drop)
+    }
+
+    /// A container's processor time in nanoseconds and its memory in bytes; zero for what is not told.
+    #[track_caller]
+    pub fn stats(&self, id: &str) -> (u64, u64) {
+        let stats: ContainerStatsResponse = self.must("ContainerStats", &container_request(id));
+        figures(&stats.stats)
+    }
+
+    /// The same of all containers, by their ids.
+    #[track_caller]
+    pub fn all_stats(&self) -> BTreeMap<String, (u64, u64)> {
+        let list = ListContainerStatsRequest::new();
+        let list: ListContainerStatsResponse = self.must("ListContainerStats", &list);
+        list.stats.iter().map(|one| (one.attributes.id.clone(), figures(one))).collect()
+    }
+
     /// Runs a shell script in a container.
     #[track_caller]
     pub fn exec(&self, id: &str, script: &str) -> Finished {
@@ -239,9 +268,18 @@ impl<'a> Cri<'a> {
     /// # Errors
     /// It is refused.
     pub fn try_exec(&self, id: &str, script: &str) -> Result<Finished, CallError> {
+        self.exec_within(id, script, 0)
+    }
+
+    /// Runs a shell script in a container, for so many seconds at most.
+    ///
+    /// # Errors
+    /// It takes longer, or is refused.
+    pub fn exec_within(&self, id: &str, script: &str, seconds: i64) -> Result<Finished, CallError> {
         let request = ExecSyncRequest {
             container_id: id.into(),
             cmd: ["sh", "-c", script].map(String::from).to_vec(),
+            timeout: seconds,
             ..Default::default()
         };
         let done: ExecSyncResponse = self.call("ExecSync", &request)?;
@@ -309,6 +347,10 @@ impl<'a> Cri<'a> {
         let said = text.lines().filter_map(|line| line.splitn(4, ' ').nth(3));
         said.map(|line| format!("{line}\n")).collect()
     }
+}
+
+fn figures(stats: &ContainerStats) -> (u64, u64) {
+    (stats.cpu.usage_core_nano_seconds.value, stats.memory.working_set_bytes.value)
 }
 
 fn pod_request(pod: &Pod) -> PodSandboxRequest {

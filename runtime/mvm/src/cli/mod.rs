@@ -1,6 +1,7 @@
 //! The command line as users see it. Its help texts are the reference: `docs/cli.md` is made from
 //! them.
 
+mod debug;
 mod exec;
 mod image;
 mod install;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+pub use debug::DebugArgs;
 pub use exec::ExecArgs;
 pub use image::{ImageCommand, PullArgs};
 pub use install::InstallArgs;
@@ -47,6 +49,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Run a further command in a running container
     Exec(ExecArgs),
+    /// Open a console in the guest itself, beside its containers; mvm.toml has to allow it
+    Debug(DebugArgs),
     /// List containers
     #[command(visible_alias = "list")]
     Ps(PsArgs),

@@ -20,7 +20,7 @@ Exit codes: that of the container's process; 128+n if signal n ended it; 125 if 
 126 if the command cannot be executed; 127 if it does not exist.
 
 Defaults of --engine, --require-hardware, --cpu, --cpus, --memory, --hugepages, --kernel, \
---initrd, --cmdline, --boot-timeout and --stop-timeout may stand in /etc/mvm/mvm.toml and ~/.config/mvm/mvm.toml, \
+--initrd, --cmdline, --boot-timeout, --stop-timeout and --network may stand in /etc/mvm/mvm.toml and ~/.config/mvm/mvm.toml, \
 by the same names; `mvm doctor` shows what holds.";
 
 #[derive(Debug, Args)]
@@ -98,15 +98,9 @@ pub struct RunArgs {
     pub pull: Pull,
 
     /// What the container is connected to: none, ns:PATH (the interfaces of a network namespace) or
-    /// cni:NAME (a network of the CNI configuration)
-    #[arg(
-        long,
-        visible_alias = "net",
-        value_name = "NETWORK",
-        default_value = "none",
-        help_heading = "Network"
-    )]
-    pub network: String,
+    /// cni:NAME (a network of the CNI configuration) [default: none]
+    #[arg(long, visible_alias = "net", value_name = "NETWORK", help_heading = "Network")]
+    pub network: Option<String>,
 
     /// Publish a port, with a network by CNI whose plugins do that
     #[arg(short, long, value_name = "[IP:]HOST:GUEST[/PROTOCOL]", help_heading = "Network")]

@@ -121,7 +121,7 @@ pub(super) fn launch(
     let vcpus = cpus(settings)?.vcpus();
     let mut labels = load.labels;
     labels.extend(run::labels(args)?);
-    let wish = run::network(args)?;
+    let wish = run::network(args, settings)?;
     let registry = context.registry()?;
     if let Some(name) = &args.name {
         mvm_sandbox::registry::check_name(name).map_err(Error::from)?;

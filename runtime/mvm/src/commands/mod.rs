@@ -2,6 +2,7 @@
 
 mod attach;
 mod bare;
+mod debug;
 mod docs;
 mod doctor;
 mod exec;
@@ -62,6 +63,7 @@ pub fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Command::Run(args) if args.unikernel.is_some() => return bare::run(&context()?, args),
         Command::Run(args) => return run::run(&context()?, args),
         Command::Exec(args) => return exec::exec(&context()?, args),
+        Command::Debug(args) => return debug::debug(&context()?, args),
         Command::Ps(args) => list::ps(&context()?, args)?,
         Command::Inspect(args) => list::inspect(&context()?, args)?,
         Command::Logs(args) => logs::logs(&context()?, args)?,

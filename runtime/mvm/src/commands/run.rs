@@ -58,7 +58,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     if let Some(name) = &args.name {
         mvm_sandbox::registry::check_name(name).map_err(Error::from)?;
     }
-    let wish = network(args)?;
+    let wish = network(args, &settings)?;
     let outlook = engine::look(&context.layout, settings.wish(args.force)).map_err(Error::from)?;
     let ready = images::ready(&images::store(&context.layout)?, args.image(), args.pull)?;
     timings.mark("image");
@@ -136,9 +136,11 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     Ok(code)
 }
 
-/// The network that the flags ask for.
-pub(super) fn network(args: &RunArgs) -> anyhow::Result<Wish> {
-    let wish: Wish = args.network.parse().map_err(Error::from).context("--network")?;
+/// The network that is asked for.
+pub(super) fn network(args: &RunArgs, settings: &Settings) -> anyhow::Result<Wish> {
+    let setting = &settings.network;
+    let wish: Result<Wish, _> = setting.value.parse();
+    let wish = wish.map_err(Error::from).with_context(|| setting.named("network"))?;
     let wish = wish.publishing(&args.publish).map_err(Error::from);
     wish.context("--publish")
 }

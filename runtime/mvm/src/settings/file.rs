@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use mvm_sandbox::engine::{EmuTier, EngineChoice};
+use mvm_sandbox::network::Wish;
 use mvm_sandbox::spec::{CpuShare, parse_size};
 use mvm_vmm::config::{CpuModel, HugePages};
 use serde::{Deserialize, Deserializer};
@@ -32,6 +33,8 @@ pub const KEYS: &[&str] = &[
     "cmdline",
     "boot-timeout",
     "stop-timeout",
+    "network",
+    "debug-console",
     "emu.tier",
 ];
 
@@ -107,6 +110,8 @@ struct Written {
     cmdline: Option<Spanned<String>>,
     boot_timeout: Option<Spanned<u64>>,
     stop_timeout: Option<Spanned<u32>>,
+    network: Option<Spanned<String>>,
+    debug_console: Option<Spanned<bool>>,
 }
 
 /// The table `emu`.
@@ -200,6 +205,9 @@ fn parse(path: &Path, text: &str) -> Result<Values, Error> {
         cmdline: place.take(written.cmdline),
         boot_timeout: place.take(written.boot_timeout),
         stop_timeout: place.take(written.stop_timeout),
+        network: place
+            .with("network", written.network, |v| v.parse::<Wish>().map(|_| v.clone()))?,
+        debug_console: place.take(written.debug_console),
     })
 }
 

@@ -25,6 +25,8 @@ fn every_key_is_taken() {
         cmdline = \"quiet\"\n\
         boot-timeout = 5\n\
         stop-timeout = 6\n\
+        network = \"cni:web\"\n\
+        debug-console = true\n\
         emu.tier = \"jit\"\n";
     let values = parsed(text);
     let origin = |line| Origin::File { path: "/etc/mvm/mvm.toml".into(), line };
@@ -42,7 +44,9 @@ fn every_key_is_taken() {
     assert_eq!(values.cmdline.unwrap().value, "quiet");
     assert_eq!(values.boot_timeout.unwrap().value, 5);
     assert_eq!(values.stop_timeout, Some(Setting { value: 6, origin: origin(12) }));
-    assert_eq!(values.tier, Some(Setting { value: EmuTier::Jit, origin: origin(13) }));
+    assert_eq!(values.network.unwrap().value, "cni:web");
+    assert_eq!(values.debug_console, Some(Setting { value: true, origin: origin(14) }));
+    assert_eq!(values.tier, Some(Setting { value: EmuTier::Jit, origin: origin(15) }));
     for key in KEYS {
         assert!(text.contains(&format!("{key} = ")), "{key}");
     }
@@ -80,6 +84,8 @@ fn bad_values_are_named_with_line_and_rule() {
         ("\n\nrequire-hardware = \"yes\"", "/etc/mvm/mvm.toml:3: ", "boolean"),
         ("stop-timeout = -1", "/etc/mvm/mvm.toml:1: ", "-1"),
         ("stop-timeout = 4294967296", "/etc/mvm/mvm.toml:1: ", "4294967296"),
+        ("network = \"host\"", "/etc/mvm/mvm.toml:1: network: ", "host"),
+        ("debug-console = 1", "/etc/mvm/mvm.toml:1: ", "boolean"),
         ("cmdline = [1]", "/etc/mvm/mvm.toml:1: ", "string"),
         ("memory = { a = 1 }", "/etc/mvm/mvm.toml:1: ", "a string or a number"),
     ] {

@@ -21,6 +21,9 @@ pub use places::{Config, Places};
 /// Memory of a machine if nobody says otherwise.
 const MEMORY: &str = "512m";
 
+/// What a container is connected to if nobody says otherwise.
+const NETWORK: &str = "none";
+
 /// Seconds until a machine that has not come up is given up.
 const BOOT_TIMEOUT: u64 = 120;
 
@@ -91,6 +94,8 @@ pub struct Values {
     cmdline: Option<Setting<String>>,
     boot_timeout: Option<Setting<u64>>,
     stop_timeout: Option<Setting<u32>>,
+    network: Option<Setting<String>>,
+    debug_console: Option<Setting<bool>>,
 }
 
 impl Values {
@@ -112,6 +117,9 @@ impl Values {
             cmdline: flag(&args.cmdline),
             boot_timeout: flag(&args.boot_timeout),
             stop_timeout: flag(&args.stop_timeout),
+            network: flag(&args.network),
+            // Whoever runs a container does not decide that: see `mvm debug`.
+            debug_console: None,
         }
     }
 
@@ -152,6 +160,8 @@ impl Values {
             cmdline: self.cmdline.or(under.cmdline),
             boot_timeout: self.boot_timeout.or(under.boot_timeout),
             stop_timeout: self.stop_timeout.or(under.stop_timeout),
+            network: self.network.or(under.network),
+            debug_console: self.debug_console.or(under.debug_console),
         }
     }
 }
@@ -183,6 +193,10 @@ pub struct Settings {
     pub boot_timeout: Setting<u64>,
     /// Seconds that `mvm stop` waits before SIGKILL.
     pub stop_timeout: Setting<u32>,
+    /// What containers are connected to, as written.
+    pub network: Setting<String>,
+    /// `mvm debug` opens a console in guests.
+    pub debug_console: Setting<bool>,
 }
 
 impl Settings {
@@ -226,6 +240,8 @@ impl Settings {
             cmdline: option(values.cmdline),
             boot_timeout: or(values.boot_timeout, BOOT_TIMEOUT),
             stop_timeout: or(values.stop_timeout, STOP_TIMEOUT),
+            network: or(values.network, NETWORK.into()),
+            debug_console: or(values.debug_console, false),
         }
     }
 
@@ -264,6 +280,8 @@ impl Settings {
             ("cmdline", json!(self.cmdline.value), &self.cmdline.origin),
             ("boot-timeout", json!(self.boot_timeout.value), &self.boot_timeout.origin),
             ("stop-timeout", json!(self.stop_timeout.value), &self.stop_timeout.origin),
+            ("network", json!(self.network.value), &self.network.origin),
+            ("debug-console", json!(self.debug_console.value), &self.debug_console.origin),
             ("emu.tier", json!(self.tier.value), &self.tier.origin),
         ]
     }

@@ -28,6 +28,7 @@ fn nobody_says_anything() {
     assert_eq!((settings.cpus.value.as_str(), settings.memory.value.as_str()), ("1", "512m"));
     assert_eq!((settings.boot_timeout.value, settings.stop_timeout.value), (120, 10));
     assert_eq!(settings.wish(false), Wish::default());
+    assert_eq!((settings.network.value.as_str(), settings.debug_console.value), ("none", false));
     let keys: Vec<_> = settings.list().iter().map(|(key, ..)| *key).collect();
     assert_eq!(keys, file::KEYS);
     assert!(settings.list().iter().all(|(_, _, origin)| **origin == Origin::Default));
@@ -45,6 +46,9 @@ fn flags_go_before_files() {
     assert_eq!((settings.cpus.value.as_str(), settings.memory.value.as_str()), ("3", "1g"));
     assert_eq!((settings.cpu.value, settings.boot_timeout.value), (Some(CpuModel::V3), 7));
     assert_eq!(settings.stop_timeout.value, 1);
+    let network = "network = 'cni:web'";
+    assert_eq!(self::settings(&[], network).network.value, "cni:web");
+    assert_eq!(self::settings(&["--network=none"], network).network.value, "none");
     assert_eq!(settings.cpus.named("cpus"), "--cpus");
     assert!(settings.memory.named("memory").starts_with("memory in /"));
     assert!(settings.memory.named("memory").ends_with("mvm.toml:3"));

@@ -1,8 +1,9 @@
 //! What is done to a whole container in the guest.
 
+use mvm_agent_protocol::messages::container_state::Status;
 use mvm_agent_protocol::messages::{
-    CloseStdinRequest, DeleteContainerRequest, PauseContainerRequest, ResumeContainerRequest,
-    ShutdownRequest, SignalProcessRequest, UpdateResourcesRequest,
+    CloseStdinRequest, DeleteContainerRequest, Empty, PauseContainerRequest,
+    ResumeContainerRequest, ShutdownRequest, SignalProcessRequest, UpdateResourcesRequest,
 };
 
 use super::Guest;
@@ -46,6 +47,15 @@ impl Guest {
             ..Default::default()
         };
         Ok(self.client.update_resources(&request, self.limit)?.notices)
+    }
+
+    /// The containers that run in the guest, whatever their ids.
+    pub fn containers(&self) -> Result<Vec<String>, Error> {
+        let list = self.client.list_containers(&Empty::new(), self.limit)?;
+        let runs = |status: Status| matches!(status, Status::RUNNING | Status::PAUSED);
+        let running = list.containers.into_iter();
+        let running = running.filter(|one| one.status.enum_value().is_ok_and(runs));
+        Ok(running.map(|one| one.id).collect())
     }
 
     /// Ends what still runs of the container, and forgets it.

@@ -8,6 +8,7 @@
 //! * No network namespace: the guest has one container, so the guest's own is the container's.
 
 mod caps;
+mod debug;
 mod limits;
 mod mounts;
 pub mod volumes;
@@ -27,6 +28,7 @@ use oci_spec::runtime::{
 
 use crate::network::Names;
 pub use caps::parse_capability;
+pub use debug::{Console, console};
 pub use limits::{CpuShare, Ulimit, parse_size, signal_name, signal_number};
 pub use mounts::Tmpfs;
 
@@ -61,6 +63,12 @@ pub enum Error {
         /// What would be right.
         rule: String,
     },
+    /// Nothing in the guest could be a debug console's shell.
+    #[error(
+        "no container runs in this guest whose shell a debug console could have; \
+         `--shell FILE` takes a statically linked one from the host"
+    )]
+    NoShell,
     /// The specification does not hold together.
     #[error("cannot build the runtime specification: {0}")]
     Spec(#[from] OciSpecError),
@@ -144,6 +152,8 @@ pub enum Root {
         /// It cannot be written.
         read_only: bool,
     },
+    /// A directory that the guest has already, with guest memory above.
+    Directory(String),
 }
 
 /// A directory in guest memory that the containers of one machine have in common.
@@ -153,6 +163,17 @@ pub struct Memory {
     pub name: String,
     /// The most that it can hold, in bytes.
     pub size: u64,
+}
+
+/// A block device of the host that the machine has as a disk, and by whose numbers the specification calls it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GivenDevice {
+    /// The host's number of its driver.
+    pub major: u32,
+    /// The host's number of the device with that driver.
+    pub minor: u32,
+    /// Its place among the machine's disks.
+    pub index: u32,
 }
 
 /// A specification and the files it mounts.
@@ -168,6 +189,8 @@ pub struct Container {
     pub volumes: Vec<volumes::Volume>,
     /// Memory that it bind-mounts.
     pub memory: Vec<Memory>,
+    /// Block devices that it has.
+    pub devices: Vec<GivenDevice>,
 }
 
 /// Makes the specification of the container `id`.
@@ -222,7 +245,14 @@ pub fn container(id: &str, image: &ImageConfig, options: &Options) -> Result<Con
         .linux(linux(id, options)?)
         .build()?;
     let volumes = options.volumes.clone();
-    Ok(Container { spec, root: Root::Image, files, volumes, memory: Vec::new() })
+    Ok(Container {
+        spec,
+        root: Root::Image,
+        files,
+        volumes,
+        memory: Vec::new(),
+        devices: Vec::new(),
+    })
 }
 
 fn linux(id: &str, options: &Options) -> Result<oci_spec::runtime::Linux, Error> {

@@ -18,6 +18,7 @@ use super::wiring;
 use crate::config::{self, EngineConfig, MachineConfig, OwnerGone};
 use crate::engines;
 use crate::events::{Events, MachineEvent};
+use crate::logfmt::{self, Logfmt};
 use crate::machine::{self, Machine};
 use crate::outcome::{EndReason, Outcome};
 
@@ -65,7 +66,7 @@ pub(super) enum Error {
 /// To be called before the program opens or starts anything: every descriptor but the standard
 /// three is closed. Standard input is the owner channel, standard error the log.
 pub fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(io::stderr).with_ansi(false).init();
+    tracing_subscriber::fmt().event_format(Logfmt).with_writer(io::stderr).init();
     let mut owner = match set_up() {
         Ok(channel) => Owner { channel: Some(channel) },
         Err(error) => {
@@ -141,6 +142,7 @@ struct Monitor {
 fn start(owner: &mut Owner) -> Result<Monitor, Error> {
     let Some(channel) = &owner.channel else { return Err(fds::Error::Closed.into()) };
     let (config, mut fds): (MachineConfig, FdTable) = fds::receive(channel)?;
+    logfmt::common("sandbox", &config.id);
     config.validate()?;
     let usage =
         Usage::open().map_err(|source| Error::Setup { what: "/proc/self/statm", source })?;

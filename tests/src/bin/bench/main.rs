@@ -1,9 +1,11 @@
-//! `make bench`: what mvm costs, next to the host itself and to QEMU's TCG where that is installed.
+//! `make bench`: what mvm costs, next to the host itself, to QEMU's TCG and to other runtimes of containers, where those are
+//! installed.
 //!
 //! Everything is a ratio within one run, or CPU time: both stand a busy machine. Prints tables in
 //! Markdown; `--json FILE` keeps the figures.
 
 mod boot;
+mod containers;
 mod ebench;
 mod qemu;
 mod start;
@@ -18,6 +20,9 @@ use mvm_tests::World;
 
 /// Names the starts of the unikernel among the tests.
 const UNIKERNEL: &str = "unikernel";
+
+/// Names the containers of containerd among the tests.
+const CONTAINERS: &str = "containers";
 
 /// Starts of the unikernel: each is short.
 const STARTS: usize = 21;
@@ -45,7 +50,7 @@ fn options() -> Result<Options, String> {
             name if !name.starts_with('-') => options.only.push(name.into()),
             other => {
                 return Err(format!(
-                    "{other} is not known; there are --json FILE, --runs N, --seconds S, {UNIKERNEL}, TEST..."
+                    "{other} is not known; there are --json FILE, --runs N, --seconds S, {UNIKERNEL}, {CONTAINERS}, TEST..."
                 ));
             }
         }
@@ -68,14 +73,19 @@ fn main() -> ExitCode {
         println!("qemu-system-x86_64 is not installed: no comparison with it.\n");
     }
     let mut figures = serde_json::Map::new();
-    let (starts, tests): (Vec<_>, Vec<_>) =
+    let (starts, others): (Vec<_>, Vec<_>) =
         options.only.iter().cloned().partition(|name| name == UNIKERNEL);
+    let (containers, tests): (Vec<_>, Vec<_>) =
+        others.into_iter().partition(|name| name == CONTAINERS);
     let all = options.only.is_empty();
     if all || !starts.is_empty() {
         figures.insert(UNIKERNEL.into(), start::measure(&world, STARTS.max(options.runs)));
     }
     if all {
         figures.insert("boot".into(), boot::measure(&world, qemu.as_ref(), options.runs));
+    }
+    if all || !containers.is_empty() {
+        figures.insert(CONTAINERS.into(), containers::measure(options.runs));
     }
     if all || !tests.is_empty() {
         let ebench = ebench::measure(&world, qemu.as_ref(), options.seconds, &tests);

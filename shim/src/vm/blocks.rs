@@ -1,0 +1,194 @@
+//! Block devices of the host that a container is to have (`linux.devices`): disks of its machine.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use mvm_sandbox::Disk;
+use mvm_sandbox::spec::GivenDevice;
+use oci_spec::runtime::{LinuxDeviceType, Spec};
+
+use super::spec::linux;
+
+/// Where the kernel names block devices by their numbers.
+const BY_NUMBER: &str = "/sys/dev/block";
+
+/// The most that one machine has beside its root.
+const MOST: usize = 16;
+
+/// Why a container cannot have a device.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No such device, or it may not be opened.
+    #[error("cannot use the block device {} (number {major}:{minor} on the host): {source}", path.display())]
+    Open {
+        /// Its path in the container.
+        path: PathBuf,
+        /// Number of its driver.
+        major: u32,
+        /// Its number with that driver.
+        minor: u32,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// More than there is room for.
+    #[error("{0} block devices are too many: a machine has at most {MOST} beside its root")]
+    TooMany(usize),
+    /// The machine runs already.
+    #[error(
+        "{}: a machine gets block devices when it boots, and the pod's runs already; a container with a machine of its \
+         own can have them, and a file system on the device can be mounted as a volume", path.display()
+    )]
+    Late {
+        /// Its path in the container.
+        path: PathBuf,
+    },
+}
+
+/// A device that the specification names, and gives access to by its numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    path: PathBuf,
+    major: u32,
+    minor: u32,
+    read_only: bool,
+}
+
+/// The block devices that a container is given, each of which its rules allow by its own numbers. A privileged
+/// container's specification lists whatever the host has, which is nobody's wish, and allows it all at once.
+pub fn wanted(spec: &Spec) -> Vec<Wanted> {
+    let linux = linux(spec);
+    let rules = linux.resources().as_ref().and_then(|r| r.devices().clone()).unwrap_or_default();
+    let mut found = Vec::new();
+    for device in linux.devices().iter().flatten().filter(|d| d.typ() == LinuxDeviceType::B) {
+        let own = rules.iter().rfind(|rule| {
+            rule.typ() == Some(LinuxDeviceType::B)
+                && (rule.major(), rule.minor()) == (Some(device.major()), Some(device.minor()))
+        });
+        let Some(rule) = own.filter(|rule| rule.allow()) else { continue };
+        let (Ok(major), Ok(minor)) = (device.major().try_into(), device.minor().try_into()) else {
+            continue;
+        };
+        let read_only = rule.access().as_ref().is_some_and(|access| !access.contains('w'));
+        found.push(Wanted { path: device.path().clone(), major, minor, read_only });
+    }
+    found
+}
+
+/// Takes out what means nothing in a guest: block devices by the host's numbers, but for those that it gets.
+pub fn keep_given(spec: &mut Spec, wanted: &[Wanted]) {
+    let mut linux = linux(spec);
+    let Some(devices) = linux.devices() else { return };
+    let given =
+        |major, minor| wanted.iter().any(|w| (w.major.into(), w.minor.into()) == (major, minor));
+    let kept: Vec<_> = devices
+        .iter()
+        .filter(|d| d.typ() != LinuxDeviceType::B || given(d.major(), d.minor()))
+        .cloned()
+        .collect();
+    linux.set_devices(Some(kept));
+    spec.set_linux(Some(linux));
+}
+
+/// Opens the devices as disks, which come behind `before` others. A device that has two names is one disk.
+///
+/// # Errors
+/// See [`Error`].
+pub fn open(wanted: &[Wanted], before: usize) -> Result<(Vec<Disk>, Vec<GivenDevice>), Error> {
+    let mut disks = Vec::new();
+    let mut given: BTreeMap<(u32, u32), GivenDevice> = BTreeMap::new();
+    for Wanted { path, major, minor, read_only } in wanted {
+        let (major, minor) = (*major, *minor);
+        if given.contains_key(&(major, minor)) {
+            continue;
+        }
+        let failed = |source| Error::Open { path: path.clone(), major, minor, source };
+        let file = open_number(major, minor, *read_only).map_err(failed)?;
+        let index = u32::try_from(before + disks.len()).unwrap_or(u32::MAX);
+        given.insert((major, minor), GivenDevice { major, minor, index });
+        disks.push(Disk { file, read_only: *read_only });
+    }
+    match disks.len() {
+        0..=MOST => Ok((disks, given.into_values().collect())),
+        many => Err(Error::TooMany(many)),
+    }
+}
+
+/// Refuses devices where the machine runs already.
+///
+/// # Errors
+/// There are some.
+pub fn refuse(wanted: &[Wanted]) -> Result<(), Error> {
+    match wanted.first() {
+        Some(first) => Err(Error::Late { path: first.path.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Opens the device of this number, by whatever name the host has for it.
+fn open_number(major: u32, minor: u32, read_only: bool) -> std::io::Result<File> {
+    let uevent =
+        std::fs::read_to_string(Path::new(BY_NUMBER).join(format!("{major}:{minor}/uevent")))?;
+    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME=")).unwrap_or_default();
+    let file = File::options().read(true).write(!read_only).open(Path::new("/dev").join(name))?;
+    let about = file.metadata()?;
+    let number = (rustix::fs::major(about.rdev()), rustix::fs::minor(about.rdev()));
+    if !about.file_type().is_block_device() || number != (major, minor) {
+        return Err(std::io::Error::other(format!("/dev/{name} is another device")));
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn spec(devices: &serde_json::Value, rules: &serde_json::Value) -> Spec {
+        let linux = json!({ "devices": devices, "resources": { "devices": rules } });
+        serde_json::from_value(json!({ "ociVersion": "1.0.2", "linux": linux })).unwrap()
+    }
+
+    fn device(path: &str, kind: &str, major: i64, minor: i64) -> serde_json::Value {
+        json!({ "path": path, "type": kind, "major": major, "minor": minor })
+    }
+
+    #[test]
+    fn only_what_is_allowed_by_its_own_number_is_given() {
+        let devices = json!([
+            device("/dev/a", "b", 7, 1),
+            device("/dev/b", "b", 7, 2),
+            device("/dev/c", "c", 7, 1),
+            device("/dev/sda", "b", 8, 0),
+            device("/dev/odd", "b", -1, 0),
+        ]);
+        let rules = json!([
+            { "allow": false, "access": "rwm" },
+            { "allow": true, "access": "rwm" },
+            { "allow": true, "type": "b", "major": 7, "minor": 1, "access": "rwm" },
+            { "allow": true, "type": "b", "major": 7, "minor": 2, "access": "r" },
+            { "allow": true, "type": "b", "major": 8, "access": "rwm" },
+            { "allow": true, "type": "b", "major": -1, "minor": 0, "access": "rwm" },
+        ]);
+        let mut spec = spec(&devices, &rules);
+        let found = wanted(&spec);
+        let told: Vec<_> = found.iter().map(|w| (w.major, w.minor, w.read_only)).collect();
+        assert_eq!(told, [(7, 1, false), (7, 2, true)]);
+        keep_given(&mut spec, &found);
+        let kept = linux(&spec).devices().clone().unwrap();
+        let kept: Vec<_> = kept.iter().map(|d| d.path().display().to_string()).collect();
+        assert_eq!(kept, ["/dev/a", "/dev/b", "/dev/c"]);
+        assert!(refuse(&found).unwrap_err().to_string().contains("/dev/a"));
+        assert!(refuse(&[]).is_ok());
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_named() {
+        let devices = json!([device("/dev/data", "b", 4000, 1)]);
+        let rules =
+            json!([{ "allow": true, "type": "b", "major": 4000, "minor": 1, "access": "rw" }]);
+        let error = open(&wanted(&spec(&devices, &rules)), 0).unwrap_err().to_string();
+        assert!(error.contains("/dev/data") && error.contains("4000:1"), "{error}");
+    }
+}

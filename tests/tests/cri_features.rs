@@ -1,0 +1,192 @@
+//! What Kubernetes asks for of a container that runs, one feature after the other: CRI of the distribution's
+//! containerd.
+
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::time::Duration;
+
+use mvm_net::Namespace;
+use mvm_tests::cri::messages::{ContainerConfig, Device, NamespaceOption};
+use mvm_tests::cri::messages::{
+    LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceMode,
+};
+use mvm_tests::cri::{Cri, EXITED, Pod};
+use mvm_tests::{Containerd, LoopDevice, eventually, http};
+use protobuf::{EnumOrUnknown, MessageField};
+
+/// Starts containerd with CRI, or ends the test where the machine cannot run any.
+macro_rules! pods {
+    () => {
+        match Containerd::with_cri() {
+            Some(containerd) => containerd,
+            None => return,
+        }
+    };
+}
+
+/// A script that goes on until it is told to end.
+const IDLE: &str = "trap 'exit 0' TERM; echo up; while :; do sleep 0.1; done";
+
+/// What a shell says that a file of its control group holds.
+fn limit(cri: &Cri<'_>, id: &str, file: &str) -> String {
+    let script = format!("cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/{file}");
+    cri.exec(id, &script).expect_code(0).out().trim().to_owned()
+}
+
+#[track_caller]
+fn end(cri: &Cri<'_>, ctd: &Containerd, pod: &Pod) {
+    cri.remove_pod(pod);
+    ctd.expect_nothing_left();
+}
+
+fn memory(bytes: i64) -> LinuxContainerResources {
+    LinuxContainerResources { memory_limit_in_bytes: bytes, ..Default::default() }
+}
+
+#[test]
+fn limits_are_changed_while_it_runs_and_figures_are_told() {
+    let ctd = pods!();
+    let cri = Cri::new(&ctd);
+    let pod = cri.run_pod(cri.pod_config("limits"));
+    let mut config = cri.container_config("first", IDLE);
+    config.linux.mut_or_insert_default().resources = MessageField::some(memory(64 << 20));
+    let id = cri.start(&pod, config);
+    let other = cri.start(&pod, cri.container_config("other", IDLE));
+    eventually("its output", || cri.log(&pod, "first") == "up\n");
+    assert_eq!(limit(&cri, &id, "memory.max"), (64 << 20).to_string());
+    let limits = LinuxContainerResources {
+        memory_limit_in_bytes: 48 << 20,
+        cpu_quota: 30_000,
+        cpu_period: 100_000,
+        cpu_shares: 512,
+        ..Default::default()
+    };
+    cri.update(&id, limits).expect("new limits");
+    assert_eq!(limit(&cri, &id, "memory.max"), (48 << 20).to_string());
+    assert_eq!(limit(&cri, &id, "cpu.max"), "30000 100000");
+    let weight = limit(&cri, &id, "cpu.weight");
+    assert_ne!(weight, limit(&cri, &other, "cpu.weight"));
+    // They hold: what was allowed before is not any more.
+    let hog = cri.exec(&id, "head -c 56m /dev/zero | tail | wc -c");
+    assert!(hog.out() != format!("{}\n", 56 << 20), "{}", hog.err());
+
+    let (cpu, used) = cri.stats(&id);
+    assert!(cpu > 0 && (4096..=48 << 20).contains(&used), "{cpu} ns, {used} bytes");
+    cri.exec(&id, "n=0; while [ $n -lt 20000 ]; do n=$((n + 1)); done").expect_code(0);
+    assert!(cri.stats(&id).0 > cpu);
+    let all = cri.all_stats();
+    assert_eq!(all.len(), 2, "{all:?}");
+    assert!(all.contains_key(&id) && all.contains_key(&other), "{all:?}");
+    end(&cri, &ctd, &pod);
+}
+
+/// A pod whose containers, and the containers, that have this kind of process ids.
+fn with_pids(config: &mut ContainerConfig, mode: NamespaceMode) {
+    let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+    context.namespace_options = pids(mode);
+}
+
+fn pids(mode: NamespaceMode) -> MessageField<NamespaceOption> {
+    MessageField::some(NamespaceOption { pid: EnumOrUnknown::new(mode), ..Default::default() })
+}
+
+#[test]
+fn process_ids_are_shared_where_that_is_asked_for() {
+    let ctd = pods!();
+    let cri = Cri::new(&ctd);
+    for (mode, name) in [(NamespaceMode::POD, "shared"), (NamespaceMode::NODE, "node")] {
+        let mut config = cri.pod_config(name);
+        config.linux.mut_or_insert_default().security_context =
+            MessageField::some(LinuxSandboxSecurityContext {
+                namespace_options: pids(mode),
+                ..Default::default()
+            });
+        let pod = cri.run_pod(config);
+        let mut first = cri.container_config("first", IDLE);
+        with_pids(&mut first, mode);
+        let first = cri.start(&pod, first);
+        let mut second = cri.container_config("second", IDLE);
+        with_pids(&mut second, mode);
+        let second = cri.start(&pod, second);
+        eventually("both to be up", || {
+            ["first", "second"].iter().all(|name| cri.log(&pod, name) == "up\n")
+        });
+        // The end of the first process is the end of a container, whatever else it has started.
+        let mut third = cri.container_config("third", "sleep 100001 & sleep 100001 & echo fine");
+        with_pids(&mut third, mode);
+        let third = cri.start(&pod, third);
+        assert_eq!(cri.wait(&third), 0, "{name}");
+        assert_eq!(cri.exec(&second, "ps | grep '[s]leep 100001' || echo none").out(), "none\n");
+        let seen = cri.exec(&second, "ps | grep -c '[e]cho up'").expect_code(0).out();
+        assert_eq!(seen, "2\n", "{name}");
+        // One ends the other, as a sidecar would.
+        let script = "own=$(cat /proc/self/cgroup); \
+                      for p in $(ps -o pid,args | awk '/[e]cho up/ { print $1 }'); do \
+                      [ \"$(cat /proc/$p/cgroup)\" = \"$own\" ] || kill -TERM $p; done";
+        cri.exec(&second, script).expect_code(0);
+        eventually("the first one's end", || cri.status(&first).state == EXITED);
+        assert_eq!(cri.status(&first).exit_code, 0, "{name}");
+        end(&cri, &ctd, &pod);
+    }
+    // Unless it is asked for, they are not.
+    let pod = cri.run_pod(cri.pod_config("apart"));
+    cri.start(&pod, cri.container_config("first", IDLE));
+    let second = cri.start(&pod, cri.container_config("second", IDLE));
+    assert_eq!(cri.exec(&second, "ps | grep -c '[e]cho up'").expect_code(0).out(), "1\n");
+    end(&cri, &ctd, &pod);
+}
+
+#[test]
+fn probes_and_hooks_of_the_life_cycle_are_what_the_kubelet_makes_of_them() {
+    let ctd = pods!();
+    let cri = Cri::new(&ctd);
+    let pod = cri.run_pod(cri.pod_config("probed"));
+    let script = "mkdir /www; echo fine >/www/healthz; httpd -p 8080 -h /www; \
+                  trap 'cat /tmp/said; exit 0' TERM; echo up; while :; do sleep 0.1; done";
+    let id = cri.start(&pod, cri.container_config("server", script));
+    // postStart, which is run beside the program's own start.
+    cri.exec(&id, "echo started >>/tmp/said").expect_code(0);
+    eventually("its output", || cri.log(&pod, "server") == "up\n");
+    // Probes by a command: what counts is the exit code; and they may be given up.
+    assert_eq!(cri.exec(&id, "test -s /tmp/said").code, 0);
+    assert_eq!(cri.exec(&id, "test -s /tmp/missing").code, 1);
+    let slow = cri.exec_within(&id, "sleep 600", 1);
+    let slow = slow.expect_err("a probe that takes too long").to_string();
+    assert!(slow.contains("timeout") || slow.contains("deadline"), "{slow}");
+    // Probes by HTTP and TCP, from the host to the pod's address.
+    let host = Namespace::open(Path::new("/proc/self/ns/net")).expect("the host's namespace");
+    let address: SocketAddr = format!("{}:8080", cri.address(&pod)).parse().expect("an address");
+    assert_eq!(http::get(&host, address, "/healthz").expect("an answer"), "fine\n");
+    assert!(http::get(&host, address, "/missing").is_err());
+    let limit = Duration::from_secs(60);
+    TcpStream::connect_timeout(&address, limit).expect("somebody to listen");
+    let nobody = SocketAddr::new(address.ip(), 9);
+    assert!(TcpStream::connect_timeout(&nobody, limit).is_err());
+    // preStop, and then the end.
+    cri.exec(&id, "echo stopping >>/tmp/said").expect_code(0);
+    cri.stop(&id, 60);
+    assert_eq!(cri.status(&id).exit_code, 0);
+    assert_eq!(cri.log(&pod, "server"), "up\nstarted\nstopping\n");
+    end(&cri, &ctd, &pod);
+}
+
+#[test]
+fn block_devices_come_too_late_for_a_pod() {
+    let ctd = pods!();
+    let cri = Cri::new(&ctd);
+    let Some(device) = LoopDevice::new(&ctd.path("image"), 1 << 20) else { return };
+    let pod = cri.run_pod(cri.pod_config("blocks"));
+    let mut config = cri.container_config("late", "true");
+    config.devices.push(Device {
+        container_path: "/dev/data".into(),
+        host_path: device.path().display().to_string(),
+        permissions: "rwm".into(),
+        ..Default::default()
+    });
+    let refused = cri.try_start(&pod, config).expect_err("a refusal").to_string();
+    assert!(refused.contains("/dev/data") && refused.contains("when it boots"), "{refused}");
+    // Others of the pod are as they were.
+    let id = cri.start(&pod, cri.container_config("plain", "echo fine"));
+    assert_eq!(cri.wait(&id), 0);
+    end(&cri, &ctd, &pod);
+}
