@@ -1,8 +1,8 @@
 //! The local APIC (SDM vol. 3, chapter 11).
 //!
 //! What other threads touch is in [`port::Port`]; the rest belongs to the vCPU and needs no locks.
-//! There is no PIC behind LINT0, so ExtINT never happens; thermal, performance and CMCI sources do
-//! not exist either, their LVT entries only remember what is written.
+//! Behind LINT0 are the old interrupt controllers of machines that have them (ExtINT). Thermal, performance and CMCI
+//! sources do not exist, their LVT entries only remember what is written.
 
 mod bus;
 mod lapic;
