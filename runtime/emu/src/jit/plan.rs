@@ -30,6 +30,8 @@ pub enum Field {
     Digit(u8),
     /// Guest register: read, written.
     Reg(u8, bool, bool),
+    /// AH, CH, DH or BH, by the number of the register it is part of; written.
+    High(u8, bool),
 }
 
 /// The r/m operand of a copied instruction.
@@ -37,7 +39,33 @@ pub enum Field {
 pub enum Operand {
     /// Guest register: read, written.
     Reg(u8, bool, bool),
+    /// AH, CH, DH or BH, by the number of the register it is part of; written.
+    High(u8, bool),
     Mem,
+}
+
+impl Field {
+    /// The register, and whether it is written.
+    pub fn register(self) -> Option<(u8, bool)> {
+        match self {
+            Self::Digit(_) => None,
+            Self::Reg(register, _, written) | Self::High(register, written) => {
+                Some((register, written))
+            }
+        }
+    }
+}
+
+impl Operand {
+    /// The register, and whether it is written.
+    pub fn register(self) -> Option<(u8, bool)> {
+        match self {
+            Self::Mem => None,
+            Self::Reg(register, _, written) | Self::High(register, written) => {
+                Some((register, written))
+            }
+        }
+    }
 }
 
 /// Kinds of translation.
@@ -246,13 +274,26 @@ impl Raw {
 
     /// A copied instruction of operand size `size` whose r/m operand has `rm_size` bytes.
     fn copy(&self, field: Field, rm: Use, size: u8, rm_size: u8, imm: u8) -> Option<Plan> {
-        if let Field::Reg(register, ..) = field
-            && self.high(size, register)
+        let field = match field {
+            Field::Reg(register, _, written) if self.high(size, register) => {
+                Field::High(register - 4, written)
+            }
+            field => field,
+        };
+        let code = Code { bytes: size == 1 || rm_size == 1, ..self.code(size) };
+        let (operand, mem) = match self.rm() {
+            Some(register) if self.high(rm_size, register) => {
+                (Operand::High(register - 4, rm != Use::Read), Mem::None)
+            }
+            _ => self.operand(rm, rm_size)?,
+        };
+        // Two parts of one register that are both written would undo each other.
+        if let (Some((a, true)), Some((b, true))) = (field.register(), operand.register())
+            && a == b
+            && (matches!(field, Field::High(..)) || matches!(operand, Operand::High(..)))
         {
             return None;
         }
-        let code = Code { bytes: size == 1 || rm_size == 1, ..self.code(size) };
-        let (operand, mem) = self.operand(rm, rm_size)?;
         let kind = Kind::Copy { code, field, operand, imm };
         Some(Plan { mem, size: rm_size, ..native(kind) })
     }
@@ -380,11 +421,11 @@ fn one_byte(raw: &Raw) -> Option<Plan> {
         }
         0xb0..=0xb7 => {
             let register = raw.low();
-            if raw.high(1, register) {
-                return None;
-            }
             let code = Code { op: 0xc6, ..raw.code(1) };
-            let operand = Operand::Reg(register, true, true);
+            let operand = match raw.high(1, register) {
+                true => Operand::High(register - 4, true),
+                false => Operand::Reg(register, true, true),
+            };
             native(Kind::Copy { code, field: Field::Digit(0), operand, imm: 1 })
         }
         0xb8..=0xbf if size >= 4 => native(Kind::MovImm { register: raw.low() }),

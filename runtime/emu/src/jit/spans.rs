@@ -252,11 +252,10 @@ impl Spans {
     }
 
     fn written(&mut self, field: Field, operand: Operand) {
-        if let Field::Reg(register, _, true) = field {
-            self.forget(register);
-        }
-        if let Operand::Reg(register, _, true) = operand {
-            self.forget(register);
+        for (register, written) in [field.register(), operand.register()].into_iter().flatten() {
+            if written {
+                self.forget(register);
+            }
         }
     }
 

@@ -149,6 +149,18 @@ fn a_span_whose_end_may_not_be_written() {
 }
 
 #[test]
+fn the_second_bytes_of_registers() {
+    let code = asm!(64 at CODE;
+        mov(ah, 0x5ai32); mov(bh, ah); add(bh, bl); test(ah, 2i32); setb(ch); mov(byte_ptr(rdi + 3), bh); add(dh, byte_ptr(rdi + 3));
+        movzx(ebp, dh); movzx(eax, ah); inc(ah); xchg(ah, bl); xchg(bh, al); cmp(bh, 3i32); adc(ah, al); shl(ch, 3i32); xadd(dl, ah);
+        neg(bh); movsx(esi, ah); sub(ah, ah); xchg(ch, cl); test(dh, dh); ud2();
+    );
+    let (_, _, counters) = both(&[(CODE, &code)]);
+    // The one that exchanges parts of one register, UD2, and HLT where that ends.
+    assert_eq!(counters.called_instructions, 3, "{counters:?}");
+}
+
+#[test]
 fn division_that_faults_and_that_does_not() {
     for (high, low, divisor) in [
         (0u64, 7u64, 2u64),

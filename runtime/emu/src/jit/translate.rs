@@ -458,6 +458,27 @@ impl Translator {
             Field::Digit(digit) => digit,
             Field::Reg(guest, true, _) => self.source(guest, scratch),
             Field::Reg(guest, false, _) => host_of(guest).unwrap_or(scratch),
+            Field::High(guest, _) => {
+                let part = self.high(guest);
+                self.asm.op(Code { map: 1, ..Code::one(0xb6) }, scratch, Rm::Mem(part));
+                scratch
+            }
+        }
+    }
+
+    /// Where the second byte of a register of the guest's is, in its place in memory, which is brought up to date.
+    fn high(&mut self, guest: u8) -> Ea {
+        let home = layout::gpr(guest);
+        if let Some(host) = host_of(guest) {
+            self.asm.store(Ea::cpu(home), host);
+        }
+        Ea::cpu(home + 1)
+    }
+
+    /// Takes a register back from its place in memory.
+    fn take_back(&mut self, guest: u8) {
+        if let Some(host) = host_of(guest) {
+            self.asm.load(host, Ea::cpu(layout::gpr(guest)));
         }
     }
 
@@ -465,6 +486,7 @@ impl Translator {
         match operand {
             Operand::Reg(guest, true, _) => Rm::Reg(self.source(guest, scratch)),
             Operand::Reg(guest, false, _) => Rm::Reg(host_of(guest).unwrap_or(scratch)),
+            Operand::High(guest, _) => Rm::Mem(self.high(guest)),
             Operand::Mem => Rm::Mem(place),
         }
     }
@@ -475,11 +497,19 @@ impl Translator {
     }
 
     fn put_back(&mut self, field: Field, reg: u8, operand: Operand, rm: Rm) {
-        if let Field::Reg(guest, _, true) = field {
-            self.put(guest, reg);
+        match field {
+            Field::Reg(guest, _, true) => self.put(guest, reg),
+            Field::High(guest, true) => {
+                let part = self.high(guest);
+                self.asm.op(Code { bytes: true, ..Code::one(0x88) }, reg, Rm::Mem(part));
+                self.take_back(guest);
+            }
+            _ => {}
         }
-        if let (Operand::Reg(guest, _, true), Rm::Reg(host)) = (operand, rm) {
-            self.put(guest, host);
+        match (operand, rm) {
+            (Operand::Reg(guest, _, true), Rm::Reg(host)) => self.put(guest, host),
+            (Operand::High(guest, true), _) => self.take_back(guest),
+            _ => {}
         }
     }
 
@@ -549,6 +579,7 @@ impl Translator {
         match operand {
             Operand::Mem => Rm::Mem(self.access(op, plan, live)),
             Operand::Reg(guest, ..) => Rm::Reg(self.source(guest, RCX)),
+            Operand::High(guest, _) => Rm::Mem(self.high(guest)),
         }
     }
 

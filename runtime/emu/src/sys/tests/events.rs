@@ -197,7 +197,9 @@ fn timer_wakes_a_halted_processor() {
             mov(ecx, 0x839i32); rdmsr(); mov(ebx, eax); mov(ecx, 0x838i32); xor(eax, eax); wrmsr(); hlt();
         );
         assert_eq!(guest.run(&code), End::Halt);
-        assert_eq!(guest.reg(15), wanted as u64);
+        // The periodic one may come once more before interrupts are off again.
+        let came = guest.reg(15);
+        assert!(came == wanted as u64 || lvt > 0xff && came > wanted as u64, "{came}");
         assert!(guest.reg(3) <= initial);
         assert_eq!(guest.cpu().sys.lapic.deadline(), u64::MAX, "stopped");
     }
