@@ -107,7 +107,10 @@ fn prepare(guest: &mut Guest, program: &Program) -> Places {
     }
     places.high_code = guest.entry_in(PML4, HIGH_CODE, 1);
     let slot = (HIGH_CODE >> 39 & 0x1ff) * 8;
-    guest.put64(second + slot, guest.get64(PML4 + slot));
+    // Both top tables lead to the same global pages: whose entry is used depends on what is in the TLB.
+    let high = guest.get64(PML4 + slot) | pte::A;
+    guest.put64(PML4 + slot, high);
+    guest.put64(second + slot, high);
     for (space, top) in tops.into_iter().enumerate() {
         for page in 0..CODE_PAGES {
             guest.map_in(top, LOW_CODE + page * 4096, PROGRAM + page * 4096, code_bits(page));
