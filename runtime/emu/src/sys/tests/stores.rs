@@ -115,7 +115,7 @@ fn program(store: &[u8], elsewhere: bool) -> Vec<u8> {
     let mut code = asm!(64 at CODE; fninit(); mov(rsi, 0x9000u64); mov(rdx, 0x45u64); mov(rcx, 0xf4f4_f4f4_0f0b_0201u64););
     let origin = |code: &[u8]| CODE + code.len() as u64;
     if elsewhere {
-        code.extend(asm!(64 at origin(&code); mov(rbp, TARGET); call(rbp); call(rbp); lea(rbx, ptr(rbp + 1)); mov(rsp, TARGET + 9);));
+        code.extend(asm!(64 at origin(&code); mov(rbp, TARGET); call(rbp); call(rbp); lea(rbx, ptr(rbp + 1)); mov(eax, 0x99i32); mov(rsp, TARGET + 9);));
     } else {
         // lea rbx, [rip + the immediate]
         let before = 7 + 4 + 3 + 3 + store.len();
