@@ -45,13 +45,13 @@ pub fn keep_below(limit: u64) {
 
 fn watch(most: u64) {
     loop {
-        let Some(mut known) = known() else {
+        let Some(mut known) = files_known() else {
             warning!("{INODES} does not say how many files are in the caches");
             return;
         };
         if known > most {
             drop_caches();
-            known = self::known().unwrap_or(known);
+            known = files_known().unwrap_or(known);
             if known > most {
                 // What has still to be written is not forgotten.
                 nix::unistd::sync();
@@ -68,7 +68,7 @@ fn drop_caches() {
     }
 }
 
-fn known() -> Option<u64> {
+fn files_known() -> Option<u64> {
     count(&fs::read_to_string(INODES).ok()?)
 }
 

@@ -24,7 +24,7 @@ mod world;
 pub use cable::Cable;
 pub use chroot::Chroot;
 pub use containerd::{Containerd, IMAGE};
-pub use data::data_on_a_disk;
+pub use data::{clone_script, data_on_a_disk, expect_cloned};
 pub use engine::{TEST_ENGINE, engine, engine_and_tier};
 pub use loopdev::LoopDevice;
 pub use pty::Terminal;

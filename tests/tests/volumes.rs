@@ -343,3 +343,13 @@ fn more_files_than_the_server_may_hold_open_are_unpacked_and_found() {
     let run = run_with(command, b"", Duration::from_secs(300)).expect_code(0);
     assert_eq!(run.out(), "2400\n2400\n", "{}", run.err());
 }
+
+#[test]
+fn a_repository_is_cloned() {
+    let world = World::shared();
+    let dir = dir();
+    let script = mvm_tests::clone_script(300, "/v/three");
+    let volume = bind(dir.path(), "/v");
+    let run = world.mvm(&["run", "--rm", "-v", &volume, "debian", "bash", "-c", &script]);
+    mvm_tests::expect_cloned(&run.expect_code(0), 300, &dir.path().join("two"));
+}

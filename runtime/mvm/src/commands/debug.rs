@@ -126,7 +126,7 @@ fn is_static(file: &[u8]) -> Option<bool> {
     const INTERPRETER: u32 = 3;
     let number = |at: usize, len: usize| -> Option<u64> {
         let bytes = file.get(at..at.checked_add(len)?)?;
-        Some(bytes.iter().rev().fold(0, |all, byte| all << 8 | u64::from(*byte)))
+        Some(bytes.iter().rev().fold(0, |all, byte| (all << 8) | u64::from(*byte)))
     };
     if file.get(..5)? != b"\x7fELF\x02" {
         return None;
