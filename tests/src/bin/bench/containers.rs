@@ -121,7 +121,8 @@ fn ms(since: Instant) -> f64 {
 
 /// One round of a runtime: the figures of [`ROWS`], or why there are none.
 fn measure_one(ctd: &Containerd, runtime: &Runtime, round: usize) -> Result<Vec<f64>, String> {
-    let id = format!("{}-{round}", runtime.name);
+    // runc and runsc know containers of the whole host by it.
+    let id = format!("{}-{}-{round}", runtime.name, std::process::id());
     let flags: Vec<&str> = runtime.flags.iter().map(String::as_str).collect();
     let mut figures = Vec::new();
 
