@@ -63,6 +63,9 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// What the command line holds besides it.
     pub cmdline_style: CmdlineStyle,
+    /// Whether what the kernel writes to port 0x501 is its status.
+    #[serde(default)]
+    pub exit_status: bool,
     /// Whether the kernel tells of its progress on the serial console (slow: every character is an
     /// exit).
     pub verbose: bool,
@@ -109,6 +112,7 @@ impl MachineConfig {
             modules: Vec::new(),
             cmdline: String::new(),
             cmdline_style: CmdlineStyle::Auto,
+            exit_status: false,
             verbose: false,
             disks: Vec::new(),
             empty_block_slots: 0,
@@ -141,16 +145,20 @@ impl MachineConfig {
             return Err(Error::Reason { len: reason.len() });
         }
         let slots = self.disks.len() as u64 + u64::from(self.empty_block_slots);
-        let fixed = FIXED_VIRTIO_DEVICES
-            + self.nets.len() as u64
-            + u64::from(self.vsock.is_some())
-            + u64::from(self.virtio_console.is_some())
-            + u64::from(self.fs.is_some());
-        if slots + fixed > u64::from(layout::MAX_VIRTIO_DEVICES) {
-            return Err(Error::TooManyDisks {
-                disks: slots,
-                max: u64::from(layout::MAX_VIRTIO_DEVICES).saturating_sub(fixed),
-            });
+        let nets = self.nets.len() as u64;
+        let (places, fixed) = match self.boot {
+            BootProtocol::Hvt => (MAX_HYPERCALL_DEVICES, nets),
+            _ => {
+                let fixed = FIXED_VIRTIO_DEVICES
+                    + nets
+                    + u64::from(self.vsock.is_some())
+                    + u64::from(self.virtio_console.is_some())
+                    + u64::from(self.fs.is_some());
+                (layout::MAX_VIRTIO_DEVICES.into(), fixed)
+            }
+        };
+        if slots + fixed > places {
+            return Err(Error::TooManyDisks { disks: slots, max: places.saturating_sub(fixed) });
         }
         self.nets.iter().try_for_each(NetConfig::validate)?;
         if let Some(disk) = self.disks.iter().find(|d| d.serial.len() > MAX_SERIAL) {
@@ -197,6 +205,9 @@ pub const MAX_SERIAL: usize = 20;
 /// Longest name of sockets that a guest dials, in bytes: with a port and a way to the directory it fits the
 /// address of a socket.
 pub const MAX_DIAL_NAME: usize = 64;
+
+/// Most devices of a Solo5 guest: the entries of a manifest but for the first, which is nobody's.
+const MAX_HYPERCALL_DEVICES: u64 = 63;
 
 /// Virtio devices that every machine has: entropy and balloon.
 const FIXED_VIRTIO_DEVICES: u64 = 2;

@@ -174,6 +174,8 @@ pub(crate) struct Parts {
     pub nets: Vec<NetCard>,
     /// Sockets between host and guest.
     pub vsock: Option<Sockets>,
+    /// What is written to port 0x501 is the guest's status.
+    pub exit_status: bool,
     /// A PC has what old ones have: its kernel may know nothing else. Linux does without.
     pub old_pc: bool,
     /// The file system that the host shares.
@@ -291,7 +293,8 @@ impl Devices {
             devices.hypercalls = Some(hvt::attach(config, &mut bus)?);
         } else {
             bus.memory.insert("ioapic", layout::IOAPIC, IoApic::LEN, devices.ioapic.clone())?;
-            place_ports(parts.on_event, devices.old_pc.as_ref(), &mut bus)?;
+            let old = devices.old_pc.as_ref();
+            place_ports(parts.on_event, parts.exit_status, old, &mut bus)?;
             if matches!(platform, Platform::EmulatedPc) {
                 let old = devices.old_pc.as_ref().map(|old| &old.pic);
                 devices.fw_cfg = Some(emulators::place(ram, &devices.ioapic, old, &mut bus)?);
@@ -482,6 +485,7 @@ impl Devices {
 /// The ports that a PC's kernel expects without being told, and those by which it ends its machine.
 fn place_ports(
     events: mvm_devices::EventSink,
+    exit_status: bool,
     old_pc: Option<&OldPc>,
     bus: &mut Bus,
 ) -> Result<(), BusError> {
@@ -497,7 +501,10 @@ fn place_ports(
     bus.ports.insert("power-control", layout::POWER_PORT, PowerControl::LEN, power)?;
     let exit = Arc::new(DebugExit::new(events.clone()));
     bus.ports.insert("debug-exit", DebugExit::PORT, DebugExit::LEN, exit)?;
-    let off = Arc::new(PowerOff::exit(events.clone()));
+    let off = Arc::new(match exit_status {
+        true => PowerOff::exit_with_status(events.clone()),
+        false => PowerOff::exit(events.clone()),
+    });
     bus.ports.insert("power-off", PowerOff::EXIT, PowerOff::EXIT_LEN, off)?;
     let off = Arc::new(PowerOff::pm1_control(events));
     bus.ports.insert("power-off", PowerOff::PM1_CONTROL, PowerOff::PM1_LEN, off)

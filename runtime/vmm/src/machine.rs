@@ -105,6 +105,8 @@ pub struct Parts {
     pub cmdline: String,
     /// What the command line holds besides it.
     pub cmdline_style: CmdlineStyle,
+    /// What the kernel writes to port 0x501 is its status; otherwise it only switches itself off there.
+    pub exit_status: bool,
     /// Let the kernel tell of its progress.
     pub verbose: bool,
     /// Block devices in the order of their names in the guest (`/dev/vda`, ...).
@@ -139,6 +141,7 @@ impl Parts {
             modules: Vec::new(),
             cmdline: String::new(),
             cmdline_style: CmdlineStyle::Auto,
+            exit_status: false,
             verbose: false,
             disks: Vec::new(),
             nets: Vec::new(),
@@ -353,6 +356,7 @@ impl Frame {
             disks: parts.disks,
             nets: parts.nets,
             vsock: parts.vsock,
+            exit_status: parts.exit_status,
             old_pc: !kernel.cmdline_style(parts.cmdline_style).is_linux(),
             fs: parts.fs,
             on_lost,

@@ -11,6 +11,8 @@ pub struct PowerOff {
     events: EventSink,
     /// The bits of which one at least must be set, 0 for none.
     needed: u32,
+    /// What is written is the guest's status.
+    tells: bool,
 }
 
 impl PowerOff {
@@ -29,12 +31,17 @@ impl PowerOff {
 
     /// The port at [`PowerOff::EXIT`].
     pub fn exit(events: EventSink) -> Self {
-        Self { events, needed: 0 }
+        Self { events, needed: 0, tells: false }
+    }
+
+    /// The same, for guests that write their status there (Nanos): 0 is a good end.
+    pub fn exit_with_status(events: EventSink) -> Self {
+        Self { events, needed: 0, tells: true }
     }
 
     /// The port at [`PowerOff::PM1_CONTROL`].
     pub fn pm1_control(events: EventSink) -> Self {
-        Self { events, needed: Self::SLEEP_ENABLE }
+        Self { events, needed: Self::SLEEP_ENABLE, tells: false }
     }
 }
 
@@ -50,7 +57,10 @@ impl BusDevice for PowerOff {
             .take_while(|(at, _)| *at < 4)
             .fold(0, |value, (at, &byte)| value | u32::from(byte) << (at * 8));
         if value & self.needed == self.needed {
-            (self.events)(VmEvent::PowerOff);
+            (self.events)(match self.tells {
+                true => VmEvent::Halt { status: value.cast_signed(), cookie: 0 },
+                false => VmEvent::PowerOff,
+            });
         }
     }
 }
@@ -86,5 +96,17 @@ mod tests {
         assert!(!ends(PowerOff::pm1_control, 2, &[0xff, 0xff]));
         assert!(ends(PowerOff::exit, 0, &[0]));
         assert!(ends(PowerOff::exit, 0, &41u16.to_le_bytes()));
+    }
+
+    #[test]
+    fn a_status_is_told_as_it_is_written() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let log = seen.clone();
+        let port =
+            PowerOff::exit_with_status(Arc::new(move |event| log.lock().unwrap().push(event)));
+        port.write(0, &[0]);
+        port.write(0, &[41]);
+        let want = [0, 41].map(|status| VmEvent::Halt { status, cookie: 0 });
+        assert_eq!(*seen.lock().unwrap(), want);
     }
 }

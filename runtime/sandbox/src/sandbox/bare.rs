@@ -64,6 +64,8 @@ pub struct BarePlan {
     pub style: CmdlineStyle,
     /// How it is entered.
     pub boot: BootProtocol,
+    /// Whether it writes its status to port 0x501.
+    pub exit_status: bool,
     /// Its disks, in the order of their names in the guest.
     pub disks: Vec<Disk>,
     /// Whether something is to be typed at its serial port.
@@ -192,6 +194,7 @@ impl BarePlan {
         draft.config.cmdline = self.cmdline;
         draft.config.cmdline_style = self.style;
         draft.config.boot = self.boot;
+        draft.config.exit_status = self.exit_status;
         for (index, disk) in self.disks.into_iter().enumerate() {
             draft.disk(disk.file, disk.read_only, format!("disk{index}"));
         }

@@ -68,9 +68,16 @@ impl Kind {
         !matches!(self, Self::Hvt | Self::Rumprun)
     }
 
-    /// What it is told besides its words: where its devices are, if that is where it looks for them.
-    pub fn style(self) -> CmdlineStyle {
+    /// Whether it tells its exit code by port 0x501.
+    pub fn tells_exit_status(self) -> bool {
+        self == Self::Nanos
+    }
+
+    /// What it is told besides its words: where its devices are, if that is where it looks for them when it is entered
+    /// by `boot`.
+    pub fn style(self, boot: BootProtocol) -> CmdlineStyle {
         match self {
+            Self::Nanos if boot != BootProtocol::Linux => CmdlineStyle::Bare,
             Self::Rust | Self::Unikraft | Self::Nanos => CmdlineStyle::Devices,
             Self::Hvt | Self::Rumprun | Self::Hermit | Self::Multiboot => CmdlineStyle::Bare,
             Self::Linux => CmdlineStyle::Stock,
@@ -81,7 +88,8 @@ impl Kind {
     pub fn boot(self) -> BootProtocol {
         match self {
             Self::Hvt | Self::Rumprun => BootProtocol::Hvt,
-            Self::Linux => BootProtocol::Linux,
+            // Nanos looks for virtio devices on its command line only when it is entered by this one.
+            Self::Linux | Self::Nanos => BootProtocol::Linux,
             Self::Multiboot => BootProtocol::Multiboot,
             _ => BootProtocol::Auto,
         }

@@ -269,17 +269,24 @@ fn tell(
     Ok(())
 }
 
-/// Writes what a kernel looks for without being told: MP table, reset code and, if its command line
-/// does not tell of devices, ACPI tables, whose root pointer's address is returned.
+/// Writes what a kernel looks for without being told: MP table, reset code and, unless it is our guests' Linux, ACPI
+/// tables, whose root pointer's address is returned for those who are to be told of it. Devices that its command line tells
+/// of are not in them, nor is such a kernel told: it finds them where it looks, if it does, and its memory map stays as it is
+/// without any (Nanos takes whatever the map has for its page tables, up to 1 MiB).
 fn write_tables(facts: &Facts<'_>, cmdline: &CmdlineParts<'_>) -> Result<Option<u64>, Error> {
     let Facts { ram, vcpus, pic, .. } = *facts;
     mptable::write(ram.memory(), vcpus, pic)?;
     reset::write(ram.memory())?;
-    if cmdline.style.announces_devices() {
+    if !cmdline.style.has_acpi() {
         return Ok(None);
     }
-    let virtio_devices = cmdline.virtio_devices;
-    acpi::write(ram.memory(), acpi::Platform { vcpus, virtio_devices, pic }).map(Some)
+    let announced = cmdline.style.announces_devices();
+    let virtio_devices = if announced { 0 } else { cmdline.virtio_devices };
+    // By other means such kernels tell their exit code.
+    let soft_off = !announced;
+    let platform = acpi::Platform { vcpus, virtio_devices, pic, soft_off };
+    let rsdp = acpi::write(ram.memory(), platform)?;
+    Ok((!announced).then_some(rsdp))
 }
 
 #[cfg(test)]

@@ -77,6 +77,11 @@ impl CmdlineStyle {
         matches!(self, Self::Linux | Self::Stock)
     }
 
+    /// Whether there are ACPI tables: our own guests' kernel does without.
+    pub(crate) fn has_acpi(self) -> bool {
+        !matches!(self, Self::Auto | Self::Linux)
+    }
+
     /// Whether the command line tells where the virtio devices are. If it does not, ACPI does: a
     /// kernel that heeds both would find each device twice.
     pub(crate) fn announces_devices(self) -> bool {

@@ -40,7 +40,7 @@ impl NetConfig {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{ImageSource, MachineConfig};
+    use super::super::{BootProtocol, ImageSource, MachineConfig};
     use super::*;
 
     #[test]
@@ -59,6 +59,14 @@ mod tests {
         ] {
             assert!(matches!(validate(vec![good.clone(), bad]), Err(Error::Net { .. })));
         }
-        assert!(matches!(validate(vec![good; 18]), Err(Error::TooManyDisks { .. })));
+        assert!(matches!(validate(vec![good.clone(); 18]), Err(Error::TooManyDisks { .. })));
+        // Solo5's guests have no virtio devices.
+        let validate = |count| {
+            let (nets, kernel) = (vec![good.clone(); count], ImageSource::file(FdIndex(0)));
+            let machine = MachineConfig::new("vm", 256 << 20, kernel);
+            MachineConfig { nets, boot: BootProtocol::Hvt, ..machine }.validate()
+        };
+        validate(63).unwrap();
+        assert!(matches!(validate(64), Err(Error::TooManyDisks { max: 0, .. })));
     }
 }

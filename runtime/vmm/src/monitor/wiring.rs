@@ -18,6 +18,7 @@ pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, 
     parts.hugepages = config.hugepages;
     parts.boot = config.boot;
     parts.cmdline_style = config.cmdline_style;
+    parts.exit_status = config.exit_status;
     parts.cpu = config.cpu;
     parts.initramfs = match &config.initramfs {
         Some(source) => Some(section(source, "the initramfs", fds)?),

@@ -198,6 +198,7 @@ fn twin(parts: &Parts) -> Parts {
         modules: parts.modules.iter().map(|m| m.try_clone().unwrap()).collect(),
         cmdline: parts.cmdline.clone(),
         cmdline_style: parts.cmdline_style,
+        exit_status: parts.exit_status,
         verbose: parts.verbose,
         ..Parts::new(parts.memory, parts.kernel.try_clone().unwrap())
     }

@@ -482,3 +482,20 @@ fn an_image_in_many_pieces_is_protected_as_far_as_that_goes() {
     let run = run(Parts { memory: 64 << 20, ..parts(&kernel) });
     assert_eq!(run.reason, EndReason::GuestHalt { status: 7, cookie: 0 });
 }
+
+#[test]
+fn a_guest_has_as_many_devices_as_a_manifest_has_room_for() {
+    const DEVICES: usize = 63;
+    let names: Vec<String> = (0..DEVICES).map(|n| format!("storage{n}")).collect();
+    let devices: Vec<_> = names.iter().map(|name| (name.as_str(), BLOCK)).collect();
+    // Reads the first sector of the last one.
+    let code = assemble(64, AT, |a| {
+        call(a, 5, &[DEVICES as u64, 0, DATA, 512, 0])?;
+        puts(a, DATA, 1)?;
+        halt_with(a, 0)
+    });
+    let disks = (0..DEVICES).map(|n| disk("", &[b'0' + n as u8; 512], false)).collect();
+    let run = run_on_emu(Parts { disks, ..parts(&kernel(&devices, &code)) });
+    assert_eq!(run.reason, EndReason::GuestHalt { status: 0, cookie: 0 });
+    assert_eq!(run.console, [b'0' + DEVICES as u8 - 1]);
+}

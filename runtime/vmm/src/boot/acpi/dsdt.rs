@@ -27,7 +27,9 @@ pub fn table(platform: Platform) -> Sdt {
 
     let mut aml = Vec::new();
     Scope::new("\\_SB_".into(), devices).to_aml_bytes(&mut aml);
-    SoftOff.to_aml_bytes(&mut aml);
+    if platform.soft_off {
+        SoftOff.to_aml_bytes(&mut aml);
+    }
     let mut table = Sdt::new(*b"DSDT", HEADER, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     table.append_slice(&aml);
     table
@@ -85,12 +87,13 @@ impl Aml for Virtio {
     }
 }
 
-/// `\_S5` (7.4.2.6): what goes into the sleep control register to switch the machine off.
+/// `\_S5` (7.4.2.6): what goes into the sleep control register to switch the machine off. One element alone: kernels that
+/// find more take them for those of the PM1 registers, which there are none of.
 struct SoftOff;
 
 impl Aml for SoftOff {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         let s5 = PowerControl::SLEEP_TYPE_S5;
-        Name::new("\\_S5_".into(), &Package::new(vec![&s5, &0u8, &0u8, &0u8])).to_aml_bytes(sink);
+        Name::new("\\_S5_".into(), &Package::new(vec![&s5])).to_aml_bytes(sink);
     }
 }

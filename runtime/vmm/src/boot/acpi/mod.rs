@@ -39,6 +39,8 @@ pub struct Platform {
     pub virtio_devices: u32,
     /// Whether there are the interrupt controllers and the timer of old PCs.
     pub pic: bool,
+    /// Whether they tell how the machine is switched off.
+    pub soft_off: bool,
 }
 
 /// Writes all tables and returns the address of the RSDP.

@@ -12,12 +12,21 @@ use aml::{Resource, Value};
 fn platforms() -> impl Iterator<Item = Platform> {
     let devices = 0..=layout::MAX_VIRTIO_DEVICES;
     (1..=layout::MAX_VCPUS).flat_map(move |vcpus| devices.clone().map(move |n| (vcpus, n))).map(
-        |(vcpus, virtio_devices)| Platform { vcpus, virtio_devices, pic: virtio_devices & 1 != 0 },
+        |(vcpus, virtio_devices)| Platform {
+            vcpus,
+            virtio_devices,
+            pic: virtio_devices & 1 != 0,
+            soft_off: virtio_devices & 2 != 0,
+        },
     )
 }
 
-const LARGEST: Platform =
-    Platform { vcpus: layout::MAX_VCPUS, virtio_devices: layout::MAX_VIRTIO_DEVICES, pic: true };
+const LARGEST: Platform = Platform {
+    vcpus: layout::MAX_VCPUS,
+    virtio_devices: layout::MAX_VIRTIO_DEVICES,
+    pic: true,
+    soft_off: true,
+};
 
 fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum, b| sum.wrapping_add(*b))
@@ -90,6 +99,7 @@ fn every_machine_has_tables_with_checksums_in_their_place() {
         assert_eq!(ids, devices as usize, "{platform:?}");
         let processors = names.values().filter(|v| **v == Value::Text("ACPI0007".into())).count();
         assert_eq!(processors, platform.vcpus as usize);
+        assert_eq!(names.contains_key("\\_S5_"), platform.soft_off);
     }
 }
 
@@ -122,7 +132,8 @@ fn the_fadt_describes_a_reduced_machine_with_its_power_registers() {
 
 #[test]
 fn the_madt_lists_all_controllers() {
-    let [_, madt, _] = Tables::write(Platform { vcpus: 3, virtio_devices: 0, pic: false }).all();
+    let [_, madt, _] =
+        Tables::write(Platform { vcpus: 3, virtio_devices: 0, pic: false, soft_off: true }).all();
     assert_eq!((word(&madt, 36), word(&madt, 40)), (0xfee0_0000, 0), "no PIC");
     for id in 0..3u8 {
         let at = 44 + 8 * usize::from(id);
@@ -132,7 +143,8 @@ fn the_madt_lists_all_controllers() {
     assert_eq!((ioapic[0], ioapic[1], word(ioapic, 4), word(ioapic, 8)), (1, 12, 0xfec0_0000, 0));
     assert!(ioapic[2] >= 3, "its id is none of a local APIC");
     assert_eq!(ioapic.len(), 12, "no override");
-    let [_, madt, _] = Tables::write(Platform { vcpus: 1, virtio_devices: 0, pic: true }).all();
+    let [_, madt, _] =
+        Tables::write(Platform { vcpus: 1, virtio_devices: 0, pic: true, soft_off: true }).all();
     assert_eq!((word(&madt, 36), word(&madt, 40)), (0xfee0_0000, 1), "a PIC");
     assert_eq!(madt[64..], [2, 10, 0, 0, 2, 0, 0, 0, 0, 0], "IRQ 0 is at pin 2");
 }
@@ -160,7 +172,7 @@ fn the_dsdt_has_every_device_where_the_layout_puts_it() {
     for id in 0..layout::MAX_VCPUS {
         assert_eq!(get(&format!("\\_SB_.C{id:03}._UID")), &Value::Integer(id.into()));
     }
-    let off = [5, 0, 0, 0].map(Value::Integer).to_vec();
+    let off = [5].map(Value::Integer).to_vec();
     assert_eq!(get("\\_S5_"), &Value::Package(off));
 }
 
@@ -171,7 +183,8 @@ fn intels_compiler_reads_the_tables() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    for platform in [Platform { vcpus: 1, virtio_devices: 0, pic: false }, LARGEST] {
+    for platform in [Platform { vcpus: 1, virtio_devices: 0, pic: false, soft_off: true }, LARGEST]
+    {
         let [fadt, madt, dsdt] = Tables::write(platform).all();
         for (name, table) in [("facp", fadt), ("apic", madt), ("dsdt", dsdt)] {
             let path = dir.path().join(format!("{name}.aml"));
