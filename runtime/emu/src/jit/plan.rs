@@ -221,7 +221,7 @@ pub fn plan(bytes: &[u8], op: &Op, valid: bool, inline: Option<&Inline>) -> Plan
 }
 
 /// Operands of the stack, at most.
-fn implicit(kind: &Kind) -> bool {
+pub fn implicit(kind: &Kind) -> bool {
     matches!(
         kind,
         Kind::Push { .. }

@@ -142,6 +142,7 @@ impl Jit {
             return Ran::Code(Some(Stop::Attention));
         };
         cpu.jit.run = run as u64;
+        cpu.mmu.dropped_writes = false;
         self.counters.entered += 1;
         // SAFETY: the arena starts with this function; translated code accesses the `Cpu`, guest RAM through TLB
         // entries, and the tables that `cpu.jit` owns. The `Cpu` is borrowed for the whole call.

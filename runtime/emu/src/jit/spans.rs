@@ -138,7 +138,9 @@ impl Spans {
             }
             // These have two accesses.
             let two = matches!(plan.kind, Kind::CallIndirect { register: None } | Kind::PushMemory);
-            if plan.mem != Mem::None && !two {
+            // The head of a span reaches below its own displacement.
+            let far = op.disp < i64::from(i32::MIN) + SPAN && !super::plan::implicit(&plan.kind);
+            if plan.mem != Mem::None && !two && !far {
                 self.access(i, &Address::of(op, plan), plan);
             }
             self.effect(op, plan, inline.as_ref(), immediate(i));

@@ -65,6 +65,10 @@ unsafe extern "sysv64" fn call_handler(
     let (cpu, called, block) = unsafe { (&mut *cpu, &*op, &*block) };
     cpu.jit.calls.count(called.opcode);
     let flow = (called.op.handler)(cpu, &called.op, block);
+    // While it talked to a device others did not wait for this vCPU: what spans know of stores is void (J14).
+    if flow == Flow::Next && cpu.mmu.dropped_writes {
+        return Flow::Break as u64;
+    }
     // A transfer to where the dispatcher would find translated code and nothing to do.
     if flow == Flow::Jump
         && cpu.mode == Mode::Code64

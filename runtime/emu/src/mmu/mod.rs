@@ -43,6 +43,8 @@ pub struct Mmu {
     /// need no translation. An odd linear address: none.
     pub(crate) code_page: (u64, u64),
     bounce: Box<span::Bounce>,
+    /// Fast writes were dropped since this was last cleared, perhaps in the middle of a block.
+    pub(crate) dropped_writes: bool,
     /// Pages walked.
     pub(crate) walks: u64,
 }
@@ -63,6 +65,7 @@ impl Mmu {
             control: [0; 4],
             code_page: (1, 0),
             bounce: Box::default(),
+            dropped_writes: false,
             walks: 0,
         }
     }
@@ -77,10 +80,11 @@ impl Mmu {
         &self.guard
     }
 
-    /// Obeys the other vCPUs' requests to drop fast writes. At a block boundary.
+    /// Obeys the other vCPUs' requests to drop fast writes. At a block boundary, or in an access to a device.
     pub fn obey_requests(&mut self) {
         let request = self.guard.requested();
         self.tlb.flush_writes();
+        self.dropped_writes = true;
         self.guard.confirm(request);
     }
 

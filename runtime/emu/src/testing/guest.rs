@@ -105,6 +105,15 @@ const DESCRIPTORS: [u64; 15] = [
     0,
 ];
 
+/// What a test does in the middle of an access.
+pub struct Hook(pub Box<dyn Fn() + Send>);
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hook")
+    }
+}
+
 /// Ports and MMIO: remembers what is written, answers what it was told.
 #[derive(Debug, Default)]
 pub struct TestBus {
@@ -114,6 +123,8 @@ pub struct TestBus {
     pub eois: Mutex<Vec<u8>>,
     /// Bytes at [`SCRATCH`] that keep what is written.
     pub scratch: Mutex<Vec<u8>>,
+    /// Called by a write to memory of a device.
+    pub on_mmio_write: Mutex<Option<Hook>>,
     /// Kicked by a write to [`KICK_PORT`].
     pub kick: Mutex<Option<Arc<dyn Kick>>>,
 }
@@ -147,6 +158,9 @@ impl IoBus for TestBus {
             }
             bytes[at..at + data.len()].copy_from_slice(data);
             return;
+        }
+        if let Some(hook) = &*lock(&self.on_mmio_write) {
+            (hook.0)();
         }
         lock(&self.mmio_writes).push((address, data.to_vec()));
     }

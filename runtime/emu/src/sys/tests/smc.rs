@@ -8,10 +8,12 @@ use iced_x86::code_asm::*;
 use mvm_memory::{GuestRam, Loan};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::Tier;
 use crate::fault::vector;
+use crate::mmu::PhysMemory;
 use crate::testing::asm::asm;
 use crate::testing::guest::{
-    CODE, DATA, End, Guest, STACK, USER, USER_DATA, USER_GPA, USER_STACK, pte, sel,
+    CODE, DATA, End, Guest, Hook, STACK, USER, USER_DATA, USER_GPA, USER_STACK, lock, pte, sel,
 };
 
 /// A function at `at` that returns `value` in EAX.
@@ -286,4 +288,27 @@ fn a_loop_over_an_instruction_across_pages_whose_second_half_changes() {
     assert_eq!(guest.run(&code), End::Halt);
     let sum: u64 = (1..=30u64).map(|high| 10 * (high << 8 | 1) + 10 * 0x201).sum();
     assert_eq!(guest.reg(6), sum);
+}
+
+#[test]
+fn a_page_becomes_code_while_a_block_talks_to_a_device() {
+    let mut guest = Guest::with_tier(Tier::Translator);
+    let device = 0x5000_0000u64;
+    guest.map(device, 0xfd00_0000, 3);
+    let phys = guest.cpu().mmu.phys().clone();
+    let (page, _) = phys.find(DATA).unwrap();
+    let generation = |phys: &PhysMemory| phys.code_page(page).unwrap().generation();
+    // Another vCPU decodes code there meanwhile.
+    let other = phys.clone();
+    let watch = Hook(Box::new(move || drop(other.watch(page, 0x10, 4, 1))));
+    *lock(&guest.bus.on_mmio_write) = Some(watch);
+    let code = asm!(64 at CODE;
+        mov(rbx, DATA); mov(rdi, device); mov(dword_ptr(rbx), eax); mov(dword_ptr(rdi), eax); mov(dword_ptr(rbx + 0x10), eax); hlt();
+    );
+    // Once for the TLB, which the first access would miss.
+    for _ in 0..2 {
+        let before = generation(&phys);
+        assert_eq!(guest.run_kernel(&code), End::Halt);
+        assert_ne!(generation(&phys), before, "the store to what is code now was noticed");
+    }
 }
