@@ -394,3 +394,11 @@ fn a_machine_goes_on_where_another_stood() {
     other.pic.restore(&serde_json::from_str(&absurd).unwrap());
     assert_eq!(other.read(0x4d0), 0xf8);
 }
+
+#[test]
+fn nothing_that_comes_in_makes_a_controller_contradict_itself() {
+    let mut rng = crate::testing::Rng::new(0x8259);
+    for _ in 0..200 {
+        crate::fuzz::fuzz_pic(&rng.bytes(2048));
+    }
+}
