@@ -17,7 +17,7 @@ help:
 	@echo "make test       every test (test-full: also the long ones)"
 	@echo "make test-kvm   the end-to-end tests, Linux included, on the kvm engine: on a host with VT-x or AMD-V"
 	@echo "make mvm        build target/release/mvm, one static file with kernel and agent inside"
-	@echo "make bench      the figures of the README, against QEMU where it is installed"
+	@echo "make bench      the figures of the README, against QEMU, runc and runsc where they are installed"
 	@echo "make fuzz SECONDS=N   the emulator against the host's processor, hostile input for queues and parsers"
 	@echo "make kernel | guest | images | lint | unit | e2e | install | dist | clean"
 
