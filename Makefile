@@ -91,7 +91,7 @@ PLAIN := env --default-signal
 unit: unikernel
 	$(PLAIN) $(GUEST_ENV) MVM_TEST_UNIKERNEL=$(UNIKERNEL).elf cargo test --release --workspace --exclude mvm-tests --exclude mvm-image
 	cargo test --release -p mvm-image -- --test-threads 1
-	MVM_TEST_TIER=jit cargo test --release -p mvm-emu --lib
+	MVM_TEST_TIER=jit cargo test --release -p mvm-emu --lib -- --skip lockstep
 
 images: unikernel
 	images/busybox/build.sh $(BUILD)/busybox.tar
@@ -112,6 +112,7 @@ bench: mvm unikernel
 
 fuzz:
 	cargo run --release -p mvm-emu --example fuzz -- --seconds $(SECONDS_OF_FUZZ)
+	MVM_LOCKSTEP_SECONDS=$(SECONDS_OF_FUZZ) cargo test --release -p mvm-emu --lib -- both_tiers --nocapture
 	cargo run --release -p mvm-tests --bin fuzz -- --seconds $(SECONDS_OF_FUZZ)
 
 # The shim is the same file under the name that containerd looks for.

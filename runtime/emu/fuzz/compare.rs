@@ -5,7 +5,8 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic as M, Register, RflagsBits,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M,
+    OpAccess, Register, RflagsBits, UsedRegister,
 };
 use mvm_emu::cpu::Cpu;
 use mvm_engine::cpuid::Vendor;
@@ -125,7 +126,14 @@ struct Apart {
 impl Apart {
     fn of(case: &Case, native: &Outcome, ours: &Outcome) -> Self {
         let mut apart = Self::default();
+        let mut info = InstructionInfoFactory::new();
         for insn in instructions(case) {
+            // Whoever reads all of RCX behind that makes more of it.
+            let used = info.info(&insn).used_registers();
+            let reads = |r: &UsedRegister| {
+                r.register() == Register::RCX && !matches!(r.access(), OpAccess::Write)
+            };
+            apart.all |= apart.gpr[1] != 0 && used.iter().any(reads);
             match insn.mnemonic() {
                 // With a count of zero in ECX, the upper half of RCX may stay.
                 _ if insn.is_string_instruction() && has_short_count(case, &insn) => {

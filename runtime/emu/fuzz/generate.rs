@@ -288,8 +288,10 @@ impl Maker<'_> {
                 matches!(b, 0x66 | 0x67 | 0x2e | 0x36 | 0x3e | 0x26 | 0x65 | 0xf2 | 0xf3 | 0xf0)
                     || self.bitness == 64 && *b & 0xf0 == 0x40
             };
-            let opcode = bytes.iter().find(|b| !prefix(b));
-            if map.len() != 1 || map[0] != 0x0f || opcode != Some(&0x0f) || !self.rng.once_in(20) {
+            let mut opcode = bytes.iter().skip_while(|b| prefix(b));
+            let escaped = map.len() == 1 && map[0] == 0x0f && opcode.next() == Some(&0x0f);
+            // VMCALL and its like with prefixes are for a hypervisor below the host to answer.
+            if !escaped || opcode.next() == Some(&0x01) || !self.rng.once_in(20) {
                 return;
             }
             self.code.extend(&bytes[..bytes.len().min(15)]);

@@ -147,6 +147,12 @@ impl Machine {
         End::Steps
     }
 
+    /// Runs one instruction.
+    #[cfg(test)]
+    pub(crate) fn step(&mut self) -> Stop {
+        self.dispatcher.step(&mut self.cpu)
+    }
+
     /// Runs whole blocks, as the engine does, until a fault, HLT, or `stops` times of something else.
     pub fn run_blocks(&mut self, stops: u32) -> End {
         self.cpu.vec.enter();

@@ -60,6 +60,12 @@ impl EmuVcpu {
         &mut self.dispatcher
     }
 
+    /// Both.
+    #[cfg(test)]
+    pub(crate) fn parts(&self) -> (&Dispatcher, &Cpu) {
+        (&self.dispatcher, &self.cpu)
+    }
+
     fn run_to_exit(&mut self) -> VmExit {
         if let Some(fault) = self.cpu.fault.take()
             && let Err(exit) = self.deliver(fault)

@@ -118,6 +118,13 @@ impl Vm for EmuVm {
         self.platform.clock.khz()
     }
 
+    fn code_memory(&self) -> u64 {
+        let of = |counters: &Arc<VcpuCounters>| {
+            counters.translator.lock().unwrap_or_else(PoisonError::into_inner).code_memory
+        };
+        self.counters.iter().map(of).sum()
+    }
+
     fn metrics(&self) -> EngineMetrics {
         let mut rows = Vec::new();
         for (index, counters) in self.counters.iter().enumerate() {

@@ -113,6 +113,11 @@ pub trait Vm: Send + Sync + fmt::Debug {
 
     /// What the engine counts.
     fn metrics(&self) -> EngineMetrics;
+
+    /// Bytes of memory for code that the engine made. It is shared memory, which nobody else counts as the engine's.
+    fn code_memory(&self) -> u64 {
+        0
+    }
 }
 
 /// Ends a [`Vcpu::run`] from another thread.

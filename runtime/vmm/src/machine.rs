@@ -243,6 +243,11 @@ impl Machine {
         self.vm.metrics()
     }
 
+    /// Bytes of memory for code that the engine made.
+    pub fn code_memory(&self) -> u64 {
+        self.vm.code_memory()
+    }
+
     /// Accesses that each device has answered: ports, then memory.
     pub fn device_stats(&self) -> Vec<DeviceStats> {
         let bus = self.bus.devices();

@@ -41,6 +41,8 @@ pub struct Counters {
     pub interpreted_blocks: u64,
     /// Bytes of memory for translated code and what belongs to it.
     pub memory: u64,
+    /// Of that for the code alone.
+    pub code_memory: u64,
     /// What the code counts by itself, if it does.
     pub counted: Option<Counted>,
 }

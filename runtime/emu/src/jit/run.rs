@@ -409,6 +409,7 @@ impl Jit {
         Counters {
             counted,
             memory: (self.arena.touched() + tables) as u64,
+            code_memory: self.arena.touched() as u64,
             ..self.counters.clone()
         }
     }

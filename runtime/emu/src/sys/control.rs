@@ -5,6 +5,7 @@ use mvm_engine::cpuid::CpuidTable;
 use super::bits::{canonical, cr0, cr4, efer, xcr0};
 use super::decode::AUX_MEM;
 use super::descriptor::access;
+use super::misc::serialize;
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode, seg};
 use crate::fault::Fault;
@@ -61,6 +62,9 @@ pub(crate) fn write(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     }
     let mask = if cpu.mode == Mode::Code64 { u64::MAX } else { 0xffff_ffff };
     let value = cpu.gpr[usize::from(op.src)] & mask;
+    if op.dst != 8 {
+        serialize();
+    }
     let result = match op.dst {
         0 => cpu.write_cr0(value),
         2 => {
@@ -215,6 +219,7 @@ pub(crate) fn invlpg(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     if cpu.cpl != 0 {
         return cpu.raise(Fault::GP0);
     }
+    serialize();
     let address = cpu.ea(op);
     if canonical(address) {
         cpu.tlb_invlpg(address);
@@ -230,6 +235,7 @@ pub(crate) fn invpcid(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     if cpu.cpl != 0 {
         return cpu.raise(Fault::GP0);
     }
+    serialize();
     let result = invalidate(cpu, op);
     finish(cpu, result)
 }
@@ -261,6 +267,7 @@ pub(crate) fn cache_control(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
     if cpu.cpl != 0 {
         return cpu.raise(Fault::GP0);
     }
+    serialize();
     Flow::Next
 }
 

@@ -3,6 +3,7 @@
 use mvm_engine::cpuid::Vendor;
 
 use super::bits::{cr4, dr};
+use super::misc::serialize;
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode, seg};
 use crate::fault::{Fault, vector};
@@ -76,6 +77,7 @@ pub(crate) fn write(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     };
     let mask = if cpu.mode == Mode::Code64 { u64::MAX } else { 0xffff_ffff };
     let value = cpu.gpr[usize::from(op.src)] & mask;
+    serialize();
     match number {
         6 | 7 if value >> 32 != 0 => return cpu.raise(Fault::GP0),
         6 => cpu.sys.dr6 = value & 0xe00f | dr::DR6_FIXED,

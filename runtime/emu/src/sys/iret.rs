@@ -2,6 +2,7 @@
 
 use super::bits::canonical;
 use super::descriptor::{Descriptor, access};
+use super::misc::serialize;
 use super::segments::{gp, is_null, np, null_stack, ss_fault};
 use super::stack::Stack;
 use super::task::{Resume, Way};
@@ -13,6 +14,7 @@ use crate::op::{Flow, Op};
 
 /// IRET with an operand size of `op.aux` bytes.
 pub(crate) fn iret(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+    serialize();
     let next = cpu.next_rip(op);
     match interrupt_return(cpu, op.aux, next) {
         Ok(()) => {

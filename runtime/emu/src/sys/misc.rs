@@ -1,5 +1,7 @@
 //! CPUID, HLT, PAUSE, software interrupts, and what is always #UD.
 
+use std::sync::atomic::{Ordering, fence};
+
 use mvm_engine::{MpState, cpuid};
 
 use super::decode::{AUX_MEM, operand_size};
@@ -9,6 +11,13 @@ use crate::cpu::{Cpu, Mode};
 use crate::fault::{Fault, vector};
 use crate::flags::cc;
 use crate::op::{Flow, Op, reg};
+
+/// What the serializing instructions do to accesses to memory: those of this vCPU that came before are done, for all
+/// others to see, before any that come after (SDM vol. 3, 9.3).
+#[inline]
+pub(crate) fn serialize() {
+    fence(Ordering::SeqCst);
+}
 
 impl Cpu {
     /// RIP of the instruction after `op`.
@@ -42,6 +51,7 @@ impl Cpu {
 
 /// CPUID.
 pub(crate) fn cpuid(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
+    serialize();
     let query = (cpu.gpr[0] as u32, cpu.gpr[1] as u32);
     let sys = &cpu.sys;
     let mut answer = cpuid::answer(&sys.cpuid, sys.vendor, query, sys.cr4, sys.xcr0);

@@ -7,6 +7,7 @@ use mvm_engine::msr as index;
 
 use super::bits::{canonical, cr4, efer};
 use super::clock::host_tsc;
+use super::misc::serialize;
 use super::paravirt;
 use crate::block::Block;
 use crate::cpu::{Cpu, seg};
@@ -50,6 +51,10 @@ pub(crate) fn wrmsr(cpu: &mut Cpu, _: &Op, _: &Block) -> Flow {
     }
     let msr = cpu.gpr[1] as u32;
     let value = cpu.gpr[2] << 32 | cpu.gpr[0] & 0xffff_ffff;
+    // Those of the x2APIC are no fence (SDM vol. 3, 11.12.3).
+    if !(0x800..0x900).contains(&msr) {
+        serialize();
+    }
     match cpu.write_msr(msr, value) {
         Ok(()) => Flow::Break,
         Err(fault) => {

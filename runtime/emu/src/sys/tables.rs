@@ -4,6 +4,7 @@ use super::bits::canonical;
 use super::control::umip_forbids;
 use super::decode::operand_size;
 use super::descriptor::{Descriptor, system};
+use super::misc::serialize;
 use super::segments::is_null;
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode};
@@ -38,12 +39,14 @@ fn load(cpu: &mut Cpu, op: &Op) -> Result<Table, Fault> {
 
 /// LGDT.
 pub(crate) fn lgdt(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+    serialize();
     let result = load(cpu, op).map(|table| cpu.sys.gdtr = table);
     flow(cpu, result)
 }
 
 /// LIDT.
 pub(crate) fn lidt(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+    serialize();
     let result = load(cpu, op).map(|table| cpu.sys.idtr = table);
     flow(cpu, result)
 }
@@ -92,12 +95,14 @@ fn privileged_selector(cpu: &mut Cpu, op: &Op) -> Result<u16, Fault> {
 
 /// LLDT.
 pub(crate) fn lldt(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+    serialize();
     let result = privileged_selector(cpu, op).and_then(|selector| cpu.load_ldtr(selector));
     flow(cpu, result)
 }
 
 /// LTR.
 pub(crate) fn ltr(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
+    serialize();
     let result = privileged_selector(cpu, op).and_then(|selector| cpu.load_tr(selector));
     flow(cpu, result)
 }

@@ -313,7 +313,7 @@ impl View<'_> {
             devices: self.machine.device_counters(),
             resident: memory.resident,
             guest_resident: self.machine.resident_ram(),
-            overhead: memory.private,
+            overhead: memory.private + self.machine.code_memory(),
             cpu_time: self.usage.cpu_time(),
             vcpu_time: self.machine.vcpu_times(),
         })

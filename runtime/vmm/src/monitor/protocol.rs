@@ -155,7 +155,7 @@ pub struct Stats {
     pub resident: u64,
     /// Guest RAM that the host has pages for, in bytes.
     pub guest_resident: u64,
-    /// What engine and devices need for themselves, in bytes: private memory of the process.
+    /// What engine and devices need for themselves, in bytes: private memory of the process, and code that the engine made.
     pub overhead: u64,
     /// Processor time used by the monitor.
     pub cpu_time: Duration,

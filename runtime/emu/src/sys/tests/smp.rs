@@ -14,17 +14,17 @@ use crate::testing::guest::{CODE, DATA, Guest, PML4, RAM, TestBus};
 /// Page of the start-up code.
 const TRAMPOLINE: u64 = 0x8000;
 /// Where application processors go on in 64-bit mode, with their APIC id in EDI.
-const AP_CODE: u64 = 0x9000;
+pub(super) const AP_CODE: u64 = 0x9000;
 
 /// A machine whose boot processor starts in 64-bit mode at [`CODE`].
-struct Machine {
+pub(super) struct Machine {
     vm: Arc<dyn Vm>,
-    guest: Guest,
+    pub(super) guest: Guest,
     vcpus: Vec<Box<dyn Vcpu>>,
 }
 
 impl Machine {
-    fn new(count: u32) -> Self {
+    pub(super) fn new(count: u32) -> Self {
         // The guest of another machine makes tables and the state; the RAM is shared.
         let mut guest = Guest::new();
         guest.cpu().sys.lapic.set_base(0xfee0_0d00).expect("x2APIC");
@@ -87,7 +87,7 @@ impl Machine {
     }
 
     /// Runs every vCPU on a thread until one of them ends for good, then stops the others.
-    fn run(self) -> (Guest, Vec<VmExit>) {
+    pub(super) fn run(self) -> (Guest, Vec<VmExit>) {
         let (guest, exits, _) = self.run_all();
         (guest, exits)
     }
@@ -128,7 +128,7 @@ impl Machine {
 }
 
 /// Sends INIT and SIPI to all others.
-fn start_others() -> Vec<u8> {
+pub(super) fn start_others() -> Vec<u8> {
     asm!(64 at CODE;
         mov(ecx, 0x830i32); xor(edx, edx); mov(eax, 0xc_4500i32); wrmsr(); mov(eax, 0xc_4608i32); wrmsr(); wrmsr();
     )
@@ -299,6 +299,7 @@ fn msis_and_ipis_reach_their_processor() {
     ));
     machine.guest.put(CODE, &code);
     let (vm, ram) = (machine.vm.clone(), machine.guest.ram.clone());
+    let counted = vm.clone();
     let device = std::thread::spawn(move || {
         use vm_memory::{Bytes, GuestAddress};
         for _ in 0..u64::MAX {
@@ -316,6 +317,15 @@ fn msis_and_ipis_reach_their_processor() {
     device.join().expect("the device");
     assert!(exits.contains(&VmExit::HaltedForever), "{exits:?}");
     assert_eq!((guest.get32(DATA + 64), guest.get32(DATA + 68)), (1, 3));
+    // Code takes memory, which is told, where code is made.
+    let translated = crate::testing::tier() == crate::Tier::Translator;
+    assert_eq!(counted.code_memory() > 0, translated);
+    let rows = counted.metrics().0;
+    for name in
+        ["vcpu1.jit-blocks", "vcpu1.jit-memory", "vcpu1.jit-calls", "vcpu1.jit-killed-pages"]
+    {
+        assert_eq!(rows.iter().any(|(row, _)| row == name), translated, "{name}");
+    }
 }
 
 #[test]

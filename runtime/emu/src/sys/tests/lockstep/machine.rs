@@ -107,7 +107,7 @@ fn prepare(guest: &mut Guest, program: &Program) -> Places {
     }
     places.high_code = guest.entry_in(PML4, HIGH_CODE, 1);
     let slot = (HIGH_CODE >> 39 & 0x1ff) * 8;
-    // Global pages may be walked to again in the other space, or not: that is what is left in the TLB.
+    // Both top tables lead to the same global pages: whose entry is used depends on what is in the TLB.
     let high = guest.get64(PML4 + slot) | pte::A;
     guest.put64(PML4 + slot, high);
     guest.put64(second + slot, high);

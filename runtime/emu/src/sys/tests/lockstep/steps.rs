@@ -211,6 +211,7 @@ pub enum Step {
     },
     Patch {
         point: usize,
+        near: bool,
         way: u64,
         through: u64,
         value: u64,
@@ -258,6 +259,15 @@ fn list(random: &mut Random, user: bool, depth: u64, most: u64) -> Vec<Step> {
     (0..count).map(|_| Step::random(random, user, depth)).collect()
 }
 
+/// An entry for a page of code: as it should be, or not.
+fn code_entry(random: &mut Random, page: u64) -> u64 {
+    let base = if random.once_in(2) { PROGRAM } else { COPY };
+    let level = u64::from(page * 4096 >= USER_PART as u64) ^ u64::from(random.once_in(5));
+    let rights = u64::from(!random.once_in(5)) | u64::from(!random.once_in(3)) << 1 | level << 2;
+    let no_execute = if random.once_in(5) { pte::NX } else { 0 };
+    (base + page * 4096) | rights | random.next() & 0x60 | no_execute
+}
+
 impl Step {
     /// A random step, with `depth` levels of others in it.
     pub fn random(random: &mut Random, user: bool, depth: u64) -> Self {
@@ -290,6 +300,34 @@ impl Step {
                     down: random.once_in(3),
                 },
                 16 => Self::Stack { place: Place::random(random), words: 1 + random.below(4) },
+                17..20 if !user && nested && random.once_in(3) => {
+                    // Calls before and after a change of what is called, in one address space after the other.
+                    let function = random.below(FUNCTION_COUNT) as usize;
+                    let (way, edit) = if random.once_in(2) {
+                        // By the mapping that INVLPG is enough for.
+                        let (page, space) =
+                            (if function == 3 { 2 } else { 3 }, random.below(2) as usize);
+                        let value = code_entry(random, page);
+                        (
+                            4,
+                            Self::Edit {
+                                entry: Entry::LowCode(page),
+                                space,
+                                value,
+                                flush: Flush::Page,
+                            },
+                        )
+                    } else {
+                        (2 + random.below(4), Self::edit(random))
+                    };
+                    let call = Self::Call { function, way };
+                    let mut steps = vec![call.clone(), edit, call.clone()];
+                    if random.once_in(2) {
+                        steps.push(Self::Switch { space: random.below(2) as usize, keep: true });
+                        steps.push(call);
+                    }
+                    Self::Loop { count: 2 + random.below(3), slot: depth, steps }
+                }
                 17..20 if !user => Self::edit(random),
                 20 if !user => Self::Map {
                     page: random.below(WINDOW_PAGES),
@@ -323,8 +361,31 @@ impl Step {
                 },
                 27 => Self::Alias { to: random.below(3) },
                 28 => Self::Point { immediate: random.once_in(2) },
+                29 if nested && random.once_in(2) => {
+                    // A loop that changes itself, behind and ahead of the change.
+                    let patch = |random: &mut Random| Self::Patch {
+                        point: 0,
+                        near: true,
+                        way: random.below(8),
+                        through: random.below(3),
+                        value: random.next(),
+                    };
+                    let mut steps = vec![
+                        Self::Point { immediate: random.once_in(2) },
+                        Self::Branch {
+                            condition: random.below(16) as u8,
+                            steps: vec![Self::Point { immediate: random.once_in(2) }],
+                        },
+                        patch(random),
+                    ];
+                    steps.extend(list(random, user, depth - 1, 2));
+                    steps.push(patch(random));
+                    steps.push(Self::Point { immediate: random.once_in(2) });
+                    Self::Loop { count: 3 + random.below(5), slot: depth, steps }
+                }
                 29 | 30 => Self::Patch {
                     point: random.below(64) as usize,
+                    near: false,
                     way: random.below(8),
                     through: random.below(3),
                     value: random.next(),
@@ -366,15 +427,8 @@ impl Step {
         let space = random.below(2) as usize;
         let any = random.pick(&[Flush::Page, Flush::Global, Flush::Everything, Flush::Space]);
         let everything = random.pick(&[Flush::Global, Flush::Everything]);
-        let code_entry = |random: &mut Random, page: u64| {
-            let base = if random.once_in(2) { PROGRAM } else { COPY };
-            let user =
-                u64::from(page * 4096 >= USER_PART as u64) << 2 ^ u64::from(random.once_in(5)) << 2;
-            let rights = u64::from(!random.once_in(5)) | u64::from(!random.once_in(3)) << 1 | user;
-            let no_execute = if random.once_in(5) { pte::NX } else { 0 };
-            (base + page * 4096) | rights | random.next() & 0x60 | no_execute
-        };
-        let page = random.below(CODE_PAGES);
+        // Often where the functions are, which are called from everywhere.
+        let page = if random.once_in(2) { 2 + random.below(2) } else { random.below(CODE_PAGES) };
         match random.below(8) {
             0 => {
                 // The table, or a large page in its place.
@@ -496,9 +550,12 @@ impl Step {
                     e.asm(|a| a.adc(rdi, rbx));
                 }
             }
-            Self::Patch { point, way, through, value } => {
-                let own: Vec<&Point> = known.iter().filter(|p| p.user == e.user).collect();
-                if known.is_empty() {
+            Self::Patch { point, near, way, through, value } => {
+                let own: Vec<&Point> = match points.iter().rfind(|p| p.user == e.user) {
+                    Some(last) if *near => vec![last],
+                    _ => known.iter().filter(|p| p.user == e.user).collect(),
+                };
+                if known.is_empty() && !near {
                     // The first time round: as long as it will be.
                     patch(e, 0, false, *way, *value, *through);
                 } else if let Some(point) = own.get(*point % own.len().max(1)) {
@@ -793,7 +850,7 @@ fn text(e: &mut Emitter, kind: u64, (to, from): (u64, u64), count: u64, size: u6
 fn stack(e: &mut Emitter, address: u64, words: u64) {
     let user = e.user;
     e.asm(|a| a.mov(rsp, address));
-    for register in WIDE.iter().take(words as usize) {
+    for register in &WIDE[..words as usize] {
         e.asm(|a| a.push(*register));
     }
     e.asm(|a| a.pushfq());
