@@ -300,7 +300,9 @@ fn a_page_becomes_code_while_a_block_talks_to_a_device() {
     let generation = |phys: &PhysMemory| phys.code_page(page).unwrap().generation();
     // Another vCPU decodes code there meanwhile.
     let other = phys.clone();
-    let watch = Hook(Box::new(move || drop(other.watch(page, 0x10, 4, 1))));
+    let watch = Hook(Box::new(move || {
+        other.watch(page, 0x10, 4, 1);
+    }));
     *lock(&guest.bus.on_mmio_write) = Some(watch);
     let code = asm!(64 at CODE;
         mov(rbx, DATA); mov(rdi, device); mov(dword_ptr(rbx), eax); mov(dword_ptr(rdi), eax); mov(dword_ptr(rbx + 0x10), eax); hlt();
