@@ -51,10 +51,9 @@ impl Translator {
                 self.asm.store(Ea::cpu(TARGET), RAX);
                 self.page_of_target();
                 self.asm.store(Ea::cpu(TARGET_PAGE), RCX);
-                let stack = Address::at(4, -8);
                 let place = match register {
                     Some(_) => self.access(op, plan, ALL),
-                    None => self.probe(&stack, Mem::Write, 8),
+                    None => self.probe(&Address::PUSHED, Mem::Write, 8),
                 };
                 self.push_return(op, place);
                 self.asm.load(RCX, Ea::cpu(TARGET_PAGE));
@@ -85,11 +84,7 @@ impl Translator {
                 }
             }
             None => {
-                let place = match plan.kind {
-                    // A call's other access is the one that `plan` is about.
-                    Kind::CallIndirect { .. } => self.probe(&Address::of_operand(op), Mem::Read, 8),
-                    _ => self.access(op, plan, ALL),
-                };
+                let place = self.access(op, plan, ALL);
                 self.asm.load(RCX, place);
             }
         }
@@ -119,23 +114,24 @@ impl Translator {
     /// does it all. Keeps rcx.
     fn look_up(&mut self) {
         self.jump_slot();
-        self.compare(ADDRESS);
+        self.compare_address();
         self.miss_if(5);
-        self.compare(TAG);
+        self.compare_tag();
         self.miss_if(5);
         self.count(layout::COUNTED_JUMP_HITS);
         self.load_code();
     }
 
-    /// Compares an entry of the jump cache, at rax, with the address in rcx or with the tag that counts.
-    fn compare(&mut self, what: i32) {
-        if what == ADDRESS {
-            self.asm.op(Code::wide(0x3b), RCX, Rm::Mem(Ea::at(RAX, ADDRESS)));
-        } else {
-            let tag = Ea::cpu(layout::jump_tag(usize::from(self.upper)));
-            self.asm.op(Code::one(0x8b), RDX, Rm::Mem(tag));
-            self.asm.op(Code::one(0x3b), RDX, Rm::Mem(Ea::at(RAX, TAG)));
-        }
+    /// Compares the address of the entry of the jump cache at rax with rcx.
+    fn compare_address(&mut self) {
+        self.asm.op(Code::wide(0x3b), RCX, Rm::Mem(Ea::at(RAX, ADDRESS)));
+    }
+
+    /// Compares its tag with the one that counts. Destroys rdx.
+    fn compare_tag(&mut self) {
+        let tag = Ea::cpu(layout::jump_tag(usize::from(self.upper)));
+        self.asm.op(Code::one(0x8b), RDX, Rm::Mem(tag));
+        self.asm.op(Code::one(0x3b), RDX, Rm::Mem(Ea::at(RAX, TAG)));
     }
 
     /// The address of the code of the entry at rax, in rax.
@@ -177,9 +173,9 @@ impl Translator {
     pub(super) fn jump_far(&mut self, target: i64) {
         self.address_of(target);
         self.jump_slot();
-        self.compare(ADDRESS);
+        self.compare_address();
         let first = self.asm.jcc(5);
-        self.compare(TAG);
+        self.compare_tag();
         let second = self.asm.jcc(5);
         self.count(layout::COUNTED_JUMP_HITS);
         self.load_code();

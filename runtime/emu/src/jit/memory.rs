@@ -144,8 +144,8 @@ impl Translator {
     /// rdx are what `compare_tags` leaves.
     ///
     /// Either the span does not lie in one page: then the block goes on without spans, from this op on. Or the
-    /// translation is not there: the op's handler makes it, and this goes on. If it still does not do for the whole span (a store
-    /// to come faults, or is watched), the block goes on without spans after the op.
+    /// translation is not there: the op's handler makes it, and this goes on. If it still does not do for the whole
+    /// span (a store to come faults, or is watched), the block goes on without spans after the op.
     pub(super) fn span_miss(&mut self, op: usize, places: (u16, u16), span: SpanMiss) {
         let (start, end) = places;
         let slot = Ea::cpu(layout::span(span.slot));

@@ -221,7 +221,7 @@ pub fn plan(bytes: &[u8], op: &Op, valid: bool, inline: Option<&Inline>) -> Plan
 }
 
 /// Operands of the stack, at most.
-pub fn implicit(kind: &Kind) -> bool {
+fn implicit(kind: &Kind) -> bool {
     matches!(
         kind,
         Kind::Push { .. }

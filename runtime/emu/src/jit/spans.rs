@@ -29,8 +29,11 @@ impl Address {
         Self { base: op.base, index: op.index, scale: op.scale, disp: op.disp as i32, seg }
     }
 
+    /// Where 8 bytes are pushed to.
+    pub const PUSHED: Self = Self::at(SP, -8);
+
     /// `disp` beyond register `base`.
-    pub fn at(base: u8, disp: i32) -> Self {
+    const fn at(base: u8, disp: i32) -> Self {
         Self { base, index: reg::ZERO, scale: 0, disp, seg: None }
     }
 
@@ -38,7 +41,7 @@ impl Address {
     pub fn of(op: &Op, plan: &Plan) -> Self {
         match plan.kind {
             Kind::Push { .. } | Kind::CallNear | Kind::CallIndirect { register: Some(_) } => {
-                Self::at(SP, -8)
+                Self::PUSHED
             }
             Kind::Pop { .. } | Kind::Return => Self::at(SP, 0),
             Kind::Leave => Self::at(BP, 0),
@@ -139,9 +142,10 @@ impl Spans {
             // These have two accesses.
             let two = matches!(plan.kind, Kind::CallIndirect { register: None } | Kind::PushMemory);
             // The head of a span reaches below its own displacement.
-            let far = op.disp < i64::from(i32::MIN) + SPAN && !super::plan::implicit(&plan.kind);
+            let address = Address::of(op, plan);
+            let far = i64::from(address.disp) < i64::from(i32::MIN) + SPAN;
             if plan.mem != Mem::None && !two && !far {
-                self.access(i, &Address::of(op, plan), plan);
+                self.access(i, &address, plan);
             }
             self.effect(op, plan, inline.as_ref(), immediate(i));
         }

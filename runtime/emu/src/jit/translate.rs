@@ -371,11 +371,10 @@ impl Translator {
                 self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
             }
             Kind::PushMemory => {
-                self.keep_flags(live);
-                let place = self.probe(&Address::of_operand(op), Mem::Read, 8);
+                let place = self.access(op, plan, live);
                 self.asm.load(RDX, place);
                 self.asm.store(Ea::cpu(layout::TARGET), RDX);
-                let place = self.probe(&Address::at(4, -8), Mem::Write, 8);
+                let place = self.probe(&Address::PUSHED, Mem::Write, 8);
                 self.asm.load(RDX, Ea::cpu(layout::TARGET));
                 self.asm.store(place, RDX);
                 self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
