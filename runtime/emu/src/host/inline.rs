@@ -1,29 +1,30 @@
-//! Vector instructions for translated code: the instruction on renamed registers, as a stub has it, without the stub.
+//! Vector and x87 instructions for translated code: the instruction itself, on the host's registers of the same numbers. Only
+//! general registers are renamed.
 
-use iced_x86::{Encoder, EncodingKind, Instruction, InstructionInfoFactory, OpKind, Register};
+use iced_x86::{
+    Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
+};
 
 use super::exec::{classify, demanded_alignment, memory_access};
 use super::state::guard;
-use super::stub::{access, implied};
+use super::stub::{self, access, implied};
 use super::{HostFeatures, bit_scan_of_old, gather, is_vector, masked, misc, x87, xsave};
 use crate::cpu::Mode;
 use crate::mmu::Access;
 
-/// Most register operands.
+/// Most general register operands.
 pub const MAX_MOVES: usize = 4;
 
-/// Where a register operand comes from and goes to.
+/// A general register operand, which is in its own host register (or in memory) before and after.
 #[derive(Debug, Clone, Copy)]
 pub struct Move {
-    /// General register of 4 or 8 bytes; else a vector register.
-    pub general: bool,
-    /// 256 bits.
-    pub wide: bool,
     /// The guest's number.
     pub guest: u8,
-    /// Host register.
+    /// Host register that the instruction names.
     pub host: u8,
+    /// It is copied there before.
     pub load: bool,
+    /// It is copied back afterwards.
     pub store: bool,
 }
 
@@ -36,14 +37,19 @@ pub struct Operand {
     pub align: u8,
 }
 
-/// A vector instruction, its memory operand at rcx.
+/// A vector or x87 instruction on the host's own registers, its memory operand at rcx.
 #[derive(Debug, Clone, Copy)]
 pub struct Inline {
     /// [`guard`](super::state::guard) bits that keep it from simply running.
     pub class: u8,
+    /// It names XMM or YMM registers.
+    pub vectors: bool,
+    /// Upper halves of YMM registers may be other than zero afterwards.
+    pub wide: bool,
+    /// x87: the opcode that pointers tell afterwards ([`X87Pointers::fop`](super::X87Pointers::fop)).
+    pub note: Option<u16>,
     pub memory: Option<Operand>,
     pub moves: [Option<Move>; MAX_MOVES],
-    pub vex: bool,
     /// Arithmetic flags as iced counts them.
     pub flags_read: u32,
     pub flags_written: u32,
@@ -70,60 +76,40 @@ pub trait Names {
 /// `insn` for translated code. None: it is not one of these, or has operands of another kind.
 pub fn make<N: Names>(insn: &Instruction, features: &HostFeatures, names: &N) -> Option<Inline> {
     let insn = &bit_scan_of_old(insn, features);
-    let vex = match insn.code().encoding() {
-        EncodingKind::Legacy => false,
-        EncodingKind::VEX => true,
-        _ => return None,
-    };
     let known = insn.cpuid_features().iter().all(|f| features.has(*f));
-    let name = insn.mnemonic();
-    let halves = matches!(name, iced_x86::Mnemonic::Vcvtps2ph | iced_x86::Mnemonic::Vcvtph2ps);
-    if !known || !is_vector(insn) || halves || !implied(insn).is_empty() {
+    let encoding = insn.code().encoding();
+    if !known || !matches!(encoding, EncodingKind::Legacy | EncodingKind::VEX) {
         return None;
     }
-    let elsewhere = x87::decode(insn, Mode::Code64)
-        .or_else(|| xsave::decode(insn, Mode::Code64))
-        .or_else(|| masked::decode(insn))
-        .or_else(|| gather::decode(insn))
-        .or_else(|| misc::decode(insn, features));
-    if elsewhere.is_some() {
-        return None;
-    }
+    let (class, note) = match x87::in_place(insn) {
+        Some(known) => known,
+        None if in_place(insn, features) => (classify(insn), None),
+        None => return None,
+    };
     let mut renamed = *insn;
     renamed.set_segment_prefix(Register::None);
-    let mut free = N::FREE.into_iter();
-    let mut places = [None; MAX_MOVES];
+    let mut general = General::implied(insn);
+    let mut free = N::FREE.into_iter().filter(|host| general.lacks(*host)).collect::<Vec<_>>();
+    let (mut vectors, mut wide) = (uses_vectors(insn), false);
     for i in 0..insn.op_count() {
         match insn.op_kind(i) {
             OpKind::Register => {
                 let register = insn.op_register(i);
-                let place = if register.is_xmm() || register.is_ymm() {
-                    let wide = register.is_ymm();
-                    let base = if wide { Register::YMM0 } else { Register::XMM0 };
-                    renamed.set_op_register(i, base + i);
-                    let guest = register.number() as u8;
-                    Move { general: false, wide, guest, host: i as u8, load: false, store: false }
+                let guest = register.number() as u8;
+                if register.is_xmm() || register.is_ymm() {
+                    vectors = true;
+                    wide |= register.is_ymm();
+                } else if register == Register::AX && note.is_none() && class & guard::X87 != 0 {
+                    general.add(i, guest, guest);
                 } else if register.is_gpr32() || register.is_gpr64() {
-                    let guest = register.number() as u8;
-                    let own = names.general(guest);
-                    let host = match own {
-                        Some(host) => host,
-                        None => free.next()?,
-                    };
+                    let known = general.host_of(guest).or_else(|| names.general(guest));
+                    let host = known.or_else(|| free.pop())?;
                     let base = if register.is_gpr32() { Register::EAX } else { Register::RAX };
                     renamed.set_op_register(i, base + u32::from(host));
-                    Move {
-                        general: true,
-                        wide: own.is_some(),
-                        guest,
-                        host,
-                        load: false,
-                        store: false,
-                    }
-                } else {
+                    general.add(i, guest, host);
+                } else if !register.is_mm() && !register.is_st() {
                     return None;
-                };
-                *places.get_mut(i as usize)? = Some(place);
+                }
             }
             OpKind::Memory => {
                 renamed.set_memory_base(Register::RCX);
@@ -138,16 +124,10 @@ pub fn make<N: Names>(insn: &Instruction, features: &HostFeatures, names: &N) ->
     }
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(&renamed);
-    for (i, place) in (0..).zip(&mut places) {
-        let Some(place) = place else { continue };
-        let (load, store) = access(info.op_access(i));
-        // A legacy instruction may leave part of its destination.
-        place.load = load || !vex && !place.general;
-        place.store = store;
-        if place.general && place.wide {
-            // In its own register.
-            (place.load, place.store) = (false, false);
-        }
+    for (i, place) in &mut general.explicit {
+        (place.load, place.store) = access(info.op_access(*i));
+        // A part of it stays.
+        place.load |= insn.op_register(*i) == Register::AX;
     }
     let memory = match memory_access(insn) {
         None => None,
@@ -160,27 +140,94 @@ pub fn make<N: Names>(insn: &Instruction, features: &HostFeatures, names: &N) ->
                 iced_x86::OpAccess::Read => Access::Read,
                 _ => Access::Write,
             };
-            Some(Operand { access, size: size as u8, align: demanded_alignment(insn, size) })
+            let align = if class & guard::X87 != 0 { 0 } else { demanded_alignment(insn, size) };
+            Some(Operand { access, size: size as u8, align })
         }
     };
-    let mut encoder = Encoder::try_new(64).ok()?;
-    encoder.encode(&renamed, 0).ok()?;
-    let bytes = encoder.take_buffer();
-    let mut code = [0; 15];
-    code.get_mut(..bytes.len())?.copy_from_slice(&bytes);
-    let class = classify(insn);
-    if class & guard::MMX != 0 {
-        return None;
-    }
+    let (code, len) = encode(&renamed)?;
     Some(Inline {
         class,
+        vectors,
+        wide,
+        note,
         memory,
-        moves: places,
-        vex,
+        moves: general.moves()?,
         flags_read: renamed.rflags_read(),
         flags_written: renamed.rflags_written() | renamed.rflags_cleared() | renamed.rflags_set(),
         flags_modified: renamed.rflags_modified(),
         code,
-        len: bytes.len() as u8,
+        len,
     })
+}
+
+/// Is this an instruction on vectors, or a general one that goes with them, that does nothing but compute?
+fn in_place(insn: &Instruction, features: &HostFeatures) -> bool {
+    use Mnemonic as M;
+    if matches!(insn.mnemonic(), M::Vzeroupper | M::Vzeroall) {
+        return true;
+    }
+    // Their alignment is a matter of its own.
+    let halves = matches!(insn.mnemonic(), M::Vcvtps2ph | M::Vcvtph2ps);
+    let elsewhere = xsave::decode(insn, Mode::Code64)
+        .or_else(|| masked::decode(insn))
+        .or_else(|| gather::decode(insn))
+        .or_else(|| misc::decode(insn, features));
+    is_vector(insn) && !halves && elsewhere.is_none()
+}
+
+/// Does it use XMM or YMM registers that it does not name?
+fn uses_vectors(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(insn.mnemonic(), M::Vzeroupper | M::Vzeroall)
+}
+
+fn encode(insn: &Instruction) -> Option<([u8; 15], u8)> {
+    // What has no operation of its own.
+    if insn.mnemonic() == Mnemonic::Wait {
+        return Some(([0; 15], 0));
+    }
+    let mut encoder = Encoder::try_new(64).ok()?;
+    encoder.encode(insn, 0).ok()?;
+    let bytes = encoder.take_buffer();
+    let mut code = [0; 15];
+    code.get_mut(..bytes.len())?.copy_from_slice(&bytes);
+    Some((code, bytes.len() as u8))
+}
+
+/// The general register operands of an instruction.
+struct General {
+    /// By the number of the operand.
+    explicit: Vec<(u32, Move)>,
+    implied: Vec<Move>,
+}
+
+impl General {
+    /// Those that the instruction does not name.
+    fn implied(insn: &Instruction) -> Self {
+        let place = |(number, load, store)| Move { guest: number, host: number, load, store };
+        let general = implied(insn).iter().filter_map(stub::Operand::general).map(place).collect();
+        Self { explicit: Vec::new(), implied: general }
+    }
+
+    /// The host register of an operand that is named before.
+    fn host_of(&self, guest: u8) -> Option<u8> {
+        self.explicit.iter().find(|(_, place)| place.guest == guest).map(|(_, place)| place.host)
+    }
+
+    fn lacks(&self, host: u8) -> bool {
+        self.implied.iter().all(|place| place.host != host)
+    }
+
+    fn add(&mut self, operand: u32, guest: u8, host: u8) {
+        self.explicit.push((operand, Move { guest, host, load: false, store: false }));
+    }
+
+    fn moves(self) -> Option<[Option<Move>; MAX_MOVES]> {
+        let mut moves = [None; MAX_MOVES];
+        let all = self.explicit.into_iter().map(|(_, place)| place).chain(self.implied);
+        for (i, place) in all.enumerate() {
+            *moves.get_mut(i)? = Some(place);
+        }
+        Some(moves)
+    }
 }

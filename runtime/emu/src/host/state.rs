@@ -1,6 +1,6 @@
 //! SIMD and x87 registers, and who may use them.
 //!
-//! XMM/YMM live in memory. The x87 unit's registers live in the host's x87 unit between
+//! XMM/YMM live in memory whenever anything but translated code runs ([`VectorState::away`]). The x87 unit's registers live in the host's x87 unit between
 //! [`VectorState::enter`] and [`VectorState::leave`], and in [`VectorState::x87`] otherwise.
 //!
 //! # MXCSR
@@ -103,6 +103,11 @@ pub struct VectorState {
     pub ymm: [Ymm; 16],
     /// [`guard`] bits: zero when everything is allowed and plain.
     pub guard: u8,
+    /// `ymm` is what counts: 1, but while translated code has the registers in the host's. Tested together with `guard`.
+    pub away: u8,
+    /// While they are there: the upper half of one may be other than zero.
+    pub wide: u8,
+    _pad: u8,
     resident: bool,
     mxcsr: u32,
     cr0: u64,
@@ -118,6 +123,9 @@ impl Default for VectorState {
         let mut state = Self {
             ymm: [Ymm::default(); 16],
             guard: 0,
+            away: 1,
+            wide: 0,
+            _pad: 0,
             resident: false,
             mxcsr: MXCSR_RESET,
             cr0: 0,

@@ -158,6 +158,13 @@ pub(super) struct Operand {
     store: bool,
 }
 
+impl Operand {
+    /// A general register: its number, and whether it is read and written.
+    pub(super) fn general(&self) -> Option<(u8, bool, bool)> {
+        matches!(self.held, Held::Gpr(_)).then_some((self.host, self.load, self.store))
+    }
+}
+
 /// Where an operand's memory copy is.
 #[derive(Debug, Clone, Copy)]
 enum From {

@@ -19,13 +19,33 @@ const ENV: usize = 28;
 /// Environment and registers.
 const SAVE: usize = 108;
 
-/// Compiles an x87 instruction.
-pub fn decode(insn: &Instruction, mode: Mode) -> Option<HostOp> {
+fn is_x87(insn: &Instruction) -> bool {
     use Mnemonic as M;
     let x87 = insn.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387));
     // These are older than the feature bits: FWAIT, and what is a no-operation since the 387.
-    let older = matches!(insn.mnemonic(), M::Wait | M::Fndisi | M::Fneni | M::Fnsetpm);
-    if !x87 && !older {
+    x87 || matches!(insn.mnemonic(), M::Wait | M::Fndisi | M::Fneni | M::Fnsetpm)
+}
+
+/// For instructions that are no more than the host's own, if no bit of the class that is returned is set: that class, and
+/// the opcode to note.
+pub fn in_place(insn: &Instruction) -> Option<(u8, Option<u16>)> {
+    use Mnemonic as M;
+    if !is_x87(insn) {
+        return None;
+    }
+    match insn.mnemonic() {
+        M::Wait => Some((guard::WAIT | guard::PENDING, None)),
+        M::Fnclex | M::Fnstsw | M::Fnstcw => Some((class::X87_NOWAIT, None)),
+        M::Fninit | M::Fndisi | M::Fneni | M::Fnsetpm | M::Fldcw => None,
+        M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor => None,
+        _ => Some((class::X87, Some(opcode(insn)))),
+    }
+}
+
+/// Compiles an x87 instruction.
+pub fn decode(insn: &Instruction, mode: Mode) -> Option<HostOp> {
+    use Mnemonic as M;
+    if !is_x87(insn) {
         return None;
     }
     let real = u8::from(mode == Mode::Real);

@@ -6,7 +6,7 @@ use std::mem::offset_of;
 use super::asm::host::{R8, R9, R10, R11, R12, R13, R14, R15, RBP, RBX, RDI, RSI};
 use super::env::{Counted, JitEnv};
 use crate::cpu::{Cpu, SegmentReg};
-use crate::host::VectorState;
+use crate::host::{VectorState, X87Pointers};
 use crate::mmu::{Mmu, TlbLayout};
 use crate::op::reg;
 
@@ -61,13 +61,26 @@ pub const fn jump_tag(half: usize) -> i32 {
     (TLB + TlbLayout::JUMP_TAGS + half * 4) as i32
 }
 
+const VEC: usize = offset_of!(Cpu, vec);
 /// The bits that keep vector instructions from simply running.
-pub const GUARD: i32 = (offset_of!(Cpu, vec) + offset_of!(VectorState, guard)) as i32;
+pub const GUARD: i32 = (VEC + offset_of!(VectorState, guard)) as i32;
+/// Whether their registers are in memory.
+pub const AWAY: i32 = (VEC + offset_of!(VectorState, away)) as i32;
+pub const WIDE: i32 = (VEC + offset_of!(VectorState, wide)) as i32;
+/// [`AWAY`] in the four bytes at [`GUARD`].
+pub const AWAY_BIT: u32 = 1 << 8;
+const _: () = assert!(AWAY == GUARD + 1 && GUARD % 4 == 0);
 
 /// A vector register.
 pub const fn ymm(guest: u8) -> i32 {
-    (offset_of!(Cpu, vec) + offset_of!(VectorState, ymm) + guest as usize * 32) as i32
+    (VEC + offset_of!(VectorState, ymm) + guest as usize * 32) as i32
 }
+
+const POINTERS: usize = VEC + offset_of!(VectorState, pointers);
+/// The pointers to the last x87 instruction.
+pub const FIP: i32 = (POINTERS + offset_of!(X87Pointers, fip)) as i32;
+pub const FDP: i32 = (POINTERS + offset_of!(X87Pointers, fdp)) as i32;
+pub const FOP: i32 = (POINTERS + offset_of!(X87Pointers, fop)) as i32;
 
 const ENV: usize = offset_of!(Cpu, jit);
 pub const JUMPS: i32 = (ENV + offset_of!(JitEnv, table)) as i32;

@@ -17,6 +17,7 @@ mod layout;
 mod memory;
 mod plan;
 mod raw;
+mod registers;
 mod run;
 mod spans;
 mod stubs;

@@ -241,7 +241,7 @@ impl Spans {
             }
             Kind::Vector => {
                 let places = inline.map_or(&[][..], |inline| &inline.moves[..]);
-                for place in places.iter().flatten().filter(|place| place.general) {
+                for place in places.iter().flatten().filter(|place| place.store) {
                     self.forget(place.guest);
                 }
             }

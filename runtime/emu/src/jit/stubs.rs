@@ -2,12 +2,16 @@
 
 use std::mem::offset_of;
 
+use iced_x86::CpuidFeature;
+
 use super::asm::host::{RAX, RBP, RBX, RCX, RDI, RDX, RSI};
 use super::asm::{Asm, Code, Ea, Rm};
 use super::env::CalledOp;
-use super::layout::{CALLED, CPU, PINNED, RIP, gpr, host_of};
+use super::layout::{AWAY, CALLED, CPU, PINNED, RIP, gpr, host_of};
+use super::registers;
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode};
+use crate::host::HostFeatures;
 use crate::op::{Flow, reg};
 
 /// Offsets in the arena.
@@ -24,6 +28,8 @@ pub struct Stubs {
     pub exit_bridge: u32,
     /// rcx: where to go on.
     pub exit_to: u32,
+    /// Called with the vector registers in memory, which are in the host's then. Destroys rax and EFLAGS.
+    pub load_vectors: u32,
 }
 
 /// How translated code was left: rax and rdx.
@@ -114,6 +120,7 @@ impl Stubs {
         asm.land(event);
         asm.land(bridge);
         store_all(asm);
+        let exit_vectors = save_if_loaded(asm);
         let leave = asm.here();
         asm.op(Code::wide(0x83), 0, Rm::Reg(4)); // add rsp, 8
         asm.bytes(&[8]);
@@ -124,6 +131,7 @@ impl Stubs {
 
         stubs.call_op = asm.here() as u32;
         store_all(asm);
+        let call_vectors = save_if_loaded(asm);
         asm.store(Ea::cpu(CALLED), RDX);
         asm.mov(RSI, RDX);
         asm.mov(RDI, CPU);
@@ -151,8 +159,26 @@ impl Stubs {
         asm.land(flow);
         mov_edx(asm, exit::FLOW);
         asm.jmp_to(leave);
+
+        let avx = HostFeatures::detect().has(CpuidFeature::AVX);
+        stubs.load_vectors = asm.here() as u32;
+        registers::load(asm, avx);
+        asm.bytes(&[0xc3]);
+        for (call, back) in [exit_vectors, call_vectors] {
+            asm.land(call);
+            registers::save(asm, avx);
+            asm.jmp_to(back);
+        }
         stubs
     }
+}
+
+/// Looks whether the vector registers are in the host's: the jump to be taken then, and where to come back to.
+fn save_if_loaded(asm: &mut Asm) -> (usize, usize) {
+    asm.op(Code::one(0x80), 7, Rm::Mem(Ea::cpu(AWAY))); // cmp byte [away], 0
+    asm.bytes(&[0]);
+    let jump = asm.jcc(4);
+    (jump, asm.here())
 }
 
 fn push(asm: &mut Asm, register: u8) {

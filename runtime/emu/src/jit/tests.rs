@@ -195,6 +195,65 @@ fn vectors_in_place() {
 }
 
 #[test]
+fn vector_registers_are_there_after_whatever_is_called() {
+    // Each round: a handler between wide and narrow ones, an access that crosses pages, and one that is misaligned.
+    let code = asm!(64 at CODE, [again];
+        mov(rax, 0x4000_0000_3f80_0000u64); movq(xmm15, rax); vinsertf128(ymm15, ymm15, xmm15, 1i32); mov(r12d, 300i32); lea(rsi, ptr(rdi + 0x1000));
+        set_label(&mut again);
+        vaddps(ymm14, ymm14, ymm15); vperm2f128(ymm13, ymm14, ymm15, 0x21i32); xor(eax, eax); cpuid(); addps(xmm13, xmm15);
+        vmovups(ymmword_ptr(rsi - 17), ymm13); mov(ecx, 3i32); rep().stosb(); sub(rdi, 3i32); vpaddd(xmm12, xmm12, xmmword_ptr(rsi - 9)); paddd(xmm11, xmm12);
+        vpaddd(ymm10, ymm10, ymm13); mov(edx, 0u32); mov(eax, 7i32); xsave(ptr(rdi + 64)); vpxor(ymm10, ymm10, ymmword_ptr(rdi + 64 + 160)); vzeroupper(); vaddps(ymm9, ymm9, ymm15);
+        movdqa(xmm8, xmm14); pshufb(xmm8, xmm9); movq(r9, xmm8); mov(dword_ptr(rsi + 8), r12d); dec(r12d); jnz(again); mov(ebx, 4i32); ud2();
+    );
+    let (exception, state, counters) = both(&[(CODE, &code)]);
+    assert_eq!((exception.vector, state.gpr[3]), (vector::UD, 4));
+    assert!(counters.entered < 100, "{counters:?}");
+}
+
+#[test]
+fn general_registers_that_vector_instructions_imply() {
+    let code = asm!(64 at CODE, [again];
+        mov(ebx, 200i32); set_label(&mut again);
+        movdqu(xmm1, xmmword_ptr(rdi + rbx)); mov(byte_ptr(rdi + rbx), bl); mov(eax, 9i32); mov(edx, ebx); pcmpestri(xmm1, xmmword_ptr(rdi + rbx), 8i32);
+        add(r9, rcx); pcmpistri(xmm1, xmm0, 0x18i32); adc(r10, rcx); mulx(rcx, r8, rbx); mulx(r11, r11, r9); mov(rdx, r11); mulx(rdx, rax, r15); xor(r15, rdx);
+        andn(r8, r8, r9); pcmpistrm(xmm1, xmm2, 0x40i32); pblendvb(xmm2, xmmword_ptr(rdi)); sha256rnds2(xmm3, xmm2); add(r15, rax); pextrq(r8, xmm3, 1i32); dec(ebx); jnz(again); ud2();
+    );
+    let (exception, _, counters) = both(&[(CODE, &code)]);
+    assert_eq!(exception.vector, vector::UD);
+    // One that has more operands than there are places for, in the three blocks that overlap; UD2; HLT where that ends.
+    assert_eq!(counters.called_instructions, 5, "{counters:?}");
+}
+
+#[test]
+fn floating_point_under_every_mxcsr() {
+    // Rounding, flushing and unmasked exceptions come and go within a block; the last one is taken.
+    let code = asm!(64 at CODE, [again];
+        mov(dword_ptr(rdi), 0x1f80i32); mov(dword_ptr(rdi + 4), 0x9fc0i32); mov(dword_ptr(rdi + 8), 0x5f80i32); mov(dword_ptr(rdi + 12), 0x1d80i32);
+        mov(eax, 0x0000_0007i32); movd(xmm1, eax); mov(eax, 0x3f80_0000i32); movd(xmm2, eax); mov(eax, 0x4040_0000i32); movd(xmm3, eax);
+        mov(ecx, 60i32); set_label(&mut again);
+        divss(xmm2, xmm3); ldmxcsr(dword_ptr(rdi + 4)); mulss(xmm1, xmm3); addss(xmm2, xmm3); movss(dword_ptr(rdi + 20), xmm1); divps(xmm4, xmmword_ptr(rdi)); ldmxcsr(dword_ptr(rdi + 8));
+        divss(xmm2, xmm3); addss(xmm5, xmm2); vdivps(ymm6, ymm5, ymm3); stmxcsr(dword_ptr(rdi + 24)); ldmxcsr(dword_ptr(rdi)); mulss(xmm1, xmm3); sqrtss(xmm7, xmm2); stmxcsr(dword_ptr(rdi + 28));
+        dec(ecx); jnz(again); ldmxcsr(dword_ptr(rdi + 12)); movups(xmm8, xmm2); divss(xmm8, xmm9); ud2();
+    );
+    let (exception, ..) = both(&[(CODE, &code)]);
+    assert_eq!(exception.vector, vector::XM);
+}
+
+#[test]
+fn x87_in_place_with_its_pointers() {
+    let code = asm!(64 at CODE, [again];
+        mov(word_ptr(rdi), 0x0f7fi32); mov(word_ptr(rdi + 2), 0x037fi32); mov(ecx, 50i32); set_label(&mut again);
+        fninit(); fldpi(); fld1(); fadd_2(st0, st1); fst(qword_ptr(rdi + 16)); fstp(tbyte_ptr(rdi + 0xffb)); fldcw(word_ptr(rdi)); fild(dword_ptr(rdi + 16)); fdivp(st1, st0);
+        fnstenv(ptr(rdi + 32)); fldcw(word_ptr(rdi + 2)); fld(tbyte_ptr(rdi + 0xffb)); fcomip(st0, st1); setb(bl); fcmovb(st0, st1); fxam(); fnstsw(ax); add(edx, eax); fnstsw(word_ptr(rdi + 6));
+        fnstcw(word_ptr(rdi + 8)); fxsave(ptr(rdi + 0x200)); wait(); movq(mm1, qword_ptr(rdi + 16)); paddd(mm2, mm1); cvtpi2ps(xmm1, mm2); movq2dq(xmm2, mm2); emms(); dec(ecx); jnz(again);
+        mov(word_ptr(rdi), 0x0300i32); fldz(); fld1(); fldcw(word_ptr(rdi)); fdiv_2(st0, st1); fnstenv(ptr(rdi + 32)); fldcw(word_ptr(rdi)); fdiv_2(st0, st1); fld1(); ud2();
+    );
+    let (exception, _, counters) = both(&[(CODE, &code)]);
+    assert_eq!(exception.vector, vector::MF);
+    assert!(counters.entered < 100, "{counters:?}");
+}
+
+#[test]
 fn code_that_changes_itself() {
     let code = asm!(64 at CODE, [again, target];
         mov(ecx, 50i32); xor(edx, edx); lea(rbx, ptr(target)); set_label(&mut again);

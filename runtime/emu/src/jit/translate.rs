@@ -7,6 +7,7 @@ use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_CX, GUEST_DX, GUEST_SP, 
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Operand, Plan};
 use super::spans::{Address, Spans};
 use super::stubs::Stubs;
+use super::vector::{GuardMiss, Known};
 use crate::host::inline::Inline;
 use crate::op::Op;
 
@@ -37,6 +38,8 @@ pub(super) enum Miss {
     Access { jump: usize, hit: Option<(usize, bool)> },
     /// The probe for a span.
     Span { jump: usize, hit: Option<(usize, bool)>, span: SpanMiss },
+    /// The look at what vector instructions may do.
+    Guard { jump: usize, miss: GuardMiss },
 }
 
 /// A span whose probe has missed.
@@ -55,6 +58,8 @@ enum Cold {
         op: usize,
         resume: usize,
         restore: bool,
+        /// What holds at `resume`.
+        known: Known,
     },
     Link {
         jump: usize,
@@ -108,6 +113,12 @@ pub struct Translator {
     pub(super) asm: Asm,
     pub(super) at: Option<At>,
     pub(super) upper: bool,
+    /// The block goes without spans.
+    pub(super) plain: bool,
+    /// Of the vector unit, here.
+    pub(super) known: Known,
+    /// The next op notes itself as an x87 instruction, and nobody can look before.
+    pub(super) noted_next: bool,
     pub(super) stubs: Stubs,
     /// Code counts what it does ([`Counted`](super::env::Counted)).
     counting: bool,
@@ -162,6 +173,8 @@ impl Translator {
         self.misses.clear();
         self.first_link = first_link;
         self.upper = input.upper;
+        self.plain = input.plain;
+        self.known = Known::default();
         let start = input.ops.first().map_or(0, |op| op.start);
         let live = self.make_plans(input, start);
         self.find_spans(input, start);
@@ -174,14 +187,16 @@ impl Translator {
             let (plan, after) = (self.plans[i], self.after[i]);
             let from = usize::from(op.start - start);
             let bytes = &input.bytes[from..usize::from(op.end - start)];
+            self.noted_next = self.is_x87(input, i + 1);
             match (plan.kind, &input.inlines[i]) {
                 (Kind::Vector, Some(inline)) => self.vector(op, &plan, inline, plan.live(after)),
                 _ => self.op(op, &plan, after, bytes),
             }
             let resume = self.asm.here();
             let restore = self.at() != At::Memory;
+            let known = self.known;
             for miss in std::mem::take(&mut self.misses) {
-                self.cold.push(Cold::Miss { miss, op: i, resume, restore });
+                self.cold.push(Cold::Miss { miss, op: i, resume, restore, known });
             }
         }
         self.finish(input);
@@ -219,6 +234,13 @@ impl Translator {
             live = plan.live(live);
         }
         live
+    }
+
+    /// Is op `index` an x87 instruction in place that accesses no memory?
+    fn is_x87(&self, input: &Input<'_>, index: usize) -> bool {
+        let vector = self.plans.get(index).is_some_and(|plan| plan.kind == Kind::Vector);
+        let inline = input.inlines.get(index).and_then(Option::as_ref);
+        vector && inline.is_some_and(|inline| inline.note.is_some() && inline.memory.is_none())
     }
 
     fn find_spans(&mut self, input: &Input<'_>, start: u16) {
@@ -427,6 +449,7 @@ impl Translator {
     fn call(&mut self, live: Flags) {
         self.keep_flags(live);
         self.call_op(self.current);
+        self.known = Known::default();
     }
 
     pub(super) fn call_op(&mut self, op: usize) {
@@ -658,8 +681,11 @@ impl Translator {
         }
         for cold in std::mem::take(&mut self.cold) {
             match cold {
-                Cold::Miss { miss, op, resume, restore } => {
-                    let (Miss::Access { jump, hit } | Miss::Span { jump, hit, .. }) = miss;
+                Cold::Miss { miss, op, resume, restore, known } => {
+                    let (jump, hit) = match miss {
+                        Miss::Access { jump, hit } | Miss::Span { jump, hit, .. } => (jump, hit),
+                        Miss::Guard { jump, .. } => (jump, None),
+                    };
                     self.asm.land(jump);
                     if let Some((hit, write)) = hit {
                         let other = layout::context(write, 0);
@@ -667,17 +693,22 @@ impl Translator {
                         let back = self.asm.jcc(4);
                         self.asm.patch(back, hit);
                     }
-                    if let Miss::Span { span, .. } = miss {
-                        let places = (input.ops[op].start, input.ops[op].end);
-                        self.span_miss(op, places, span);
-                    } else {
-                        self.call_op(op);
+                    let places = (input.ops[op].start, input.ops[op].end);
+                    match miss {
+                        Miss::Access { .. } => self.call_op(op),
+                        Miss::Span { span, .. } => self.span_miss(op, places, span),
+                        Miss::Guard { miss, .. } => {
+                            if !self.guard_miss(op, places.0, miss) {
+                                continue;
+                            }
+                        }
                     }
                     if self.plans[op].transfers() {
                         // Its handler never says "next".
                         self.asm.bytes(&[0x0f, 0x0b]);
                         continue;
                     }
+                    self.reload_vectors(known);
                     if restore {
                         self.asm.restore_flags(CC);
                     }
