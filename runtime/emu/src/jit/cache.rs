@@ -129,15 +129,17 @@ impl Cache {
         block
     }
 
-    /// Ends the life of the page at host address `page`. False: nothing of it was there.
-    pub fn kill(&mut self, page: u64) -> bool {
+    /// Ends the life of the page at host address `page`, and puts its blocks' names to `names`. False: nothing of it was
+    /// there.
+    pub fn kill(&mut self, page: u64, names: &mut Vec<u64>) -> bool {
         let Some(dead) = self.pages.remove(&page) else { return false };
-        for name in dead.blocks {
-            self.blocks.remove(&name);
-            self.bridges.remove(&name);
+        for name in &dead.blocks {
+            self.blocks.remove(name);
+            self.bridges.remove(name);
         }
+        names.extend(dead.blocks);
         for page in dead.bridges_from {
-            self.kill(page);
+            self.kill(page, names);
         }
         true
     }

@@ -265,8 +265,7 @@ impl Jit {
 
     /// Is the code at `host` to be interpreted still?
     fn on_trial(&mut self, host: HostAddr) -> bool {
-        let number = host.addr().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SEEN.ilog2());
-        match self.seen.get_mut(number as usize) {
+        match self.seen.get_mut(trial(host.addr())) {
             Some(seen) if *seen < self.trials => {
                 *seen += 1;
                 true
@@ -373,9 +372,16 @@ impl Jit {
     }
 
     fn kill(&mut self, cpu: &mut Cpu, page: u64) {
-        if self.cache.kill(page) {
+        let mut names = Vec::new();
+        if self.cache.kill(page, &mut names) {
             self.counters.killed_pages += 1;
             cpu.jit.clear();
+        }
+        // What changes once may change again: it is on trial as new code is.
+        for name in names {
+            if let Some(seen) = self.seen.get_mut(trial(name & !PLAIN)) {
+                *seen = 0;
+            }
         }
     }
 
@@ -442,6 +448,11 @@ impl Jit {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// The counter for code at host address `host`.
+fn trial(host: u64) -> usize {
+    (host.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SEEN.ilog2())) as usize
 }
 
 /// What a block at `host` is called in the cache.

@@ -349,6 +349,14 @@ impl Cpu {
         len: usize,
         access: Access,
     ) -> Result<Target, Fault> {
+        let stepping = self.stepping();
+        if access == Access::Write
+            && !stepping
+            && let Some((page, host)) = self.mmu.tlb.slow_write(linear)
+            && self.mmu.phys.is_watched(page)
+        {
+            return Ok(Target::Ram { host, page, fast: false });
+        }
         check_canonical(linear)?;
         self.mmu.walks += 1;
         let who = self.mmu.tlb.selected();
@@ -362,7 +370,7 @@ impl Cpu {
         let Some((ram, host)) = self.mmu.phys.find(page.gpa) else {
             return Ok(Target::Mmio(page.gpa));
         };
-        let watched = self.stepping() && self.page_is_watched(linear);
+        let watched = stepping && self.page_is_watched(linear);
         if watched && access != Access::Exec {
             self.note_access(linear, len as u64, access == Access::Write);
         }
@@ -377,6 +385,9 @@ impl Cpu {
             shift: page.shift,
         };
         self.mmu.tlb.insert(linear, host, rights);
+        if access == Access::Write && !fast && !stepping {
+            self.mmu.tlb.insert_slow_write(linear, ram, host);
+        }
         Ok(Target::Ram { host, page: ram, fast })
     }
 

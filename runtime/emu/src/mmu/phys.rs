@@ -257,6 +257,11 @@ impl PhysMemory {
         code.lines() == 0
     }
 
+    /// Does `page` have watched code, which keeps fast writes off it?
+    pub fn is_watched(&self, page: PageRef) -> bool {
+        self.code_page(page).is_some_and(|code| code.lines() != 0)
+    }
+
     /// Watches `[offset, offset + len)` of `page` for vCPU `me` and returns the generation to decode under.
     ///
     /// On return no vCPU has a fast write for the page. The second value is true if the

@@ -15,6 +15,7 @@
 
 use std::mem::offset_of;
 
+use super::phys::PageRef;
 use super::raw::HostAddr;
 
 /// Entries of each table.
@@ -91,10 +92,26 @@ pub struct Rights {
     pub shift: u8,
 }
 
+/// A page with watched code that may be written, by the slow path: programs that make code write to such pages again and
+/// again, each time without an [`Entry`] that serves.
+#[derive(Debug, Clone, Copy)]
+struct SlowWrite {
+    linear: u64,
+    /// For reading, which says whether the translation is current.
+    context: u64,
+    table: usize,
+    host: HostAddr,
+    page: PageRef,
+}
+
+/// Of them, by page.
+const SLOW_WRITES: usize = 8;
+
 /// The software TLB of one vCPU.
 #[derive(Debug)]
 pub struct Tlb {
     entries: Box<[Entry]>,
+    slow_writes: [Option<SlowWrite>; SLOW_WRITES],
     /// Start of the current table.
     active: usize,
     /// Its address, for translated code.
@@ -123,6 +140,7 @@ impl Default for Tlb {
     fn default() -> Self {
         let mut tlb = Self {
             entries: vec![Entry::default(); TABLES * ENTRIES].into_boxed_slice(),
+            slow_writes: [None; SLOW_WRITES],
             active: Who::Supervisor as usize * ENTRIES,
             table: 0,
             jump_tags: [0; 2],
@@ -166,6 +184,10 @@ impl TlbLayout {
 
 const _: () = assert!(size_of::<Entry>() == 1 << (12 - 7));
 
+fn slow_slot(linear: u64) -> usize {
+    (linear >> 12) as usize % SLOW_WRITES
+}
+
 impl Tlb {
     #[inline(always)]
     fn slot(&self, linear: u64) -> usize {
@@ -203,6 +225,27 @@ impl Tlb {
         } else {
             None
         }
+    }
+
+    /// Where to store at `linear` by the slow path, if that was found since the last flush.
+    pub fn slow_write(&self, linear: u64) -> Option<(PageRef, HostAddr)> {
+        let known = self.slow_writes[slow_slot(linear)]?;
+        let context = self.read[(linear >> 63) as usize];
+        let current = (known.linear, known.context, known.table);
+        if current != (linear & PAGE, context, self.active) {
+            return None;
+        }
+        // SAFETY: the start of a page of guest RAM, as a walk found it, and an offset in it.
+        Some((known.page, unsafe { HostAddr::new(known.host.addr() | linear & 0xfff) }))
+    }
+
+    /// Remembers that `linear`, which is at `host` in `page`, may be written by the slow path.
+    pub fn insert_slow_write(&mut self, linear: u64, page: PageRef, host: HostAddr) {
+        // SAFETY: the start of the page that the address is in.
+        let host = unsafe { HostAddr::new(host.addr() & PAGE) };
+        let (linear, context) = (linear & PAGE, self.read[(linear >> 63) as usize]);
+        let known = SlowWrite { linear, context, table: self.active, host, page };
+        self.slow_writes[slow_slot(linear)] = Some(known);
     }
 
     /// The host address of the code byte at `linear` if it may be fetched.
@@ -349,6 +392,7 @@ impl Tlb {
         for table in 0..TABLES {
             self.entries[table * ENTRIES + index] = Entry::default();
         }
+        self.slow_writes[slow_slot(linear)] = None;
     }
 
     /// Makes every store take the slow path once.
@@ -395,6 +439,7 @@ impl Tlb {
     fn new_context(&mut self) -> u64 {
         if self.next_context == CONTEXTS {
             self.entries.fill(Entry::default());
+            self.slow_writes = [None; SLOW_WRITES];
             self.wipes += 1;
             for space in &mut self.spaces {
                 (space.read, space.write) = (0, 0);
