@@ -56,12 +56,19 @@ pub struct Inline {
     pub flags_modified: u32,
     code: [u8; 15],
     len: u8,
+    /// Bytes behind the ModRM byte.
+    trailing: u8,
 }
 
 impl Inline {
     /// The instruction.
     pub fn code(&self) -> &[u8] {
         &self.code[..usize::from(self.len)]
+    }
+
+    /// Where its ModRM byte is, if it has a memory operand.
+    pub fn modrm(&self) -> usize {
+        usize::from(self.len - 1 - self.trailing)
     }
 }
 
@@ -157,7 +164,14 @@ pub fn make<N: Names>(insn: &Instruction, features: &HostFeatures, names: &N) ->
         flags_modified: renamed.rflags_modified(),
         code,
         len,
+        trailing: u8::from(has_last_byte(insn)),
     })
+}
+
+/// Does a byte follow the ModRM byte: an immediate, or a fourth register?
+fn has_last_byte(insn: &Instruction) -> bool {
+    let immediate = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Immediate8);
+    immediate || insn.op_count() == 4
 }
 
 /// Is this an instruction on vectors, or a general one that goes with them, that does nothing but compute?

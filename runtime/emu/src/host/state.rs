@@ -105,9 +105,10 @@ pub struct VectorState {
     pub guard: u8,
     /// `ymm` is what counts: 1, but while translated code has the registers in the host's. Tested together with `guard`.
     pub away: u8,
-    /// While they are there: the upper half of one may be other than zero.
+    _rest_of_the_word: [u8; 2],
+    /// While they are there: the upper half of one may be other than zero. Not in the word of `guard`, a load of which would wait
+    /// for stores to this.
     pub wide: u8,
-    _pad: u8,
     resident: bool,
     mxcsr: u32,
     cr0: u64,
@@ -124,8 +125,8 @@ impl Default for VectorState {
             ymm: [Ymm::default(); 16],
             guard: 0,
             away: 1,
+            _rest_of_the_word: [0; 2],
             wide: 0,
-            _pad: 0,
             resident: false,
             mxcsr: MXCSR_RESET,
             cr0: 0,

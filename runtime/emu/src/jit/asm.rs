@@ -133,7 +133,8 @@ impl Asm {
         }
     }
 
-    fn ea(&mut self, reg: u8, ea: Ea) {
+    /// The ModRM byte for `ea` and what follows it; `reg` is the field in its place.
+    pub fn ea(&mut self, reg: u8, ea: Ea) {
         let Some(base) = ea.base else {
             // SIB without base; index 4 is none.
             let (index, scale) = ea.index.map_or((4, 0), |(i, s)| (i & 7, s));

@@ -69,7 +69,7 @@ pub const AWAY: i32 = (VEC + offset_of!(VectorState, away)) as i32;
 pub const WIDE: i32 = (VEC + offset_of!(VectorState, wide)) as i32;
 /// [`AWAY`] in the four bytes at [`GUARD`].
 pub const AWAY_BIT: u32 = 1 << 8;
-const _: () = assert!(AWAY == GUARD + 1 && GUARD % 4 == 0);
+const _: () = assert!(AWAY == GUARD + 1 && GUARD % 4 == 0 && WIDE >= GUARD + 4);
 
 /// A vector register.
 pub const fn ymm(guest: u8) -> i32 {

@@ -38,8 +38,9 @@ impl Translator {
     pub(super) fn access(&mut self, op: &Op, plan: &Plan, live: Flags) -> Ea {
         let address = Address::of(op, plan);
         match self.spans.role(self.current) {
-            Role::Member { slot } => self.by_span(&address, slot),
+            Role::Member { slot, .. } => self.by_span(&address, slot),
             Role::Head { slot, low, bytes, write } => {
+                self.aligned[usize::from(slot)] = None;
                 self.keep_flags(live);
                 let disp = address.disp.wrapping_add(low.into());
                 self.linear(&Address { disp, ..address });

@@ -15,6 +15,7 @@ mod env;
 mod flow;
 mod layout;
 mod memory;
+mod place;
 mod plan;
 mod raw;
 mod registers;

@@ -60,8 +60,8 @@ pub enum Role {
     Alone,
     /// Its probe is for the bytes from `low` (relative to its address) on, and is kept in `slot`.
     Head { slot: u8, low: i16, bytes: u16, write: bool },
-    /// It goes by the probe that is in `slot`.
-    Member { slot: u8 },
+    /// It goes by the probe that is in `slot`, `at` so many bytes from the head's address.
+    Member { slot: u8, at: i16 },
 }
 
 /// A value nobody knows, plus a distance.
@@ -90,7 +90,8 @@ struct Group {
     high: i64,
     head_at: i64,
     write: bool,
-    members: Vec<usize>,
+    /// Ops, and their addresses as distances from the key.
+    members: Vec<(usize, i64)>,
 }
 
 /// Finds the spans of blocks. Keeps its buffers.
@@ -186,7 +187,7 @@ impl Spans {
             (group.low, group.high) = (group.low.min(low), group.high.max(high));
             group.write |= write;
             group.last = i;
-            group.members.push(i);
+            group.members.push((i, low));
             return;
         }
         self.open.push(Group {
@@ -280,8 +281,9 @@ impl Spans {
                 bytes: (group.high - group.low) as u16,
                 write: group.write,
             };
-            for member in group.members {
-                self.roles[member] = Role::Member { slot };
+            for (member, at) in group.members {
+                let at = (at - group.head_at) as i16;
+                self.roles[member] = Role::Member { slot, at };
             }
         }
     }

@@ -5,7 +5,7 @@ use super::asm::{Asm, Code, Ea, Rm};
 use super::env::CalledOp;
 use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_CX, GUEST_DX, GUEST_SP, host_of};
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Operand, Plan};
-use super::spans::{Address, Spans};
+use super::spans::{Address, SLOTS, Spans};
 use super::stubs::Stubs;
 use super::vector::{GuardMiss, Known};
 use crate::host::inline::Inline;
@@ -117,6 +117,8 @@ pub struct Translator {
     pub(super) plain: bool,
     /// Of the vector unit, here.
     pub(super) known: Known,
+    /// By slot of a span: where in it an operand is that is aligned, and to what.
+    pub(super) aligned: [Option<(i16, u8)>; SLOTS],
     /// The next op notes itself as an x87 instruction, and nobody can look before.
     pub(super) noted_next: bool,
     pub(super) stubs: Stubs,
@@ -175,6 +177,7 @@ impl Translator {
         self.upper = input.upper;
         self.plain = input.plain;
         self.known = Known::default();
+        self.aligned = [None; SLOTS];
         let start = input.ops.first().map_or(0, |op| op.start);
         let live = self.make_plans(input, start);
         self.find_spans(input, start);

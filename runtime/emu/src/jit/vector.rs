@@ -5,7 +5,9 @@ use iced_x86::RflagsBits;
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Code, Ea, Rm};
 use super::layout::{self, GUARD, host_of};
+use super::place;
 use super::plan::{CF, Flags, Kind, Mem, OF, PF, Plan, SF, ZF};
+use super::spans::Role;
 use super::translate::{Miss, Translator};
 use crate::host::inline::{Inline, Names};
 use crate::mmu::Access;
@@ -82,19 +84,20 @@ impl Translator {
     pub(super) fn vector(&mut self, op: &Op, plan: &Plan, inline: &Inline, live: Flags) {
         // First of all: a handler that does what an access misses may do it in spite of the guard.
         self.look_at_guard(inline, live);
-        if inline.memory.is_some() {
-            match self.access(op, plan, live) {
-                Ea { base: Some(RCX), index: None, disp: 0 } => {}
-                place => self.asm.lea(RCX, place),
+        let mut place = None;
+        if let Some(operand) = inline.memory {
+            let mut at = self.access(op, plan, live);
+            if operand.align != 0 && !self.is_aligned(operand.align) {
+                self.keep_flags(live);
+                if at != Ea::at(RCX, 0) {
+                    self.asm.lea(RCX, at);
+                    at = Ea::at(RCX, 0);
+                }
+                self.asm.op(Code::one(0xf6), 0, Rm::Reg(RCX));
+                self.asm.bytes(&[operand.align]);
+                self.miss_if(5);
             }
-        }
-        if let Some(operand) = inline.memory
-            && operand.align != 0
-        {
-            self.keep_flags(live);
-            self.asm.op(Code::one(0xf6), 0, Rm::Reg(RCX));
-            self.asm.bytes(&[operand.align]);
-            self.miss_if(5);
+            place = Some(at);
         }
         if inline.wide && !self.known.wide {
             self.set_wide();
@@ -110,7 +113,10 @@ impl Translator {
                 None => self.asm.load(place.host, Ea::cpu(layout::gpr(place.guest))),
             }
         }
-        self.asm.bytes(inline.code());
+        match place {
+            Some(at) => place::emit(&mut self.asm, inline.code(), inline.modrm(), at),
+            None => self.asm.bytes(inline.code()),
+        }
         // Backwards, so that of two equal destinations the first operand wins.
         for place in inline.moves.iter().rev().flatten().filter(|place| place.store) {
             match host_of(place.guest) {
@@ -125,6 +131,24 @@ impl Translator {
         if let Some(opcode) = inline.note {
             self.note_x87(op, inline, opcode);
         }
+    }
+
+    /// Is the current op's operand known to be aligned to `mask`, or will be when it is done?
+    fn is_aligned(&mut self, mask: u8) -> bool {
+        let (slot, at) = match self.spans.role(self.current) {
+            Role::Alone => return false,
+            Role::Head { slot, .. } => (slot, 0),
+            Role::Member { slot, at } => (slot, at),
+        };
+        let Some(known) = self.aligned.get_mut(usize::from(slot)) else { return false };
+        if let Some((aligned, known_mask)) = *known
+            && known_mask >= mask
+            && (at - aligned) & i16::from(mask) == 0
+        {
+            return true;
+        }
+        *known = Some((at, mask));
+        false
     }
 
     /// Makes sure that the instruction may simply run and has its registers, unless that is known.
