@@ -22,6 +22,9 @@ use crate::op::{Flow, reg};
 /// How often code is interpreted before it is translated. Measured with a Linux boot: up to 4 times takes as much
 /// time as translating at once, and makes 15 MB of code rather than 26.
 pub(super) const TRIALS: u8 = 4;
+/// The same for code that has taken the place of other code that was translated: it will perhaps be replaced as well. So many
+/// runs take about as long as a translation.
+const TRIALS_ANEW: u8 = 24;
 /// Counters of code that is not translated yet, by address; what shares one is translated sooner.
 const SEEN: usize = 1 << 16;
 
@@ -38,7 +41,7 @@ pub struct Jit {
     cache: Cache,
     translator: Translator,
     trials: u8,
-    seen: Box<[u8]>,
+    trials_left: Box<[u8]>,
     /// The link through which the last block was left.
     pending: Option<u32>,
     /// The block at [`Cpu::rip`] is a bridge that did not know what follows: its own entry would say so again.
@@ -93,7 +96,7 @@ impl Jit {
             cache: Cache::default(),
             translator: Translator::new(stubs, std::env::var_os("MVM_COUNT").is_some()),
             trials: TRIALS,
-            seen: vec![0; SEEN].into_boxed_slice(),
+            trials_left: vec![TRIALS; SEEN].into_boxed_slice(),
             pending: None,
             at_bridge: false,
             armed: NEVER,
@@ -265,9 +268,9 @@ impl Jit {
 
     /// Is the code at `host` to be interpreted still?
     fn on_trial(&mut self, host: HostAddr) -> bool {
-        match self.seen.get_mut(trial(host.addr())) {
-            Some(seen) if *seen < self.trials => {
-                *seen += 1;
+        match self.trials_left.get_mut(trial(host.addr())) {
+            Some(left) if *left > 0 => {
+                *left -= 1;
                 true
             }
             _ => false,
@@ -277,6 +280,7 @@ impl Jit {
     /// From now on code is translated after `trials` runs by the interpreter.
     pub(crate) fn set_trials(&mut self, trials: u8) {
         self.trials = trials;
+        self.trials_left.fill(trials);
     }
 
     fn make(
@@ -377,10 +381,10 @@ impl Jit {
             self.counters.killed_pages += 1;
             cpu.jit.clear();
         }
-        // What changes once may change again: it is on trial as new code is.
+        let anew = if self.trials == 0 { 0 } else { TRIALS_ANEW };
         for name in names {
-            if let Some(seen) = self.seen.get_mut(trial(name & !PLAIN)) {
-                *seen = 0;
+            if let Some(left) = self.trials_left.get_mut(trial(name & !PLAIN)) {
+                *left = anew;
             }
         }
     }
@@ -389,7 +393,7 @@ impl Jit {
     fn clear(&mut self, cpu: &mut Cpu) {
         self.cache.clear();
         self.pending = None;
-        self.seen.fill(0);
+        self.trials_left.fill(self.trials);
         self.used = self.floor;
         self.counters.emptied += 1;
         cpu.jit.clear();
