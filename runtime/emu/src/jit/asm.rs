@@ -76,17 +76,28 @@ impl Code {
     }
 }
 
+/// What rcx and rdx are copies of, by offset of a field of the [`Cpu`](crate::cpu::Cpu).
+pub type Copies = [Option<i32>; 2];
+
 /// Code that will be at `base` in the arena.
 #[derive(Debug, Default)]
 pub struct Asm {
     pub code: Vec<u8>,
     pub base: usize,
+    /// Of those fields that do not change behind its back, here.
+    pub copies: Copies,
+}
+
+/// Where it is in [`Copies`].
+fn copy_in(register: u8) -> Option<usize> {
+    [RCX, RDX].into_iter().position(|known| known == register)
 }
 
 impl Asm {
     pub fn restart(&mut self, base: usize) {
         self.code.clear();
         self.base = base;
+        self.copies = Copies::default();
     }
     /// Offset of the next byte from the start.
     pub fn here(&self) -> usize {
@@ -99,8 +110,48 @@ impl Asm {
         self.bytes(&value.to_le_bytes());
     }
 
+    /// Host register `register` is not what it was, perhaps.
+    fn written(&mut self, register: u8) {
+        if let Some(copy) = copy_in(register).and_then(|at| self.copies.get_mut(at)) {
+            *copy = None;
+        }
+    }
+    /// Brings the value of the field at `offset` to `register`, rcx or rdx.
+    pub fn copy_to(&mut self, register: u8, offset: i32) {
+        let has = |register| copy_in(register).and_then(|at| self.copies[at]) == Some(offset);
+        let other = if register == RCX { RDX } else { RCX };
+        if has(register) {
+            return;
+        }
+        if has(other) {
+            self.mov(register, other);
+            self.is_copy(other, offset);
+        } else {
+            self.load(register, Ea::cpu(offset));
+        }
+        self.is_copy(register, offset);
+    }
+    /// `register`, rcx or rdx, has the value of the field at `offset`.
+    pub fn is_copy(&mut self, register: u8, offset: i32) {
+        if let Some(copy) = copy_in(register).and_then(|at| self.copies.get_mut(at)) {
+            *copy = Some(offset);
+        }
+    }
+    /// Loads the registers that are to be `copies`.
+    pub fn load_copies(&mut self, copies: Copies) {
+        for (register, offset) in [RCX, RDX].into_iter().zip(copies) {
+            if let Some(offset) = offset {
+                self.load(register, Ea::cpu(offset));
+            }
+        }
+    }
+
     /// An instruction with a ModRM byte; immediates are the caller's.
     pub fn op(&mut self, code: Code, reg: u8, rm: Rm) {
+        self.written(reg);
+        if let Rm::Reg(register) = rm {
+            self.written(register);
+        }
         if code.lock {
             self.code.push(0xf0);
         }
@@ -181,6 +232,7 @@ impl Asm {
     }
     /// `mov d, imm` with an immediate of 64 bits.
     pub fn mov_imm64(&mut self, d: u8, value: u64) {
+        self.written(d);
         self.bytes(&[0x48 | d >> 3, 0xb8 | d & 7]);
         self.bytes(&value.to_le_bytes());
     }

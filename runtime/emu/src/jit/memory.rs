@@ -121,13 +121,14 @@ impl Translator {
         self.asm.load(RDX, Ea::at(RAX, TlbLayout::ENTRY_ADDEND));
         self.asm.store(Ea::cpu(layout::span(span.slot)), RDX);
         self.asm.op(Code::wide(0x01), RDX, Rm::Reg(RCX));
+        self.asm.is_copy(RDX, layout::span(span.slot));
     }
 
     /// An access that goes by the probe in `slot`. Keeps EFLAGS and rax.
     fn by_span(&mut self, address: &Address, slot: u8) -> Ea {
-        let slot = Ea::cpu(layout::span(slot));
+        let slot = layout::span(slot);
         if let (Some(base), reg::ZERO, None) = (pinned(address.base), address.index, address.seg) {
-            self.asm.load(RCX, slot);
+            self.asm.copy_to(RCX, slot);
             return Ea { base: Some(base), index: Some((RCX, 0)), disp: address.disp };
         }
         let ea = self.offset(address);
@@ -136,7 +137,7 @@ impl Translator {
             self.asm.load(RDX, Ea::cpu(layout::segment_base(seg)));
             self.asm.lea(RCX, Ea { base: Some(RCX), index: Some((RDX, 0)), disp: 0 });
         }
-        self.asm.load(RDX, slot);
+        self.asm.copy_to(RDX, slot);
         self.asm.lea(RCX, Ea { base: Some(RCX), index: Some((RDX, 0)), disp: 0 });
         Ea::at(RCX, 0)
     }

@@ -1,7 +1,7 @@
 //! One block into host code, in one pass over plans made beforehand.
 
 use super::asm::host::{RAX, RCX, RDX};
-use super::asm::{Asm, Code, Ea, Rm};
+use super::asm::{Asm, Code, Copies, Ea, Rm};
 use super::env::CalledOp;
 use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_CX, GUEST_DX, GUEST_SP, host_of};
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Operand, Plan};
@@ -60,6 +60,7 @@ enum Cold {
         restore: bool,
         /// What holds at `resume`.
         known: Known,
+        copies: Copies,
     },
     Link {
         jump: usize,
@@ -197,9 +198,9 @@ impl Translator {
             }
             let resume = self.asm.here();
             let restore = self.at() != At::Memory;
-            let known = self.known;
+            let (known, copies) = (self.known, self.asm.copies);
             for miss in std::mem::take(&mut self.misses) {
-                self.cold.push(Cold::Miss { miss, op: i, resume, restore, known });
+                self.cold.push(Cold::Miss { miss, op: i, resume, restore, known, copies });
             }
         }
         self.finish(input);
@@ -453,6 +454,7 @@ impl Translator {
         self.keep_flags(live);
         self.call_op(self.current);
         self.known = Known::default();
+        self.asm.copies = Copies::default();
     }
 
     pub(super) fn call_op(&mut self, op: usize) {
@@ -684,7 +686,7 @@ impl Translator {
         }
         for cold in std::mem::take(&mut self.cold) {
             match cold {
-                Cold::Miss { miss, op, resume, restore, known } => {
+                Cold::Miss { miss, op, resume, restore, known, copies } => {
                     let (jump, hit) = match miss {
                         Miss::Access { jump, hit } | Miss::Span { jump, hit, .. } => (jump, hit),
                         Miss::Guard { jump, .. } => (jump, None),
@@ -712,6 +714,7 @@ impl Translator {
                         continue;
                     }
                     self.reload_vectors(known);
+                    self.asm.load_copies(copies);
                     if restore {
                         self.asm.restore_flags(CC);
                     }
