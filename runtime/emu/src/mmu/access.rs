@@ -357,6 +357,11 @@ impl Cpu {
         {
             return Ok(Target::Ram { host, page, fast: false });
         }
+        if let Some(host) = self.mmu.tlb.adopt(linear, access)
+            && let Some(page) = self.mmu.phys.page_of_host(host)
+        {
+            return Ok(Target::Ram { host, page, fast: true });
+        }
         check_canonical(linear)?;
         self.mmu.walks += 1;
         let who = self.mmu.tlb.selected();

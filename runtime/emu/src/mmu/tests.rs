@@ -2,6 +2,8 @@
 
 use iced_x86::code_asm::*;
 
+use super::raw::HostAddr;
+use super::tlb::{Access, Rights, Tlb, Who};
 use crate::fault::vector;
 use crate::testing::asm::asm;
 use crate::testing::guest::{
@@ -125,6 +127,52 @@ fn smap_and_smep_keep_the_supervisor_off_user_pages() {
 }
 
 #[test]
+fn a_supervisor_that_may_reach_user_pages_finds_what_others_found() {
+    // SAFETY: the address is looked at, and nothing else.
+    let host = unsafe { HostAddr::new(0x7000_0123) };
+    let rights = Rights { read: true, write: false, exec: true, global: false, shift: 12 };
+    let mut tlb = Tlb::default();
+    tlb.select(Who::User);
+    tlb.insert(PAGE + 0x123, host, rights);
+    tlb.select(Who::Supervisor);
+    tlb.insert(PAGE + 0x1123, host, Rights { write: true, ..rights });
+    assert!(tlb.adopt(PAGE, Access::Read).is_none(), "SMAP");
+    tlb.select(Who::SupervisorAc);
+    assert!(tlb.probe_read(PAGE, 8).is_none());
+    assert!(tlb.adopt(PAGE, Access::Write).is_none(), "nobody has written there");
+    assert_eq!(tlb.adopt(PAGE + 4, Access::Read).unwrap().addr(), 0x7000_0004);
+    assert!(tlb.probe_read(PAGE, 8).is_some() && tlb.probe_exec(PAGE).is_none(), "SMEP");
+    assert_eq!(tlb.adopt(PAGE + 0x1008, Access::Write).unwrap().addr(), 0x7000_0008);
+    assert!(tlb.probe_write(PAGE + 0x1000, 8).is_some());
+    tlb.flush_page(PAGE);
+    assert!(tlb.probe_read(PAGE, 8).is_none() && tlb.adopt(PAGE, Access::Read).is_none());
+    tlb.flush_writes();
+    assert!(tlb.adopt(PAGE + 0x1000, Access::Write).is_none());
+    assert!(tlb.adopt(PAGE + 0x1000, Access::Read).is_some());
+    tlb.flush_all();
+    assert!(tlb.adopt(PAGE + 0x1000, Access::Read).is_none());
+}
+
+#[test]
+fn stores_to_pages_with_code_are_found_without_a_walk_until_something_changes() {
+    let mut guest = Guest::new();
+    guest.map(PAGE, FRAME, 7);
+    // Code of the user's that stores beside itself, to a page that so is watched.
+    let code = asm!(64 at 0; mov(ecx, 100i32); mov(dword_ptr(rbx + 0x800), eax); dec(ecx); jnz(0x5u64); ud2(););
+    guest.put(FRAME, &code);
+    let jump = asm!(64 at 0; jmp(rbx););
+    let walks = guest.cpu().mmu.walks;
+    assert_eq!(access(&mut guest, true, &jump), None);
+    let walks = guest.cpu().mmu.walks - walks;
+    assert!(walks < 50, "{walks} walks for 100 stores");
+    // The next one is refused at once.
+    guest.map(PAGE, FRAME, pte::P | pte::U);
+    guest.cpu().mmu.tlb.flush_page(PAGE);
+    guest.cpu().gpr[3] = PAGE;
+    assert_eq!(access(&mut guest, true, &write()), Some(7));
+}
+
+#[test]
 fn accessed_and_dirty_bits() {
     let mut guest = Guest::new();
     guest.map(PAGE, FRAME, 7);
@@ -162,11 +210,10 @@ fn reserved_bits_fault() {
         let old = guest.get64(at);
         guest.put64(at, old | bits);
         // The kernel lies under the same PML4 entry: only the walk is run.
-        let who = crate::mmu::Who::Supervisor;
+        let who = Who::Supervisor;
         let cpu = guest.cpu();
         cpu.tlb_flush_all();
-        let found =
-            super::walk::walk(&cpu.mmu.phys, &cpu.mmu.paging, PAGE, crate::mmu::Access::Read, who);
+        let found = super::walk::walk(&cpu.mmu.phys, &cpu.mmu.paging, PAGE, Access::Read, who);
         assert_eq!(found.err(), Some(9), "level {level} {bits:#x}");
         guest.put64(at, old);
     }

@@ -269,6 +269,35 @@ impl Tlb {
         unsafe { HostAddr::new(page | linear & 0xfff) }
     }
 
+    /// The host address of `linear` for a load or store by a supervisor that may reach user pages, if another table has the
+    /// translation: what a user, or a supervisor at other times, may do, it may do as well. Enters it.
+    pub fn adopt(&mut self, linear: u64, access: Access) -> Option<HostAddr> {
+        if self.selected() != Who::SupervisorAc {
+            return None;
+        }
+        let (page, half) = (linear & PAGE, (linear >> 63) as usize);
+        let index = (linear >> 12) as usize & (ENTRIES - 1);
+        for who in [Who::User, Who::Supervisor] {
+            let mut entry = self.entries[who as usize * ENTRIES + index];
+            let fits = match access {
+                Access::Read => entry.read == page | self.read[half],
+                Access::Write => entry.write == page | self.write[half],
+                Access::Exec => false,
+            };
+            if fits {
+                if who == Who::User {
+                    // Fetches are another matter.
+                    entry.exec = 0;
+                }
+                let slot = self.slot(linear);
+                self.entries[slot] = entry;
+                // SAFETY: the entry maps a page of guest RAM, the one of `linear`.
+                return Some(unsafe { HostAddr::new(entry.addend.wrapping_add(linear)) });
+            }
+        }
+        None
+    }
+
     /// Enters the translation of the page of `linear` to the host page at `host`.
     pub fn insert(&mut self, linear: u64, host: HostAddr, rights: Rights) {
         let page = linear & PAGE;
