@@ -14,6 +14,7 @@ mod engine;
 pub mod http;
 mod loopdev;
 mod pty;
+pub mod recipe;
 pub mod registry;
 mod run;
 mod running;

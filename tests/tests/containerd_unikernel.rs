@@ -43,6 +43,26 @@ fn a_unikernel_is_a_task() {
 }
 
 #[test]
+fn all_that_is_in_its_image_can_be_its_disk() {
+    let ctd = containerd!();
+    import(&ctd);
+    let whole = ["--annotation", "com.urunc.unikernel.mountRootfs=true"];
+    let words = ["hello", "disk", "find={\"com.urunc.unikernel."];
+    let out = run(&ctd, &[&["--rm"], &whole[..]].concat(), "u1", &words).expect_code(0).out();
+    for line in [
+        ": disk0.mount=/ hello disk",
+        "disk 0: to be mounted at /",
+        "is at the beginning of sector ",
+    ] {
+        assert!(out.contains(line), "no {line:?} in:\n{out}");
+    }
+    let odd = ["--annotation", "com.urunc.unikernel.blkMntPoint=/a/../b"];
+    let refused = run(&ctd, &odd, "u2", &["hello"]);
+    assert!(refused.code != 0 && refused.err().contains("blkMntPoint"), "{}", refused.err());
+    ctd.expect_nothing_left();
+}
+
+#[test]
 fn it_lives_until_it_is_killed_and_nobody_is_in_it() {
     let ctd = containerd!();
     import(&ctd);

@@ -231,13 +231,28 @@ fn unikernels_have_a_device_and_are_told_their_address() {
     for (kind, want) in [
         ("rust", "ip=10.89.0.2/24 gateway=10.89.0.1 word"),
         ("unikraft", "app netdev.ip=10.89.0.2/24:10.89.0.1"),
-        ("nanos", "en1.ipaddr=10.89.0.2 en1.netmask=255.255.255.0 en1.gateway=10.89.0.1 word"),
+        (
+            "nanos",
+            "en1.ipaddr=10.89.0.2 en1.netmask=255.255.255.0 en1.gateway=10.89.0.1 en1.ip6addr=fd00:89::2 word",
+        ),
         ("hermit", "-ip 10.89.0.2 -mask 255.255.255.0 -gateway 10.89.0.1 -- word"),
     ] {
         let told = run(kind, &network);
         assert!(told.out().starts_with(want), "{kind}: {}", told.out());
         assert!(!told.err().contains("not told"), "{kind}: {}", told.err());
     }
+    // A second interface, of which two kinds can be told.
+    cable.ip(0, &format!("link add eth1 type veth peer name peer1 netns {}", cable.name(1)));
+    cable.ip(1, "link set peer1 up");
+    cable.ip(0, "addr add 10.92.0.2/16 dev eth1");
+    cable.ip(0, "link set eth1 up");
+    let second = run("unikraft", &network);
+    let want = "app netdev.ip=10.89.0.2/24:10.89.0.1 netdev.ip=10.92.0.2/16";
+    assert!(second.out().starts_with(want), "{}", second.out());
+    assert!(run("nanos", &network).out().contains("en2.ipaddr=10.92.0.2 en2.netmask=255.255.0.0"));
+    let first = run("rust", &network);
+    assert!(first.err().contains("first network interface alone"), "{}", first.err());
+    cable.ip(0, "link del eth1");
     let untold = run("multiboot", &network);
     assert!(untold.err().contains("not told its address 10.89.0.2/24"), "{}", untold.err());
     assert!(!untold.out().contains("10.89.0.2"), "{}", untold.out());

@@ -2,7 +2,7 @@
 //!
 //! The words of its command line say what it does, one after the other: `hello`, `compute=ROUNDS`,
 //! `timer=TICKS`, `clock=periodic|once|deadline` (how the timer ticks from then on), `marks=ROUNDS`, `smp`,
-//! `team=ROUNDS`, `disk`, `doorbell=TIMES`, `http=PORT/TIMES`, `vsock=PORT/TIMES`, `dial=PORT`, `echo`, `spin`, `halt`,
+//! `team=ROUNDS`, `disk`, `find=TEXT`, `doorbell=TIMES`, `http=PORT/TIMES`, `vsock=PORT/TIMES`, `dial=PORT`, `echo`, `spin`, `halt`,
 //! `fault`, `trap`, and at the end `exit=VALUE`.
 
 #![no_std]
@@ -37,6 +37,7 @@ fn main(boot: &BootInfo) -> u32 {
             "smp" => smp(),
             "team" => team(number),
             "disk" => disk(boot),
+            "find" => find(boot, value),
             "doorbell" => doorbell(boot, number),
             "http" => http(boot, value),
             "vsock" => {
@@ -172,12 +173,37 @@ fn disk(boot: &BootInfo) {
         let text = sector.split(|b| !(b' '..=b'~').contains(b)).next().unwrap_or(&[]);
         let text = str::from_utf8(text).unwrap_or("");
         println!("disk {number}: {} sectors, {text:?}", disk.capacity());
+        if let Some(path) = mount_point(boot.cmdline, number) {
+            println!("disk {number}: to be mounted at {path}");
+        }
         if !disk.readonly() {
             sector.fill(0);
             sector[..NOTE.len()].copy_from_slice(NOTE);
             disk.write_blocks(1, &sector).expect("cannot write");
             disk.read_blocks(1, &mut sector).expect("cannot read again");
             assert!(sector.starts_with(NOTE), "what was written does not come back");
+        }
+    }
+}
+
+/// Where the file system on a disk is to be mounted, by the word `diskNUMBER.mount=PATH`. There is nothing here that mounts it.
+fn mount_point(cmdline: &str, disk: usize) -> Option<&str> {
+    cmdline.split_ascii_whitespace().find_map(|word| {
+        let (number, path) = word.strip_prefix("disk")?.split_once(".mount=")?;
+        (number.parse() == Ok(disk)).then_some(path)
+    })
+}
+
+/// Says which of the first sectors of each disk begin with a text.
+fn find(boot: &BootInfo, text: &str) {
+    const SECTORS: u64 = 1024;
+    for (number, mut disk) in virtio::disks(boot.cmdline).enumerate() {
+        for at in 0..SECTORS.min(disk.capacity()) {
+            let mut sector = [0; virtio::SECTOR];
+            disk.read_blocks(at as usize, &mut sector).expect("cannot read");
+            if sector.starts_with(text.as_bytes()) {
+                println!("disk {number}: {text:?} is at the beginning of sector {at}");
+            }
         }
     }
 }

@@ -48,6 +48,12 @@ pub enum DirectoryError {
         /// Its minor number.
         minor: u32,
     },
+    /// Too much for who wants it.
+    #[error("the files of the directory have more than {limit} bytes, which is the limit")]
+    Large {
+        /// Bytes.
+        limit: u64,
+    },
     /// Too many inodes.
     #[error("the directory has more than 2^32 files")]
     Many,
@@ -85,16 +91,41 @@ pub fn from_directory(
     let temporary = |error| DirectoryError::Temporary { path: parent.to_owned(), error };
     let file = tempfile::NamedTempFile::new_in(parent).map_err(temporary)?;
     let spool = tempfile::tempfile_in(parent).map_err(temporary)?;
-    let writer = ImageWriter::new(file.reopen().map_err(temporary)?, spool);
-    let mut scan =
-        Scan { tree: Tree::new(), writer, owners, links: HashMap::new(), contents: Vec::new() };
+    let packed = file.reopen().map_err(temporary)?;
+    let inodes = pack_directory(directory, packed, spool, owners, u64::MAX)?;
+    file.persist(image).map_err(|e| temporary(e.error))?;
+    Ok(inodes)
+}
+
+/// As [`from_directory`], to `image`, which is empty, with `spool` for what is in between, and with at most `limit` bytes of
+/// files.
+///
+/// # Errors
+///
+/// See [`DirectoryError`]; `image` is of no use then.
+pub fn pack_directory(
+    directory: &Path,
+    image: File,
+    spool: File,
+    owners: Owners,
+    limit: u64,
+) -> Result<u64, DirectoryError> {
+    let writer = ImageWriter::new(image, spool);
+    let mut scan = Scan {
+        tree: Tree::new(),
+        writer,
+        owners,
+        links: HashMap::new(),
+        contents: Vec::new(),
+        left: limit,
+        limit,
+    };
     let (root, ..) = scan.metadata(directory)?;
     scan.tree.node_mut(Tree::ROOT).meta = root;
     scan.directories(directory)?;
     // The identity is that of the contents, in the order of the tree, and of the metadata.
     let seed = Digest::of(&scan.contents);
     let (_, written) = scan.writer.finish(&scan.tree, seed.bytes())?;
-    file.persist(image).map_err(|e| temporary(e.error))?;
     Ok(written.inodes)
 }
 
@@ -106,6 +137,9 @@ struct Scan {
     links: HashMap<(u64, u64), NodeId>,
     /// Digests of all files.
     contents: Vec<u8>,
+    /// Bytes of files that there is still room for.
+    left: u64,
+    limit: u64,
 }
 
 impl Scan {
@@ -143,6 +177,8 @@ impl Scan {
         } else if file_type.is_symlink() {
             Kind::Symlink(fs::read_link(path).map_err(failed)?.as_os_str().as_bytes().into())
         } else if file_type.is_file() {
+            let large = DirectoryError::Large { limit: self.limit };
+            self.left = self.left.checked_sub(host.len()).ok_or(large)?;
             let mut input = Hashing::new(File::open(path).map_err(failed)?);
             let content =
                 self.writer.append(&mut input, host.len(), &meta).map_err(|e| match e {

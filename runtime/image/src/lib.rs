@@ -28,6 +28,7 @@ mod compress;
 mod digest;
 mod directory;
 pub mod erofs;
+mod ext2;
 mod image;
 mod layer;
 mod limits;
@@ -43,7 +44,8 @@ mod unpack;
 
 pub use compress::Compression;
 pub use digest::{Digest, DigestError};
-pub use directory::{DirectoryError, Owners, from_directory};
+pub use directory::{DirectoryError, Owners, from_directory, pack_directory};
+pub use ext2::{Ext2Error, write_ext2};
 pub use image::{Defaults, Image, ImageError, Layer};
 pub use layer::{EntryError, LayerError, PathError};
 pub use limits::Limits;

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -19,7 +19,7 @@ use mvm_netlink::ip_bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::registry::Place;
-use crate::unikernel::Address;
+use crate::unikernel::{Addressed, Addresses, Given};
 
 /// Name of the file in the sandbox's directory that says what has to be undone.
 pub const FILE: &str = "network.json";
@@ -287,20 +287,17 @@ impl Network {
         Names { addresses: addresses.collect(), resolv_conf: self.resolv_conf.clone() }
     }
 
-    /// What a guest without an agent is told: of its first device, if that has an IPv4 address.
-    pub fn address(&self) -> Option<Address> {
-        let first = self.interfaces.first()?;
-        let mut addresses = first.addresses.iter();
-        let (ip, prefix) = addresses.find_map(|a| Some((v4(a.ip)?, a.prefix)))?;
-        let defaults = first.routes.iter().filter(|route| route.destination.is_none());
-        let gateways = defaults.filter_map(|r| Some((r.metric.unwrap_or(0), v4(r.gateway?)?)));
-        let gateway = gateways.min_by_key(|(metric, _)| *metric).map(|(_, gateway)| gateway);
+    /// What a guest without an agent can be told.
+    pub fn addresses(&self) -> Addresses {
         let lines = self.resolv_conf.as_deref().unwrap_or_default().lines();
         let mut servers = lines.filter_map(|line| {
             let mut words = line.split_ascii_whitespace();
             (words.next() == Some("nameserver")).then(|| words.next()?.parse().ok()).flatten()
         });
-        Some(Address { ip, prefix: prefix.min(32), gateway, name_server: servers.next() })
+        Addresses {
+            interfaces: self.interfaces.iter().map(addressed).collect(),
+            name_server: servers.next(),
+        }
     }
 
     /// For those who look at the sandbox.
@@ -324,10 +321,31 @@ impl Network {
     }
 }
 
+/// What can be told of an interface: its first address of each family, and how the world is reached from there.
+fn addressed(interface: &Interface) -> Addressed {
+    Addressed { v4: given(interface, v4, 32), v6: given(interface, v6, 128) }
+}
+
+fn given<A>(interface: &Interface, family: fn(IpAddr) -> Option<A>, bits: u8) -> Option<Given<A>> {
+    let mut addresses = interface.addresses.iter();
+    let (ip, prefix) = addresses.find_map(|a| Some((family(a.ip)?, a.prefix)))?;
+    let defaults = interface.routes.iter().filter(|route| route.destination.is_none());
+    let gateways = defaults.filter_map(|r| Some((r.metric.unwrap_or(0), family(r.gateway?)?)));
+    let gateway = gateways.min_by_key(|(metric, _)| *metric).map(|(_, gateway)| gateway);
+    Some(Given { ip, prefix: prefix.min(bits), gateway })
+}
+
 fn v4(ip: IpAddr) -> Option<Ipv4Addr> {
     match ip {
         IpAddr::V4(ip) => Some(ip),
         IpAddr::V6(_) => None,
+    }
+}
+
+fn v6(ip: IpAddr) -> Option<Ipv6Addr> {
+    match ip {
+        IpAddr::V6(ip) => Some(ip),
+        IpAddr::V4(_) => None,
     }
 }
 

@@ -25,7 +25,7 @@ use crate::registry::{Place, Registry};
 use crate::spec::{self, Container};
 use crate::state::{EngineChoice, SPEC_FILE, STATE_VERSION, State, Status, now_ms};
 use crate::timings::Timings;
-use crate::unikernel::Address;
+use crate::unikernel::Addresses;
 use crate::vsock;
 
 /// The phases of a start, as [`Timings`] names them: what a front door does before is not among them.
@@ -146,14 +146,9 @@ impl Sandbox {
         Ok(Some(names))
     }
 
-    /// Network interfaces that [`Sandbox::connect`] gave the guest.
-    pub fn interfaces(&self) -> usize {
-        self.state.network.len()
-    }
-
     /// What a guest without an agent is told of the network that [`Sandbox::connect`] made.
-    pub fn address(&self) -> Option<Address> {
-        self.network.as_ref().and_then(Network::address)
+    pub fn addresses(&self) -> Option<Addresses> {
+        self.network.as_ref().map(Network::addresses)
     }
 
     /// Starts the machine and waits until its agent is ready. `interrupt` ends the wait when it

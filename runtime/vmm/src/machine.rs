@@ -303,6 +303,7 @@ struct Frame {
     vm: Arc<dyn Vm>,
     ram: GuestRam,
     vcpus: u32,
+    exit_status: bool,
     devices: Devices,
     bus: Arc<MachineBus>,
     gate: Arc<Gate>,
@@ -387,7 +388,11 @@ impl Frame {
             cmdline_style: parts.cmdline_style,
             verbose: parts.verbose,
         };
-        Ok((Self { vm, ram, vcpus, devices, bus, gate, notifier, events, ending }, cargo))
+        let exit_status = parts.exit_status;
+        Ok((
+            Self { vm, ram, vcpus, exit_status, devices, bus, gate, notifier, events, ending },
+            cargo,
+        ))
     }
 
     /// Fills guest memory.
@@ -430,6 +435,7 @@ impl Frame {
             attached,
             fw_cfg: self.devices.fw_cfg.as_deref(),
             pic: self.devices.old_pc.is_some(),
+            exit_status: self.exit_status,
         }
     }
 

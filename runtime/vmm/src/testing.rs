@@ -15,6 +15,26 @@ const PT_NOTE: u64 = 4;
 const MULTIBOOT: u32 = 0x1bad_b002;
 const READ_WRITE_EXECUTE: u64 = 7;
 
+/// Bytes of the gates of an [`interrupt_table`]; behind them is what LIDT reads.
+pub const INTERRUPT_TABLE: u64 = 4096;
+
+/// A table of interrupt gates for 64-bit mode that lies at `at`, with the vectors and handlers of `gates`, and what LIDT reads
+/// (SDM, volume 3, 7.14.1): the code segment is the one that kernels for Linux are entered with.
+pub fn interrupt_table(at: u64, gates: impl IntoIterator<Item = (u64, u64)>) -> Vec<u8> {
+    const CODE_SEGMENT: u64 = 0x10;
+    const PRESENT_INTERRUPT_GATE: u64 = 0x8e00;
+    let mut table = vec![0; INTERRUPT_TABLE as usize];
+    for (vector, handler) in gates {
+        let slot = &mut table[vector as usize * 16..][..16];
+        let low = handler & 0xffff | CODE_SEGMENT << 16 | PRESENT_INTERRUPT_GATE << 32;
+        slot[..8].copy_from_slice(&(low | (handler >> 16 & 0xffff) << 48).to_le_bytes());
+        slot[8..].copy_from_slice(&(handler >> 32).to_le_bytes());
+    }
+    table.extend((INTERRUPT_TABLE as u16 - 1).to_le_bytes());
+    table.extend(at.to_le_bytes());
+    table
+}
+
 /// An ELF file in the making.
 #[derive(Debug, Clone, Default)]
 pub struct ElfBuilder {

@@ -246,7 +246,7 @@ impl Machines {
         };
         let (own, whole) = (spec::limits(&spec), spec::limits(&outer));
         let size = Size { vcpus: own.vcpus.or(whole.vcpus), memory: own.memory.or(whole.memory) };
-        let hardware = self.host.bare(size, plan.kind);
+        let hardware = self.host.bare(size, plan.kind());
         let hardware = hardware.map_err(|e| Error::failed(format!("{e:#}")))?;
         container.note_engine(&hardware.engine);
         let size = MachineSize {

@@ -50,6 +50,7 @@ pub fn recognise(spec: &Spec, root: &Path) -> Result<Option<UnikernelPlan>> {
         cmd: &[],
         args: &args,
         kernel_args: "",
+        disks: &[],
         unikernel_platform: false,
         tree: &DirTree::open(root).map_err(bad)?,
     };
@@ -82,18 +83,17 @@ pub fn boot(
 ) -> Result<Streams> {
     let Files { kernel, initrd, disk } =
         Files::extract(plan, &DirTree::open(root).map_err(bad)?).map_err(bad)?;
+    let mut dialect = plan.dialect.clone();
+    dialect.look_into(&kernel).map_err(Error::failed_to("cannot read the kernel"))?;
+    let mut left_out = plan.left_out.clone();
     let mut cmdline = plan.cmdline.clone();
-    if let Some(address) = sandbox.address() {
-        match address.tell(plan.kind, plan.old_unikraft, &cmdline) {
-            Some(told) => cmdline = told,
-            None => tracing::warn!(
-                "the guest is not told its address {}/{}: {} kernels have no word for it",
-                address.ip,
-                address.prefix,
-                plan.kind
-            ),
-        }
+    if let Some(addresses) = sandbox.addresses() {
+        let told = addresses.tell(&dialect, &cmdline);
+        cmdline = told.cmdline;
+        left_out.extend(told.left_out);
     }
+    left_out.iter().for_each(|what| tracing::warn!(sandbox = sandbox.id(), "{what}"));
+    let kind = plan.kind();
     let bare = BarePlan {
         vcpus: hardware.vcpus,
         memory: hardware.memory,
@@ -104,11 +104,11 @@ pub fn boot(
         initrd: initrd.map(Payload::file),
         modules: Vec::new(),
         cmdline,
-        style: plan.kind.style(plan.boot),
-        exit_status: plan.kind.tells_exit_status(),
+        style: kind.style(plan.boot),
+        exit_status: kind.tells_exit_status(),
         boot: plan.boot,
         disks: disk.into_iter().map(|file| Disk { file, read_only: false }).collect(),
-        input: stdio.stdin && plan.kind.takes_input(),
+        input: stdio.stdin && kind.takes_input(),
         vsock: None,
     };
     let words = plan.words.clone();

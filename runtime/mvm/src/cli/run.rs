@@ -207,11 +207,11 @@ pub struct RunArgs {
     )]
     pub boot: Option<String>,
 
-    /// With --unikernel: a raw disk image or block device, `:ro` for one that is only read
+    /// For unikernels: a raw disk image or block device, with the place where the guest is to mount it if it can be told,
+    /// `:ro` for one that is only read
     #[arg(
         long,
-        value_name = "FILE[:ro]",
-        requires = "unikernel",
+        value_name = "FILE[:/PATH][:ro]",
         help_heading = "Unikernels and systems of their own"
     )]
     pub disk: Vec<String>,

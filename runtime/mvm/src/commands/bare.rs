@@ -3,17 +3,15 @@
 //! machine ends is the exit code.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, bail};
 use mvm_sandbox::ending::Ending;
 use mvm_sandbox::engine::{self, Guest};
 use mvm_sandbox::logfile::{LogWriter, Source};
@@ -22,7 +20,7 @@ use mvm_sandbox::network::Wish;
 use mvm_sandbox::pump::{self, Flag, OutputEnd, Sink};
 use mvm_sandbox::spec::{parse_size, signal_name};
 use mvm_sandbox::timings::Timings;
-use mvm_sandbox::unikernel::{Address, Kind, Words};
+use mvm_sandbox::unikernel::{Dialect, Kind, Mount, Words};
 use mvm_sandbox::{BarePlan, Description, Disk, Error, Sandbox, Woken};
 use mvm_vmm::EndReason;
 use mvm_vmm::config::BootProtocol;
@@ -31,6 +29,7 @@ use nix::libc::SIGTERM;
 
 use super::Context;
 use super::attach::our_output;
+use super::disk::{self, Asked};
 use super::modules;
 use super::run::{self, announce_engine, cpus, give_up, interrupted, output_failed, stopped};
 use crate::cli::RunArgs;
@@ -55,7 +54,8 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     let Some(kind) = args.unikernel.map(Kind::from) else { bail!("--unikernel names no kind") };
     refuse_what_does_not_hold(args, kind, Provenance::File)?;
     let settings = Settings::of_run(args, &Config::load(&context.settings)?)?;
-    let cmdline = command_line(args, kind)?;
+    let asked = disk::read(&args.disk)?;
+    let cmdline = command_line(args, kind, &disk::mounts(&asked, kind)?)?;
     // The files in mvm.toml are those of containers.
     let kernel_path = args.kernel.as_deref().context("--unikernel needs --kernel FILE")?;
     let kernel = embedded::kernel(Some(kernel_path))?;
@@ -65,16 +65,20 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         let initrd = modules::single(&args.initrd)?;
         (initrd.map(|path| embedded::initramfs(Some(path))).transpose()?, Vec::new())
     };
-    let disks = args.disk.iter().map(|d| open_disk(d)).collect::<anyhow::Result<_>>()?;
+    let disks = asked.iter().map(Asked::open).collect::<anyhow::Result<_>>()?;
+    let mut dialect = Dialect::from(kind);
+    dialect
+        .look_into(&kernel.file)
+        .with_context(|| format!("cannot read {}", kernel_path.display()))?;
     let load = Load {
-        kind,
+        dialect,
         kernel,
         initrd,
         modules,
         disks,
         boot: boot(args, kind)?,
         cmdline,
-        old_unikraft: false,
+        left_out: Vec::new(),
         command: args.image_and_command.clone(),
         image: kernel_path.display().to_string(),
         image_digest: String::new(),
@@ -94,15 +98,16 @@ pub(super) enum Provenance {
 
 /// A guest to be run, and what is recorded about it.
 pub(super) struct Load {
-    pub kind: Kind,
+    pub dialect: Dialect,
     pub kernel: Payload,
     pub initrd: Option<Payload>,
     pub modules: Vec<(Payload, String)>,
     pub disks: Vec<Disk>,
     pub boot: BootProtocol,
-    /// Without the guest's address.
+    /// Without the guest's addresses.
     pub cmdline: String,
-    pub old_unikraft: bool,
+    /// What the guest is not told, in sentences.
+    pub left_out: Vec<String>,
     pub command: Vec<String>,
     pub image: String,
     pub image_digest: String,
@@ -117,7 +122,8 @@ pub(super) fn launch(
     load: Load,
     timings: &mut Timings,
 ) -> anyhow::Result<i32> {
-    let memory = memory(settings, load.kind)?;
+    let kind = load.dialect.kind;
+    let memory = memory(settings, kind)?;
     let vcpus = cpus(settings)?.vcpus();
     let mut labels = load.labels;
     labels.extend(run::labels(args)?);
@@ -127,7 +133,7 @@ pub(super) fn launch(
         mvm_sandbox::registry::check_name(name).map_err(Error::from)?;
     }
     let outlook = engine::look(&context.layout, settings.wish(args.force)).map_err(Error::from)?;
-    let engine = outlook.decide(guest(load.kind)).map_err(Error::from)?;
+    let engine = outlook.decide(guest(kind)).map_err(Error::from)?;
     if args.detach && !args.background {
         return detach::start();
     }
@@ -153,20 +159,15 @@ pub(super) fn launch(
     };
     let mut sandbox = Sandbox::create(&registry, about)?;
     let mut cmdline = load.cmdline;
+    load.left_out.iter().for_each(|what| complain(what));
     if wish != Wish::None {
         if let Err(e) = sandbox.connect(&wish) {
             return give_up(sandbox, e);
         }
-        match tell(sandbox.address(), load.kind, load.old_unikraft, &cmdline) {
-            Ok(told) => {
-                cmdline = told;
-                let left_out = sandbox.address().and_then(|address| address.left_out(load.kind));
-                left_out.iter().for_each(|what| complain(what));
-                if sandbox.interfaces() > 1 {
-                    complain("the guest is told of its first network interface alone");
-                }
-            }
-            Err(why) => complain(&why),
+        if let Some(addresses) = sandbox.addresses() {
+            let told = addresses.tell(&load.dialect, &cmdline);
+            cmdline = told.cmdline;
+            told.left_out.iter().for_each(|what| complain(what));
         }
         timings.mark("network");
     }
@@ -180,33 +181,14 @@ pub(super) fn launch(
         initrd: load.initrd,
         modules: load.modules,
         cmdline,
-        style: load.kind.style(load.boot),
+        style: kind.style(load.boot),
         boot: load.boot,
-        exit_status: load.kind.tells_exit_status(),
+        exit_status: kind.tells_exit_status(),
         disks: load.disks,
         input: args.interactive && !args.detach,
         vsock,
     };
     lead(args, sandbox, plan, load.command, &signals, timings)
-}
-
-/// The command line with the guest's address, or why the guest is not told it. It has the device all
-/// the same: somebody else may tell it, or a DHCP server.
-fn tell(
-    address: Option<Address>,
-    kind: Kind,
-    old_unikraft: bool,
-    cmdline: &str,
-) -> Result<String, String> {
-    let Some(address) = address else {
-        return Err("the guest is not told an address: its first interface has none of IPv4".into());
-    };
-    address.tell(kind, old_unikraft, cmdline).ok_or_else(|| {
-        let Address { ip, prefix, .. } = address;
-        format!(
-            "the guest is not told its address {ip}/{prefix}: {kind} kernels have no word for it"
-        )
-    })
 }
 
 /// Flags that ask for something which no agent is there to do.
@@ -231,8 +213,16 @@ pub(super) fn refuse_what_does_not_hold(
         (args.stop_signal.is_some(), "--stop-signal", "it takes no signals"),
         (args.console.is_some(), "--console", "its console is what it prints"),
         (!args.tmpfs.is_empty(), "--tmpfs", "it has no file systems of mvm's"),
-        (!args.volume.is_empty(), "--volume", "it has no file systems of mvm's; see --disk FILE"),
-        (!args.mount.is_empty(), "--mount", "it has no file systems of mvm's; see --disk FILE"),
+        (
+            !args.volume.is_empty(),
+            "--volume",
+            "it has no file systems of mvm's; see --disk FILE:/PATH",
+        ),
+        (
+            !args.mount.is_empty(),
+            "--mount",
+            "it has no file systems of mvm's; see --disk FILE:/PATH",
+        ),
         (!args.ulimit.is_empty(), "--ulimit", "it has no processes"),
         (!args.cap_add.is_empty(), "--cap-add", "it has no capabilities"),
         (!args.cap_drop.is_empty(), "--cap-drop", "it has no capabilities"),
@@ -266,7 +256,7 @@ pub(super) fn memory(settings: &Settings, kind: Kind) -> anyhow::Result<u64> {
 }
 
 /// The kernel's command line.
-fn command_line(args: &RunArgs, kind: Kind) -> anyhow::Result<String> {
+fn command_line(args: &RunArgs, kind: Kind, mounts: &[Mount]) -> anyhow::Result<String> {
     let env = env_file::collect(&args.env_file, &args.env)?;
     if !env.is_empty() && !kind.takes_environment() {
         bail!("--env cannot hold for this kind of unikernel: it has no environment");
@@ -276,9 +266,10 @@ fn command_line(args: &RunArgs, kind: Kind) -> anyhow::Result<String> {
         kernel: &name.to_string_lossy(),
         env: &env,
         initrd: !args.initrd.is_empty(),
-        old_unikraft: false,
+        mounts,
         kernel_args: args.cmdline.as_deref().unwrap_or_default(),
         args: &args.image_and_command,
+        ..Words::default()
     };
     Ok(words.cmdline(kind).map_err(Error::from)?)
 }
@@ -288,24 +279,6 @@ fn boot(args: &RunArgs, kind: Kind) -> anyhow::Result<BootProtocol> {
         Some(name) => Ok(name.parse()?),
         None => Ok(kind.boot()),
     }
-}
-
-/// Opens `FILE` or `FILE:ro`.
-fn open_disk(text: &str) -> anyhow::Result<Disk> {
-    let (path, read_only) = match text.strip_suffix(":ro") {
-        Some(path) => (path, true),
-        None => (text, false),
-    };
-    let file = File::options()
-        .read(true)
-        .write(!read_only)
-        .open(path)
-        .with_context(|| format!("cannot open the disk {path}"))?;
-    let kind = file.metadata()?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(anyhow!("the disk {path} is neither a file nor a block device"));
-    }
-    Ok(Disk { file, read_only })
 }
 
 fn lead(
@@ -442,7 +415,9 @@ mod tests {
 
     fn line(list: &[&str]) -> String {
         let args = args(list);
-        command_line(&args, args.unikernel.unwrap().into()).unwrap()
+        let kind = args.unikernel.unwrap().into();
+        let disks = disk::read(&args.disk).unwrap();
+        command_line(&args, kind, &disk::mounts(&disks, kind).unwrap()).unwrap()
     }
 
     #[test]
@@ -460,7 +435,13 @@ mod tests {
         assert_eq!(line(&["hvt"]), "");
         assert_eq!(line(&["multiboot", "x", "y=1"]), "app_x86 x y=1");
         let args = args(&["unikraft", "-e", "A=\" evil"]);
-        assert!(command_line(&args, Kind::Unikraft).is_err());
+        assert!(command_line(&args, Kind::Unikraft, &[]).is_err());
+        assert_eq!(line(&["nanos", "-e", "A=b"]), "environment.A=b");
+        assert_eq!(
+            line(&["linux", "--disk", "a:/:ro", "--disk", "b", "-e", "A=b", "quiet"]),
+            "root=/dev/vda rw A=b quiet"
+        );
+        assert_eq!(line(&["rust", "--disk", "a", "--disk", "b:/d", "x"]), "disk1.mount=/d x");
     }
 
     #[test]
@@ -504,17 +485,5 @@ mod tests {
         assert_eq!(of(&["linux"]).unwrap(), 512 << 20);
         assert_eq!(of(&["hvt", "-m", "16m"]).unwrap(), 16 << 20);
         assert!(of(&["hvt", "-m", "1m"]).unwrap_err().to_string().contains("--memory 1m"));
-    }
-
-    #[test]
-    fn disks_are_opened_as_asked() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk");
-        std::fs::write(&path, [0; 512]).unwrap();
-        let path = path.to_str().unwrap();
-        assert!(!open_disk(path).unwrap().read_only);
-        assert!(open_disk(&format!("{path}:ro")).unwrap().read_only);
-        assert!(open_disk("/").is_err());
-        assert!(open_disk("/no/such").unwrap_err().to_string().contains("/no/such"));
     }
 }

@@ -3,6 +3,7 @@
 mod attach;
 mod bare;
 mod debug;
+mod disk;
 mod docs;
 mod doctor;
 mod exec;

@@ -71,6 +71,9 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     if args.vsock.is_some() {
         bail!("--vsock cannot hold for a container: what it has of the kind is its agent's");
     }
+    if !args.disk.is_empty() {
+        bail!("--disk cannot hold for a container: it is for unikernels; see --volume and --mount");
+    }
     settings.suggest(size);
     let resources = Resources::of(&settings, MIN_MEMORY)?;
     options.cpus = Some(resources.cpus);

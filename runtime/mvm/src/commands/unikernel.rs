@@ -9,6 +9,7 @@ use mvm_sandbox::{Disk, Error};
 
 use super::Context;
 use super::bare::{self, Load, Provenance};
+use super::disk::{self, Asked};
 use crate::cli::RunArgs;
 use crate::images::Ready;
 use crate::settings::Settings;
@@ -40,6 +41,7 @@ pub fn recognise(
         cmd: &cmd,
         args: &options.command,
         kernel_args: args.cmdline.as_deref().unwrap_or_default(),
+        disks: &disk::mount_points(&disk::read(&args.disk)?),
         unikernel_platform: ready.image.platform().is_unikernel(),
         tree: &ErofsTree::open(ready.rootfs.file()).map_err(Error::from)?,
     };
@@ -56,7 +58,7 @@ pub fn run(
     plan: UnikernelPlan,
     timings: &mut Timings,
 ) -> anyhow::Result<i32> {
-    bare::refuse_what_does_not_hold(args, plan.kind, Provenance::Image)?;
+    bare::refuse_what_does_not_hold(args, plan.kind(), Provenance::Image)?;
     let given = !args.env.is_empty() || !args.env_file.is_empty();
     if given && !plan.environment {
         bail!("--env cannot hold for this kind of unikernel: it has no environment");
@@ -68,15 +70,20 @@ pub fn run(
     let files = Files::extract(&plan, &tree).map_err(Error::from);
     let Files { kernel, initrd, disk } =
         files.with_context(|| format!("cannot run image {}", args.image()))?;
+    let mut dialect = plan.dialect;
+    dialect.look_into(&kernel).context("cannot read the kernel")?;
+    let own = disk.into_iter().map(|file| Ok(Disk { file, read_only: false }));
+    let asked = disk::read(&args.disk)?;
+    let disks = own.chain(asked.iter().map(Asked::open)).collect::<anyhow::Result<_>>()?;
     let load = Load {
-        kind: plan.kind,
+        dialect,
         kernel: Payload::file(kernel),
         initrd: initrd.map(Payload::file),
         modules: Vec::new(),
-        disks: disk.into_iter().map(|file| Disk { file, read_only: false }).collect(),
+        disks,
         boot: plan.boot,
         cmdline: plan.cmdline,
-        old_unikraft: plan.old_unikraft,
+        left_out: plan.left_out,
         command: plan.words,
         image: args.image().to_owned(),
         image_digest: ready.image.manifest().to_string(),

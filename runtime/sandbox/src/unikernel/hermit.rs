@@ -31,16 +31,17 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
         let reason = format!("is a Hermit application, but there is no {LOADER} beside it");
         return Err(Error::File { path, reason });
     }
+    packaging.mounts(Kind::Hermit, 0)?;
     let cmdline = Words { kernel_args: packaging.kernel_args, args: words, ..Words::default() };
     let cmdline = cmdline.cmdline(Kind::Hermit)?;
     Ok(Some(UnikernelPlan {
-        kind: Kind::Hermit,
+        dialect: Kind::Hermit.into(),
         kernel,
         initrd: Some(path),
         disk: None,
         boot: BootProtocol::Auto,
         cmdline,
-        old_unikraft: false,
+        left_out: Vec::new(),
         environment: Kind::Hermit.takes_environment(),
         words: words.to_vec(),
     }))

@@ -13,6 +13,7 @@ mod address;
 mod cmdline;
 mod hermit;
 mod krun;
+mod mounts;
 mod tree;
 mod unikraft;
 mod urunc;
@@ -20,12 +21,16 @@ mod value;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 
 use mvm_vmm::config::{BootProtocol, CmdlineStyle};
 
-pub use address::Address;
+pub use address::{Addressed, Addresses, Given, Told};
 pub use cmdline::Words;
 pub use krun::Size;
+pub use mounts::{Mount, MountPoint};
 pub use tree::{DirTree, ErofsTree, Files};
 
 /// Keys and values as labels and annotations have them.
@@ -55,7 +60,7 @@ pub enum Kind {
 impl Kind {
     /// Whether there is a place for environment variables on its command line.
     pub fn takes_environment(self) -> bool {
-        self == Self::Unikraft
+        matches!(self, Self::Unikraft | Self::Nanos | Self::Linux | Self::Rumprun)
     }
 
     /// Whether its machine has devices by virtio, sockets among them.
@@ -111,6 +116,64 @@ impl fmt::Display for Kind {
     }
 }
 
+/// How a guest wants to be told of its network: its kind, and what is not the same in all guests of that kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dialect {
+    /// Its kind.
+    pub kind: Kind,
+    /// It is a Unikraft before 0.16.1.
+    pub old_unikraft: bool,
+    /// The name of its network device in its own manifest, for guests of Solo5 that have another than `service`.
+    pub solo5_net: Option<String>,
+    /// It is a guest of Solo5 that has options for IPv6.
+    pub ipv6: bool,
+}
+
+impl From<Kind> for Dialect {
+    fn from(kind: Kind) -> Self {
+        Self { kind, old_unikraft: false, solo5_net: None, ipv6: false }
+    }
+}
+
+/// The name of MirageOS' option for a gateway of IPv6, as it stands in every kernel that has one.
+const MIRAGE_IPV6: &[u8] = b"ipv6-gateway";
+
+impl Dialect {
+    /// Looks into the kernel for what it can be told. Nothing in it is interpreted.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn look_into(&mut self, kernel: &File) -> io::Result<()> {
+        if self.kind != Kind::Hvt {
+            return Ok(());
+        }
+        let mut window = vec![0; 1 << 20];
+        let (mut kept, mut at) = (0, 0);
+        while !self.ipv6 {
+            let read = match kernel.read_at(&mut window[kept..], at) {
+                Ok(0) => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                read => read?,
+            };
+            at += read as u64;
+            let have = kept + read;
+            self.ipv6 = window[..have].windows(MIRAGE_IPV6.len()).any(|bytes| bytes == MIRAGE_IPV6);
+            // What may be its beginning.
+            kept = have.min(MIRAGE_IPV6.len() - 1);
+            window.copy_within(have - kept..have, 0);
+        }
+        Ok(())
+    }
+
+    /// What MirageOS' options begin with.
+    fn mirage_group(&self) -> String {
+        match self.solo5_net.as_deref() {
+            None | Some("" | "service") => String::new(),
+            Some(name) => format!("{name}-"),
+        }
+    }
+}
+
 /// What an image and its user say.
 #[derive(Debug, Clone, Copy)]
 pub struct Packaging<'a> {
@@ -132,6 +195,8 @@ pub struct Packaging<'a> {
     pub args: &'a [String],
     /// Words of the user's for the kernel itself.
     pub kernel_args: &'a str,
+    /// Disks of the user's, which come after those of the image: where each is to be mounted.
+    pub disks: &'a [Option<MountPoint>],
     /// The platform's system is one by which only unikernels go.
     pub unikernel_platform: bool,
     /// The image's files.
@@ -143,6 +208,23 @@ impl Packaging<'_> {
     fn command(&self) -> Vec<String> {
         let rest = if self.args.is_empty() { self.cmd } else { self.args };
         self.entrypoint.iter().chain(rest).cloned().collect()
+    }
+
+    /// What a guest of this kind is told of the user's disks, of which the first has the number `first`.
+    fn mounts(&self, kind: Kind, first: usize) -> Result<Vec<Mount>, Error> {
+        let mut mounts = Vec::new();
+        for (index, at) in self.disks.iter().enumerate() {
+            let Some(at) = at.clone() else { continue };
+            let mount = Mount { disk: first + index, at };
+            if let Some(reason) = mount.untold(kind) {
+                return Err(Error::Word {
+                    what: format!("the mount point {} of --disk", mount.at),
+                    reason,
+                });
+            }
+            mounts.push(mount);
+        }
+        Ok(mounts)
     }
 }
 
@@ -161,26 +243,41 @@ pub trait Extract: Tree {
     ///
     /// # Errors
     /// There is no such file, it is larger than `limit` bytes, or it cannot be copied.
-    fn extract(&self, path: &str, limit: u64) -> Result<std::fs::File, Error>;
+    fn extract(&self, path: &str, limit: u64) -> Result<File, Error>;
+
+    /// A disk in memory that holds all that is in the image, as ext2.
+    ///
+    /// # Errors
+    /// There is more than `limit` bytes of it, or it cannot be copied.
+    fn whole(&self, limit: u64) -> Result<File, Error>;
+}
+
+/// What a disk is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskSource {
+    /// A raw image in the image: its path.
+    File(String),
+    /// All that is in the image.
+    Root,
 }
 
 /// How a unikernel is booted. Paths are absolute in the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnikernelPlan {
-    /// What kind of guest.
-    pub kind: Kind,
     /// Path of the kernel.
     pub kernel: String,
     /// Path of the initrd.
     pub initrd: Option<String>,
-    /// Path of a raw disk image.
-    pub disk: Option<String>,
+    /// A disk.
+    pub disk: Option<DiskSource>,
     /// How the kernel is entered, as far as the packaging says.
     pub boot: BootProtocol,
-    /// The whole command line, but for the guest's address.
+    /// The whole command line, but for the guest's addresses.
     pub cmdline: String,
-    /// It is a Unikraft before 0.16.1, which wants some of its words in another way.
-    pub old_unikraft: bool,
+    /// How it is told those.
+    pub dialect: Dialect,
+    /// What the image wants to be told and the guest is not, in sentences.
+    pub left_out: Vec<String>,
     /// Whether the variables are on it.
     pub environment: bool,
     /// The application's arguments in it, for lists of containers.
@@ -225,6 +322,12 @@ pub enum Error {
         /// Why.
         reason: &'static str,
     },
+    /// There is no disk of all that is in the image.
+    #[error("the image's files cannot be given to the guest as a disk: {reason}")]
+    Disk {
+        /// Why.
+        reason: String,
+    },
     /// A file of the image cannot be used.
     #[error("{path} in the image {reason}")]
     File {
@@ -233,6 +336,13 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+}
+
+impl UnikernelPlan {
+    /// What kind of guest it is.
+    pub fn kind(&self) -> Kind {
+        self.dialect.kind
+    }
 }
 
 /// Says what an image is.

@@ -11,6 +11,7 @@ struct Image {
     entrypoint: Vec<String>,
     cmd: Vec<String>,
     args: Vec<String>,
+    disks: Vec<Option<MountPoint>>,
     unikernel_platform: bool,
     files: BTreeMap<String, Vec<u8>>,
 }
@@ -45,6 +46,7 @@ impl Image {
             cmd: &self.cmd,
             args: &self.args,
             kernel_args: "",
+            disks: &self.disks,
             unikernel_platform: self.unikernel_platform,
             tree: &self.files,
         })
@@ -99,7 +101,7 @@ fn urunc_labels_plain_and_base64_mean_the_same() {
     let json = serde_json::to_vec(&urunc(&base64)).unwrap();
     let files = [("/urunc.json".to_owned(), json)].into();
     assert_eq!(plan, Image { files, ..Image::default() }.plan());
-    assert_eq!((plan.kind, &*plan.kernel), (Kind::Unikraft, "/unikernel/app"));
+    assert_eq!((plan.kind(), &*plan.kernel), (Kind::Unikraft, "/unikernel/app"));
     assert_eq!(plan.initrd.as_deref(), Some("/unikernel/initrd"));
     assert_eq!(
         plan.cmdline,
@@ -134,7 +136,7 @@ fn users_annotations_and_arguments_win() {
     image.args.clear();
     image.cmd = words(&["redis", "-v"]);
     let plan = image.plan();
-    assert_eq!((plan.kind, plan.cmdline.as_str()), (Kind::Rumprun, r#"{"cmdline":"redis -v"}"#));
+    assert_eq!((plan.kind(), plan.cmdline.as_str()), (Kind::Rumprun, r#"{"cmdline":"redis -v"}"#));
 }
 
 #[test]
@@ -145,6 +147,153 @@ fn solo5_guests_for_other_monitors_are_entered_as_their_files_say() {
         Image { labels, ..Image::default() }.plan().boot
     };
     assert_eq!((of("hvt"), of("qemu")), (BootProtocol::Hvt, BootProtocol::Auto));
+}
+
+/// The plan of an image with these labels, and a command of its own.
+#[track_caller]
+fn labelled(list: &[(&str, &str)]) -> UnikernelPlan {
+    Image { labels: urunc(list), cmd: words(&["serve"]), ..Image::default() }.plan()
+}
+
+#[test]
+fn a_block_and_its_mount_point_are_told_in_the_guests_words() {
+    let with = |kind: &str, at: &str| {
+        labelled(&[
+            ("unikernelType", kind),
+            ("binary", "/k"),
+            ("block", "disk.img"),
+            ("blkMntPoint", at),
+        ])
+    };
+    for (kind, at, cmdline, untold) in [
+        ("rust", "/data/", "disk0.mount=/data serve", false),
+        ("linux", "/", "root=/dev/vda rw init=serve", false),
+        ("linux", "/data", "init=serve", true),
+        ("mirage", "/data", "serve", false),
+        ("unikraft", "/data", "k -- serve", true),
+        ("hermit", "/data", "-- serve", true),
+        ("rumprun", "", r#"{"cmdline":"serve"}"#, false),
+        ("rust", "", "serve", false),
+    ] {
+        let plan = with(kind, at);
+        assert_eq!(plan.disk, Some(DiskSource::File("/disk.img".into())), "{kind}");
+        assert_eq!((plan.cmdline.as_str(), !plan.left_out.is_empty()), (cmdline, untold), "{kind}");
+        assert!(!untold || plan.left_out[0].contains(at), "{:?}", plan.left_out);
+    }
+    let rumprun: serde_json::Value =
+        serde_json::from_str(&with("rumprun", "/data").cmdline).unwrap();
+    assert_eq!(
+        rumprun["blk"],
+        serde_json::json!({"source": "etfs", "path": "/dev/ld0a", "fstype": "blk", "mountpoint": "/data"})
+    );
+    // Without a disk there is nothing to be mounted.
+    let alone = labelled(&[("unikernelType", "rust"), ("binary", "/k"), ("blkMntPoint", "/x")]);
+    assert_eq!((alone.disk, alone.cmdline.as_str()), (None, "serve"));
+    // In the file, as the tools write it: base64.
+    let json = serde_json::to_vec(&urunc(&[
+        ("unikernelType", "cnVzdA=="),
+        ("binary", "L2s="),
+        ("block", "L2Q="),
+        ("blkMntPoint", "L2RhdGE="),
+    ]));
+    let files = [("/urunc.json".to_owned(), json.unwrap())].into();
+    assert_eq!(Image { files, ..Image::default() }.plan().cmdline, "disk0.mount=/data");
+}
+
+#[test]
+fn all_that_is_in_the_image_is_a_disk_where_nothing_else_is_the_root() {
+    let with = |kind: &str, more: &[(&str, &str)]| {
+        labelled(
+            &[&[("unikernelType", kind), ("binary", "/k"), ("mountRootfs", "true")], more].concat(),
+        )
+    };
+    for (kind, cmdline) in
+        [("linux", "root=/dev/vda rw init=serve"), ("rust", "disk0.mount=/ serve")]
+    {
+        let plan = with(kind, &[]);
+        assert_eq!((plan.disk, plan.cmdline.as_str()), (Some(DiskSource::Root), cmdline));
+    }
+    assert!(with("rumprun", &[]).cmdline.contains(r#""mountpoint":"/data""#));
+    // As urunc chooses: an initrd, then a disk for the root.
+    let initrd = with("linux", &[("initrd", "/i")]);
+    assert_eq!((initrd.disk, initrd.cmdline.as_str()), (None, "root=/dev/ram0 rw rdinit=serve"));
+    let block = with("linux", &[("block", "/d"), ("blkMntPoint", "/")]);
+    assert_eq!(block.disk, Some(DiskSource::File("/d".into())));
+    for value in ["", "0", "false", "F"] {
+        assert_eq!(with("linux", &[("mountRootfs", value)]).disk, None, "{value}");
+    }
+    let refused = |kind: &str, more: &[(&str, &str)]| {
+        let list =
+            [&[("unikernelType", kind), ("binary", "/k"), ("useDMBlock", "1")], more].concat();
+        Image { labels: urunc(&list), ..Image::default() }.refused()
+    };
+    assert!(refused("unikraft", &[]).contains("9pfs"));
+    assert!(refused("mirage", &[]).contains("mount no disk"));
+    assert!(refused("linux", &[("block", "/d"), ("blkMntPoint", "/x")]).contains("one disk"));
+}
+
+#[test]
+fn the_users_disks_come_after_the_images() {
+    let at = |text: &str| Some(text.parse::<MountPoint>().unwrap());
+    let labels =
+        [("unikernelType", "rust"), ("binary", "/k"), ("block", "/d"), ("blkMntPoint", "/a")];
+    let mut image =
+        Image { labels: urunc(&labels), disks: vec![None, at("/b")], ..Image::default() };
+    assert_eq!(image.plan().cmdline, "disk2.mount=/b disk0.mount=/a");
+    image.labels.remove("com.urunc.unikernel.block");
+    assert_eq!(image.plan().cmdline, "disk1.mount=/b");
+    image.labels = urunc(&[("unikernelType", "hermit"), ("binary", "/k")]);
+    assert!(image.refused().contains("/b"));
+    image.disks = vec![None];
+    assert_eq!(image.plan().cmdline, "");
+}
+
+#[test]
+fn images_variables_are_for_those_who_take_them() {
+    let of = |kind: &str| {
+        let labels =
+            urunc(&[("unikernelType", kind), ("binary", "/k"), ("unikernelVersion", "0.17.0")]);
+        let plan =
+            Image { labels, env: words(&["A=b c"]), cmd: words(&["x"]), ..Image::default() }.plan();
+        (plan.cmdline, plan.environment)
+    };
+    assert_eq!(of("unikraft"), ("k env.vars=[ \"A=b c\" ] -- x".into(), true));
+    assert_eq!(of("rumprun"), (r#"{"cmdline":"x","env":"A=b c"}"#.into(), true));
+    assert_eq!(of("linux"), ("A=\"b c\" init=x".into(), true));
+    for (kind, cmdline) in [("mirage", "x"), ("hermit", "-- x"), ("mewz", "x")] {
+        assert_eq!(of(kind), (cmdline.into(), false));
+    }
+}
+
+#[test]
+fn guests_of_solo5_may_name_their_network_device() {
+    let plan =
+        labelled(&[("unikernelType", "mirage"), ("binary", "/k"), ("solo5NetDev", "management")]);
+    assert_eq!(plan.dialect.solo5_net.as_deref(), Some("management"));
+    assert_eq!(labelled(&[("unikernelType", "mirage"), ("binary", "/k")]).dialect.solo5_net, None);
+}
+
+#[test]
+fn a_kernel_shows_whether_it_has_options_for_ipv6() {
+    let knows = |kind: Kind, len: usize, at: Option<usize>| {
+        let mut bytes = vec![b'i'; len];
+        if let Some(at) = at {
+            bytes[at..at + 12].copy_from_slice(b"ipv6-gateway");
+        }
+        let kernel = tempfile::tempfile().unwrap();
+        kernel.write_all_at(&bytes, 0).unwrap();
+        let mut dialect = Dialect::from(kind);
+        dialect.look_into(&kernel).unwrap();
+        dialect.ipv6
+    };
+    // Over the boundary of what is read at a time, too.
+    let boundary = 1 << 20;
+    for at in [0, 100, boundary - 12, boundary - 11, boundary - 1, boundary, 3 * boundary - 12] {
+        assert!(knows(Kind::Hvt, 3 * boundary, Some(at)), "{at}");
+    }
+    assert!(!knows(Kind::Hvt, 3 * boundary, None));
+    assert!(!knows(Kind::Hvt, 0, None));
+    assert!(!knows(Kind::Rust, boundary, Some(0)));
 }
 
 #[test]
@@ -185,7 +334,18 @@ fn malformed_urunc_keys_are_named() {
         ("hypervisor", "\u{1b}[2J"),
         ("unikernelVersion", &"9".repeat(5000)),
         ("mountRootfs", "true"),
+        ("mountRootfs", "yes"),
         ("useDMBlock", "1"),
+        ("blkMntPoint", "data"),
+        ("blkMntPoint", "/a/../b"),
+        ("blkMntPoint", "/a b"),
+        ("blkMntPoint", "/a\",\"b\":\"/c"),
+        ("blkMntPoint", "/a\u{1b}[2J"),
+        ("blkMntPoint", &format!("/{}", "9".repeat(255))),
+        ("solo5NetDev", "-x"),
+        ("solo5NetDev", "a b"),
+        ("solo5NetDev", "a=b"),
+        ("solo5NetDev", &"n".repeat(68)),
     ] {
         let message = with(key, value);
         assert!(message.starts_with(&format!("com.urunc.unikernel.{key} ")), "{message}");
@@ -279,14 +439,42 @@ fn described(bytes: &[u8]) -> Image {
     image
 }
 
+/// A document for rumprun has the keys that it may have, each with what belongs there.
+fn keeps_to_its_document(line: &str) {
+    let document: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).unwrap();
+    for (key, value) in &document {
+        match key.as_str() {
+            "cmdline" | "env" => assert!(value.is_string(), "{line}"),
+            "blk" => {
+                let at = value["mountpoint"].as_str().unwrap();
+                assert!(
+                    at.starts_with('/') && at.parse::<MountPoint>().unwrap().to_string() == at,
+                    "{line}"
+                );
+                assert_eq!(
+                    (value["path"].as_str(), value.as_object().unwrap().len()),
+                    (Some("/dev/ld0a"), 4)
+                );
+            }
+            _ => panic!("{key} in {line}"),
+        }
+    }
+}
+
 /// Nothing that an image says leaves it or means something else, whatever was changed in it. The same
 /// numbers every time; `make fuzz` has others.
 #[test]
 fn damaged_descriptions_are_refused_or_harmless() {
-    let seeds: [&[u8]; 4] = [
+    let seeds: [&[u8]; 7] = [
         b"bcom.urunc.unikernel.unikernelType=unikraft\nbcom.urunc.unikernel.binary=/k\n\
           bcom.urunc.unikernel.cmdline=a -b \"c d\"\nbcom.urunc.unikernel.initrd=/i\nvA=b c\n\
           acom.urunc.unikernel.block=L2I=\nbcom.urunc.unikernel.unikernelVersion=0.15.0",
+        b"bcom.urunc.unikernel.unikernelType=rumprun\nbcom.urunc.unikernel.binary=/k\n\
+          bcom.urunc.unikernel.block=/d\nbcom.urunc.unikernel.blkMntPoint=/data\nvA=b c\nca b",
+        b"bcom.urunc.unikernel.unikernelType=linux\nbcom.urunc.unikernel.binary=/k\nvA=b c\n\
+          bcom.urunc.unikernel.blkMntPoint=/\nbcom.urunc.unikernel.block=/d\nc/init\ncx y",
+        b"bcom.urunc.unikernel.unikernelType=rust\nbcom.urunc.unikernel.binary=/k\ncx\n\
+          acom.urunc.unikernel.mountRootfs=true\nbcom.urunc.unikernel.solo5NetDev=net0",
         b"f/urunc.json={\"com.urunc.unikernel.unikernelType\":\"cnVtcHJ1bg==\",\
           \"com.urunc.unikernel.binary\":\"L2Jpbi9h\",\"com.urunc.unikernel.cmdline\":\"YSBi\"}\n/",
         b"p\nlorg.unikraft.kernel.image=/k\nlorg.unikraft.kernel.initrd=/i\nvP=/bin\nc/app\nc-x y\n\
@@ -324,16 +512,23 @@ fn damaged_descriptions_are_refused_or_harmless() {
             }
         };
         plans += 1;
-        let paths = [Some(&plan.kernel), plan.initrd.as_ref(), plan.disk.as_ref()];
+        let disk = match &plan.disk {
+            Some(DiskSource::File(path)) => Some(path),
+            Some(DiskSource::Root) | None => None,
+        };
+        let paths = [Some(&plan.kernel), plan.initrd.as_ref(), disk];
         for path in paths.into_iter().flatten() {
             assert!(path.starts_with('/') && !path.split('/').any(|part| part == ".."), "{path:?}");
             assert!(!path.contains(char::is_control), "{path:?}");
         }
         assert!(!plan.cmdline.contains(char::is_control), "{:?}", plan.cmdline);
-        if plan.kind == Kind::Unikraft {
+        if plan.kind() == Kind::Unikraft {
             // Nothing but the list itself opens or closes the list of variables.
             let words = plan.cmdline.split(" -- ").next().unwrap();
             assert_eq!(words.matches('"').count() % 2, 0, "{words}");
+        }
+        if plan.kind() == Kind::Rumprun {
+            keeps_to_its_document(&plan.cmdline);
         }
     }
     assert!(plans > 1000, "{plans}");

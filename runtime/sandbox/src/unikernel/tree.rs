@@ -3,14 +3,15 @@
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mvm_image::erofs::reader::{FileType, Inode, ReadError, Reader};
+use mvm_image::{Owners, pack_directory, write_ext2};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 
-use super::{Error, Extract, Tree, UnikernelPlan};
+use super::{DiskSource, Error, Extract, Tree, UnikernelPlan};
 
 /// An image's root file system.
 #[derive(Debug)]
@@ -59,6 +60,12 @@ impl Extract for ErofsTree {
         }
         let mut data = self.0.data(&inode).map_err(|e| unusable(path, &e))?;
         copied(&mut data).map_err(|e| unusable(path, &e))
+    }
+
+    fn whole(&self, limit: u64) -> Result<File, Error> {
+        let disk = in_memory().map_err(|e| no_disk(&e))?;
+        write_ext2(&self.0, &disk, limit).map_err(|e| no_disk(&e))?;
+        Ok(disk)
     }
 }
 
@@ -127,6 +134,16 @@ impl Extract for DirTree {
         // Somebody may make it longer meanwhile.
         copied(&mut Read::take(&mut file, size)).map_err(|e| unusable(path, &e))
     }
+
+    fn whole(&self, limit: u64) -> Result<File, Error> {
+        // What the descriptor stands for, and not the link by which it is named.
+        let root = PathBuf::from(format!("/proc/self/fd/{}/.", self.0.as_raw_fd()));
+        let packed = in_memory().map_err(|e| no_disk(&e))?;
+        let [image, spool] = [packed.try_clone(), in_memory()];
+        let (image, spool) = (image.map_err(|e| no_disk(&e))?, spool.map_err(|e| no_disk(&e))?);
+        pack_directory(&root, image, spool, Owners::Keep, limit).map_err(|e| no_disk(&e))?;
+        ErofsTree::open(&packed)?.whole(limit)
+    }
 }
 
 /// The files of an image that a machine is made of, each a copy in memory that nobody else can change.
@@ -156,14 +173,26 @@ impl Files {
         Ok(Self {
             kernel: tree.extract(&plan.kernel, KERNEL_MAX)?,
             initrd: one(&plan.initrd, INITRD_MAX)?,
-            disk: one(&plan.disk, DISK_MAX)?,
+            disk: match &plan.disk {
+                None => None,
+                Some(DiskSource::File(path)) => Some(tree.extract(path, DISK_MAX)?),
+                Some(DiskSource::Root) => Some(tree.whole(DISK_MAX)?),
+            },
         })
     }
 }
 
+fn in_memory() -> io::Result<File> {
+    Ok(File::from(memfd_create(c"mvm-unikernel", MFdFlags::MFD_CLOEXEC)?))
+}
+
+fn no_disk(error: &dyn std::error::Error) -> Error {
+    Error::Disk { reason: error.to_string() }
+}
+
 /// A copy in memory, of which nobody else has a name or descriptor.
 fn copied(from: &mut impl Read) -> io::Result<File> {
-    let mut file = File::from(memfd_create(c"mvm-unikernel", MFdFlags::MFD_CLOEXEC)?);
+    let mut file = in_memory()?;
     io::copy(from, &mut file)?;
     file.rewind()?;
     Ok(file)
@@ -202,6 +231,16 @@ mod tests {
         let mut text = String::new();
         tree.extract("/k", 6).unwrap().read_to_string(&mut text).unwrap();
         assert_eq!(text, "kernel");
+        // All of it, and no more: the disk is ext2, and has the links as they are.
+        let disk = tree.whole(1 << 30).unwrap();
+        let (mut magic, mut bytes) = ([0; 2], Vec::new());
+        std::os::unix::fs::FileExt::read_exact_at(&disk, &mut magic, 1080).unwrap();
+        assert_eq!(magic, [0x53, 0xef]);
+        (&disk).take(2 << 20).read_to_end(&mut bytes).unwrap();
+        let has = |text: &[u8]| bytes.windows(text.len()).any(|part| part == text);
+        assert!(has(b"kernel") && has(b"absolute"));
+        let error = tree.whole(5).unwrap_err().to_string();
+        assert!(error.contains("limit"), "{error}");
         let error = tree.extract("/k", 5).unwrap_err().to_string();
         assert!(error.contains("6 bytes"), "{error}");
     }

@@ -26,25 +26,26 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
         None => packaging.tree.head(DEFAULT_INITRD, 0)?.map(|_| DEFAULT_INITRD.to_owned()),
     };
     let words = packaging.command();
+    packaging.mounts(Kind::Unikraft, 0)?;
     let cmdline = Words {
         kernel: &kernel,
         env: packaging.env,
         initrd: initrd.is_some(),
-        old_unikraft: false,
         kernel_args: packaging.kernel_args,
         args: &words,
+        ..Words::default()
     };
     let cmdline = cmdline.cmdline(Kind::Unikraft)?;
     let (kind, boot) = (Kind::Unikraft, BootProtocol::Auto);
     let environment = kind.takes_environment();
     Ok(Some(UnikernelPlan {
-        kind,
+        dialect: kind.into(),
         kernel,
         initrd,
         disk: None,
         boot,
         cmdline,
-        old_unikraft: false,
+        left_out: Vec::new(),
         environment,
         words,
     }))

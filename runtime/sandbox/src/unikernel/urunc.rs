@@ -4,7 +4,9 @@
 use mvm_vmm::config::BootProtocol;
 
 use super::value::{self, Encoding};
-use super::{Error, Kind, Packaging, Pairs, UnikernelPlan, Words};
+use super::{
+    Dialect, DiskSource, Error, Kind, Mount, MountPoint, Packaging, Pairs, UnikernelPlan, Words,
+};
 
 /// Names the kind of guest; has to be there.
 const TYPE: &str = "com.urunc.unikernel.unikernelType";
@@ -13,7 +15,12 @@ const BINARY: &str = "com.urunc.unikernel.binary";
 const CMDLINE: &str = "com.urunc.unikernel.cmdline";
 const INITRD: &str = "com.urunc.unikernel.initrd";
 const VERSION: &str = "com.urunc.unikernel.unikernelVersion";
+/// Path of a raw disk.
 const BLOCK: &str = "com.urunc.unikernel.block";
+/// Where the guest is to mount it.
+const MOUNT_POINT: &str = "com.urunc.unikernel.blkMntPoint";
+/// The name of the network device in the manifest of a guest of Solo5.
+const NET_DEVICE: &str = "com.urunc.unikernel.solo5NetDev";
 /// Names another monitor. What the guest was built for its file says better, except that Solo5 builds
 /// one file for each.
 const HYPERVISOR: &str = "com.urunc.unikernel.hypervisor";
@@ -21,8 +28,22 @@ const HYPERVISOR: &str = "com.urunc.unikernel.hypervisor";
 const MOUNT: [&str; 2] = ["com.urunc.unikernel.mountRootfs", "com.urunc.unikernel.useDMBlock"];
 
 /// All that are looked at.
-const KNOWN: [&str; 9] =
-    [TYPE, BINARY, CMDLINE, INITRD, VERSION, BLOCK, HYPERVISOR, MOUNT[0], MOUNT[1]];
+const KNOWN: [&str; 11] = [
+    TYPE,
+    BINARY,
+    CMDLINE,
+    INITRD,
+    VERSION,
+    BLOCK,
+    MOUNT_POINT,
+    NET_DEVICE,
+    HYPERVISOR,
+    MOUNT[0],
+    MOUNT[1],
+];
+
+/// Longest name of a device in a Solo5 manifest (its `mft_abi.h`).
+const DEVICE_MAX: usize = 67;
 
 /// The file in the image.
 const FILE: &str = "/urunc.json";
@@ -40,17 +61,11 @@ struct Source {
 pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPlan>, Error> {
     let Some(source) = find(packaging)? else { return Ok(None) };
     let (kind, solo5) = kind(&source)?;
-    let (place, missing) = (source.place, |key| Error::Missing { key, place: source.place });
+    let missing = |key| Error::Missing { key, place: source.place };
     let kernel = source.path(BINARY)?.ok_or_else(|| missing(BINARY))?;
-    for key in MOUNT {
-        if source.get(key)?.is_some_and(|v| !matches!(v.as_str(), "" | "false" | "0")) {
-            let reason =
-                "the container's root file system cannot be given to a unikernel as a disk";
-            return Err(Error::Value { key: key.into(), place, reason: reason.into() });
-        }
-    }
     let initrd = source.path(INITRD)?;
-    let disk = source.path(BLOCK)?;
+    let (disk, mount) = source.disk(kind, initrd.is_some())?.unzip();
+    let mount = mount.flatten();
     let hypervisor = source.get(HYPERVISOR)?.unwrap_or_default();
     let old_unikraft = source.get(VERSION)?.is_some_and(|version| is_old(&version));
     // As in urunc: what would be executed counts, the annotation is for images that say nothing.
@@ -59,11 +74,16 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
         nothing if nothing.is_empty() => line.split_whitespace().map(str::to_owned).collect(),
         command => command,
     };
+    let mut mounts = packaging.mounts(kind, usize::from(disk.is_some()))?;
+    mounts.extend(mount.clone());
+    let takes_environment = kind.takes_environment() && !old_unikraft;
     let cmdline = Words {
         kernel: &kernel,
-        env: packaging.env,
+        env: if takes_environment { packaging.env } else { &[] },
         initrd: initrd.is_some(),
         old_unikraft,
+        mounts: &mounts,
+        init: true,
         kernel_args: packaging.kernel_args,
         args: &words,
     };
@@ -73,16 +93,20 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
         true => BootProtocol::Auto,
         false => kind.boot(),
     };
-    let environment = kind.takes_environment() && !old_unikraft;
+    // Every image for urunc with a disk names a mount point, needed or not: guests of Solo5 miss nothing.
+    let untold = mount.filter(|_| kind != Kind::Hvt).and_then(|m| Some((m.untold(kind)?, m)));
+    let left_out = untold.map(|(why, Mount { at, .. })| {
+        format!("the guest is not told that its disk is to be mounted at {at}: {why}")
+    });
     Ok(Some(UnikernelPlan {
-        kind,
+        dialect: Dialect { old_unikraft, solo5_net: source.net_device()?, ..kind.into() },
         kernel,
         initrd,
         disk,
         boot,
         cmdline,
-        old_unikraft,
-        environment,
+        left_out: left_out.into_iter().collect(),
+        environment: takes_environment,
         words,
     }))
 }
@@ -192,5 +216,77 @@ impl Source {
         let Some(text) = self.get(key)?.filter(|text| !text.is_empty()) else { return Ok(None) };
         let bad = |reason| Error::Value { key: key.into(), place: self.place, reason };
         value::path(&text).map(Some).map_err(bad)
+    }
+
+    /// The disk, and where it is to be mounted, as urunc chooses: one that is for the root, or is beside an initrd; all
+    /// that is in the image, if that is asked for; or one that is for another place.
+    fn disk(&self, kind: Kind, initrd: bool) -> Result<Option<(DiskSource, Option<Mount>)>, Error> {
+        let file = self.path(BLOCK)?.map(DiskSource::File);
+        let at = self.mount_point()?;
+        let root = file.is_none() || at.as_ref().is_none_or(|at| !at.is_root());
+        let mount = |at: Option<MountPoint>| at.map(|at| Mount { disk: 0, at });
+        let Some(key) = self.whole()?.filter(|_| root && !initrd) else {
+            return Ok(file.map(|file| (file, mount(at))));
+        };
+        let bad = |reason: &str| Error::Value {
+            key: key.into(),
+            place: self.place,
+            reason: reason.into(),
+        };
+        if file.is_some() {
+            return Err(bad(
+                "there is a disk for another place as well, and one disk is all that there is",
+            ));
+        }
+        let at = match kind {
+            Kind::Linux | Kind::Rust => MountPoint::root(),
+            // It has files of its own there.
+            Kind::Rumprun => "/data".parse().map_err(|e: String| bad(&e))?,
+            Kind::Unikraft => {
+                return Err(bad(
+                    "Unikraft takes the image's files by 9pfs, a device that there is not; an initrd can hold them",
+                ));
+            }
+            _ => return Err(bad(&format!("{kind} kernels mount no disk"))),
+        };
+        Ok(Some((DiskSource::Root, mount(Some(at)))))
+    }
+
+    fn mount_point(&self) -> Result<Option<MountPoint>, Error> {
+        let Some(text) = self.get(MOUNT_POINT)?.filter(|text| !text.is_empty()) else {
+            return Ok(None);
+        };
+        let bad = |reason| Error::Value { key: MOUNT_POINT.into(), place: self.place, reason };
+        text.parse().map(Some).map_err(bad)
+    }
+
+    /// The key that wants all that is in the image as a disk, if one does. Values are those of Go's `strconv.ParseBool`.
+    fn whole(&self) -> Result<Option<&'static str>, Error> {
+        for key in MOUNT {
+            match self.get(key)?.unwrap_or_default().as_str() {
+                "1" | "t" | "T" | "TRUE" | "true" | "True" => return Ok(Some(key)),
+                "" | "0" | "f" | "F" | "FALSE" | "false" | "False" => {}
+                other => {
+                    let reason = format!("{other:?} is neither true nor false");
+                    return Err(Error::Value { key: key.into(), place: self.place, reason });
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The name of a network device, of which options are made.
+    fn net_device(&self) -> Result<Option<String>, Error> {
+        let Some(name) = self.get(NET_DEVICE)?.filter(|name| !name.is_empty()) else {
+            return Ok(None);
+        };
+        let plain = |c: char| c.is_ascii_alphanumeric() || "_-".contains(c);
+        if name.len() > DEVICE_MAX || !name.chars().all(plain) || name.starts_with('-') {
+            let reason = format!(
+                "{name:?} is no name of a device: up to {DEVICE_MAX} letters and digits of ASCII, and _ and - within"
+            );
+            return Err(Error::Value { key: NET_DEVICE.into(), place: self.place, reason });
+        }
+        Ok(Some(name))
     }
 }

@@ -105,6 +105,8 @@ pub struct Facts<'a> {
     pub attached: &'a [Attached],
     /// Whether there are the interrupt controllers and the timer of old PCs.
     pub pic: bool,
+    /// Whether the kernel tells its exit code by a port, if nothing else switches its machine off.
+    pub exit_status: bool,
     /// The device by which kernels made for PC emulators ask for some of it, if there is one.
     pub fw_cfg: Option<&'a FwCfg>,
 }
@@ -274,7 +276,7 @@ fn tell(
 /// of are not in them, nor is such a kernel told: it finds them where it looks, if it does, and its memory map stays as it is
 /// without any (Nanos takes whatever the map has for its page tables, up to 1 MiB).
 fn write_tables(facts: &Facts<'_>, cmdline: &CmdlineParts<'_>) -> Result<Option<u64>, Error> {
-    let Facts { ram, vcpus, pic, .. } = *facts;
+    let Facts { ram, vcpus, pic, exit_status, .. } = *facts;
     mptable::write(ram.memory(), vcpus, pic)?;
     reset::write(ram.memory())?;
     if !cmdline.style.has_acpi() {
@@ -282,8 +284,8 @@ fn write_tables(facts: &Facts<'_>, cmdline: &CmdlineParts<'_>) -> Result<Option<
     }
     let announced = cmdline.style.announces_devices();
     let virtio_devices = if announced { 0 } else { cmdline.virtio_devices };
-    // By other means such kernels tell their exit code.
-    let soft_off = !announced;
+    // By other means such kernels tell their exit code, and Nanos wherever it finds no `\_S5` (its `src/drivers/acpi.c`).
+    let soft_off = !announced && !exit_status;
     let platform = acpi::Platform { vcpus, virtio_devices, pic, soft_off };
     let rsdp = acpi::write(ram.memory(), platform)?;
     Ok((!announced).then_some(rsdp))

@@ -25,7 +25,15 @@ fn place(kernel: &[u8], memory: u64, initramfs: Option<&[u8]>) -> Result<(GuestR
 }
 
 fn facts(ram: &GuestRam, vcpus: u32) -> Facts<'_> {
-    Facts { ram, vcpus, tsc_khz: 1_000_000, attached: &[], pic: false, fw_cfg: None }
+    Facts {
+        ram,
+        vcpus,
+        tsc_khz: 1_000_000,
+        attached: &[],
+        pic: false,
+        exit_status: false,
+        fw_cfg: None,
+    }
 }
 
 fn announce(
@@ -55,6 +63,24 @@ fn a_vmlinux_and_its_initramfs_are_placed() {
         b"console="
     );
     assert_eq!(&ram.memory().read_obj::<[u8; 4]>(GuestAddress(layout::MP_TABLE)).unwrap(), b"_MP_");
+}
+
+/// A kernel that finds ACPI's way to switch its machine off takes it, and its exit code is lost.
+#[test]
+fn who_tells_an_exit_code_by_a_port_finds_no_other_way_out() {
+    let kernel =
+        elf(LOAD_AT, 0x1000, LOAD_AT).note("Xen", 18, &(LOAD_AT as u32).to_le_bytes()).build();
+    let cmdline = CmdlineParts { style: CmdlineStyle::Bare, ..CmdlineParts::default() };
+    for exit_status in [false, true] {
+        let ram = GuestRam::new(&layout::ram_ranges(64 << 20)).unwrap();
+        let facts = Facts { exit_status, ..facts(&ram, 1) };
+        open(&kernel).unwrap().place(&facts, None, &cmdline).unwrap();
+        let mut low = vec![0; 1 << 20];
+        ram.memory().read_slice(&mut low, GuestAddress(0)).unwrap();
+        let has = |text: &[u8]| low.windows(text.len()).any(|bytes| bytes == text);
+        assert!(has(b"DSDT") && has(b"_SB_"));
+        assert_eq!(has(b"_S5_"), !exit_status);
+    }
 }
 
 #[test]

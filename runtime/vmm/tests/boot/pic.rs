@@ -3,7 +3,7 @@
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use mvm_vmm::config::BootProtocol;
-use mvm_vmm::testing::ElfBuilder;
+use mvm_vmm::testing::{ElfBuilder, INTERRUPT_TABLE, interrupt_table};
 use mvm_vmm::{EndReason, Parts, layout};
 
 use crate::guest::*;
@@ -12,7 +12,7 @@ const HANDLERS: u64 = AT + 0x1000;
 /// Bytes of code for each.
 const HANDLER: u64 = 0x40;
 const IDT: u64 = 0x20_0000;
-const IDTR: u64 = IDT + 0x1000;
+const IDTR: u64 = IDT + INTERRUPT_TABLE;
 /// How often each of the 16 came.
 const COUNTS: u64 = 0x21_0000;
 /// Where IRQ 0 leads to.
@@ -63,22 +63,18 @@ fn kernel(write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Ve
         }
         write(a)
     });
-    let (mut handlers, mut idt) = (vec![0; (16 * HANDLER) as usize], vec![0; 0x1000]);
+    let mut handlers = vec![0; (16 * HANDLER) as usize];
     for irq in 0..16 {
         let bytes = handler(irq);
         assert!(bytes.len() <= HANDLER as usize);
         let at = (irq * HANDLER) as usize;
         handlers[at..at + bytes.len()].copy_from_slice(&bytes);
-        let place = HANDLERS + irq * HANDLER;
-        let gate = place & 0xffff | 0x10 << 16 | 0x8e00 << 32 | place >> 16 << 48;
-        let at = ((BASE + irq) * 16) as usize;
-        idt[at..at + 8].copy_from_slice(&gate.to_le_bytes());
     }
-    let idtr = [&0xfffu16.to_le_bytes()[..], &IDT.to_le_bytes()].concat();
+    let gates = (0..16).map(|irq| (BASE + irq, HANDLERS + irq * HANDLER));
     ElfBuilder::elf64(AT)
         .load(AT, &code)
         .load(HANDLERS, &handlers)
-        .load(IDT, &[idt, idtr].concat())
+        .load(IDT, &interrupt_table(IDT, gates))
         .build()
 }
 

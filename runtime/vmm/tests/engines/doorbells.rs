@@ -2,14 +2,11 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use mvm_vmm::testing::{ElfBuilder, section};
+use mvm_vmm::testing::section;
 use mvm_vmm::{EndReason, Parts, layout};
 
-use crate::guest::{assemble, engines, run};
+use crate::guest::{CODE, HANDLER, IDTR, assemble, engines, run, with_handler};
 
-const CODE: u64 = 0x10_0000;
-const HANDLER: u64 = 0x10_1000;
-const IDT: u64 = 0x20_0000;
 /// The rings of the queue.
 const DESCRIPTORS: u64 = 0x21_0000;
 const AVAILABLE: u64 = 0x21_1000;
@@ -68,25 +65,15 @@ fn driver(requests: u32) -> Vec<u8> {
         a.out(0xf4, eax)?;
         a.hlt()
     });
-    let gate = HANDLER & 0xffff | 0x10 << 16 | 0x8e00 << 32 | HANDLER >> 16 << 48;
-    let mut idt = vec![0; 4096];
-    let at = VECTOR as usize * 16;
-    idt[at..at + 8].copy_from_slice(&gate.to_le_bytes());
-    let idtr = [&0xfffu16.to_le_bytes()[..], &IDT.to_le_bytes()].concat();
     // Address, length, and the flag that the device writes.
     let descriptor =
         [&BUFFER.to_le_bytes()[..], &16u32.to_le_bytes(), &2u32.to_le_bytes()].concat();
-    ElfBuilder::elf64(CODE)
-        .load(CODE, &code)
-        .load(HANDLER, &handler)
-        .load(IDT, &[idt, idtr].concat())
-        .load(DESCRIPTORS, &descriptor)
-        .build()
+    with_handler(&code, VECTOR, &handler).load(DESCRIPTORS, &descriptor).build()
 }
 
 /// Interrupts and the device, with its registers at RDI.
 fn set_up(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    a.lidt(qword_ptr(IDT + 4096))?;
+    a.lidt(qword_ptr(IDTR))?;
     a.mov(eax, layout::LOCAL_APIC as u32 + 0xf0)?;
     a.mov(dword_ptr(rax), 0x1ff)?;
     a.mov(ebx, layout::IOAPIC as u32)?;

@@ -7,6 +7,7 @@ use iced_x86::code_asm::CodeAssembler;
 use mvm_emu::EmuEngine;
 use mvm_engine::Engine;
 use mvm_engine::kvm::KvmEngine;
+use mvm_vmm::testing::{ElfBuilder, INTERRUPT_TABLE, interrupt_table};
 use mvm_vmm::{EndReason, Machine, MachineEvent, Parts};
 
 /// Nothing that a test waits for takes longer, on however busy a host.
@@ -30,6 +31,22 @@ pub fn assemble(
     let mut assembler = CodeAssembler::new(64).unwrap();
     write(&mut assembler).unwrap();
     assembler.assemble(origin).unwrap()
+}
+
+/// Where [`with_handler`] puts the kernel.
+pub const CODE: u64 = 0x10_0000;
+/// Where it puts the handler.
+pub const HANDLER: u64 = 0x10_1000;
+/// What LIDT is to read then.
+pub const IDTR: u64 = IDT + INTERRUPT_TABLE;
+const IDT: u64 = 0x20_0000;
+
+/// A kernel with a handler of one interrupt.
+pub fn with_handler(code: &[u8], vector: u64, handler: &[u8]) -> ElfBuilder {
+    ElfBuilder::elf64(CODE)
+        .load(CODE, code)
+        .load(HANDLER, handler)
+        .load(IDT, &interrupt_table(IDT, [(vector, HANDLER)]))
 }
 
 /// What there is to say about a machine that has ended.

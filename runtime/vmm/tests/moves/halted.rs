@@ -6,15 +6,12 @@ use std::time::Instant;
 
 use iced_x86::code_asm::*;
 use mvm_engine::MpState;
-use mvm_vmm::testing::{ElfBuilder, section};
+use mvm_vmm::testing::section;
 use mvm_vmm::{EndReason, Machine, Parts, layout};
 
-use crate::guest::{PATIENCE, assemble};
+use crate::guest::{CODE, HANDLER, IDTR, PATIENCE, assemble, with_handler};
 use crate::journey::{Console, end, routes, take};
 
-const CODE: u64 = 0x10_0000;
-const HANDLER: u64 = 0x10_1000;
-const IDT: u64 = 0x20_0000;
 const VECTOR: u64 = 0x41;
 
 /// Halts until something is typed, and sends it back.
@@ -32,7 +29,7 @@ fn kernel() -> Vec<u8> {
     });
     let code = assemble(CODE, |a| {
         let mut again = a.create_label();
-        a.lidt(qword_ptr(IDT + 4096))?;
+        a.lidt(qword_ptr(IDTR))?;
         a.mov(ebx, LOCAL_APIC)?;
         a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
         a.mov(esi, layout::IOAPIC as u32)?;
@@ -52,16 +49,7 @@ fn kernel() -> Vec<u8> {
         a.hlt()?;
         a.jmp(again)
     });
-    let gate = HANDLER & 0xffff | 0x10 << 16 | 0x8e00 << 32 | HANDLER >> 16 << 48;
-    let mut idt = vec![0; 4096];
-    let at = VECTOR as usize * 16;
-    idt[at..at + 8].copy_from_slice(&gate.to_le_bytes());
-    let idtr = [&0xfffu16.to_le_bytes()[..], &IDT.to_le_bytes()].concat();
-    ElfBuilder::elf64(CODE)
-        .load(CODE, &code)
-        .load(HANDLER, &handler)
-        .load(IDT, &[idt, idtr].concat())
-        .build()
+    with_handler(&code, VECTOR, &handler).build()
 }
 
 /// Lets `machine` run until it halts, which it does not leave by itself.

@@ -2,7 +2,7 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use mvm_vmm::testing::{ElfBuilder, section};
+use mvm_vmm::testing::{ElfBuilder, INTERRUPT_TABLE, interrupt_table, section};
 use mvm_vmm::{EndReason, Parts, layout};
 
 use crate::guest::assemble;
@@ -56,7 +56,6 @@ fn request(a: &mut CodeAssembler, vector: u64) -> Result<(), IcedError> {
 /// set of requests and interrupts in service.
 fn kernel() -> Vec<u8> {
     let mut elf = ElfBuilder::elf64(CODE);
-    let mut idt = vec![0; 4096];
     for (vector, letter) in VECTORS.into_iter().zip(b'a'..) {
         let at = handler(vector);
         let code = assemble(at, |a| {
@@ -79,13 +78,10 @@ fn kernel() -> Vec<u8> {
             a.mov(dword_ptr(rbx + apic::EOI), 0)?;
             a.iretq()
         });
-        let gate = at & 0xffff | 0x10 << 16 | 0x8e00 << 32 | at >> 16 << 48;
-        let slot = vector as usize * 16;
-        idt[slot..slot + 8].copy_from_slice(&gate.to_le_bytes());
         elf = elf.load(at, &code);
     }
     let code = assemble(CODE, |a| {
-        a.lidt(qword_ptr(IDT + 4096))?;
+        a.lidt(qword_ptr(IDT + INTERRUPT_TABLE))?;
         a.mov(ebx, layout::LOCAL_APIC as u32)?;
         a.mov(edx, layout::SERIAL_PORT as u32)?;
         a.mov(dword_ptr(rbx + apic::SPURIOUS), 0x1ff)?;
@@ -107,8 +103,8 @@ fn kernel() -> Vec<u8> {
         a.out(0xf4, eax)?;
         a.hlt()
     });
-    let idtr = [&0xfffu16.to_le_bytes()[..], &IDT.to_le_bytes()].concat();
-    elf.load(CODE, &code).load(IDT, &[idt, idtr].concat()).build()
+    let gates = VECTORS.map(|vector| (vector, handler(vector)));
+    elf.load(CODE, &code).load(IDT, &interrupt_table(IDT, gates)).build()
 }
 
 #[test]

@@ -3,15 +3,12 @@
 
 use iced_x86::code_asm::*;
 use mvm_engine::{PendingEvents, VcpuState};
-use mvm_vmm::testing::{ElfBuilder, section};
+use mvm_vmm::testing::section;
 use mvm_vmm::{EndReason, Machine, MachineState, Parts, layout};
 
-use crate::guest::assemble;
+use crate::guest::{CODE, HANDLER, IDTR, assemble, with_handler};
 use crate::journey::{Console, end, journey, leave, routes, take};
 
-const CODE: u64 = 0x10_0000;
-const HANDLER: u64 = 0x10_1000;
-const IDT: u64 = 0x20_0000;
 const TICKS: u64 = 0x21_0000;
 const VECTOR: u64 = 0x30;
 
@@ -34,7 +31,7 @@ fn kernel() -> Vec<u8> {
         a.iretq()
     });
     let code = assemble(CODE, |a| {
-        a.lidt(qword_ptr(IDT + 4096))?;
+        a.lidt(qword_ptr(IDTR))?;
         for (at, value) in [(0x20, 0x11), (0x21, VECTOR as u32), (0x21, 4), (0x21, 1), (0x21, 0xfe)]
         {
             a.mov(al, value)?;
@@ -67,20 +64,7 @@ fn kernel() -> Vec<u8> {
         a.out(0xf4, eax)?;
         a.hlt()
     });
-    file(&code, &handler)
-}
-
-fn file(code: &[u8], handler: &[u8]) -> Vec<u8> {
-    let gate = HANDLER & 0xffff | 0x10 << 16 | 0x8e00 << 32 | HANDLER >> 16 << 48;
-    let mut idt = vec![0; 4096];
-    let at = VECTOR as usize * 16;
-    idt[at..at + 8].copy_from_slice(&gate.to_le_bytes());
-    let idtr = [&0xfffu16.to_le_bytes()[..], &IDT.to_le_bytes()].concat();
-    ElfBuilder::elf64(CODE)
-        .load(CODE, code)
-        .load(HANDLER, handler)
-        .load(IDT, &[idt, idtr].concat())
-        .build()
+    with_handler(&code, VECTOR, &handler).build()
 }
 
 /// A kernel that prints with interrupts on, and its handler, which prints something else and ends the machine.
@@ -96,7 +80,7 @@ fn interrupted_kernel() -> Vec<u8> {
     });
     let code = assemble(CODE, |a| {
         let mut again = a.create_label();
-        a.lidt(qword_ptr(IDT + 4096))?;
+        a.lidt(qword_ptr(IDTR))?;
         a.sti()?;
         a.mov(edx, port)?;
         a.mov(al, u32::from(b'x'))?;
@@ -104,7 +88,7 @@ fn interrupted_kernel() -> Vec<u8> {
         a.out(dx, al)?;
         a.jmp(again)
     });
-    file(&code, &handler)
+    with_handler(&code, VECTOR, &handler).build()
 }
 
 #[test]

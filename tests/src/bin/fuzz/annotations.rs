@@ -2,7 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use mvm_sandbox::unikernel::{Error, Packaging, Pairs, Recognised, Tree, recognise};
+use std::net::Ipv4Addr;
+
+use mvm_sandbox::unikernel::{
+    Addressed, Addresses, DiskSource, Error, Given, Kind, MountPoint, Packaging, Pairs, Recognised,
+    Tree, UnikernelPlan, recognise,
+};
 
 /// Images as lines: a letter for the place, then a word or `KEY=VALUE`.
 pub fn seeds() -> Vec<Vec<u8>> {
@@ -17,6 +22,17 @@ pub fn seeds() -> Vec<Vec<u8>> {
         "f/urunc.json={\"com.urunc.unikernel.unikernelType\":\"bWlyYWdl\",\
          \"com.urunc.unikernel.binary\":\"L2E=\",\"com.urunc.unikernel.block\":\"L2I=\",\
          \"com.urunc.unikernel.useDMBlock\":\"ZmFsc2U=\"}\n",
+        "bcom.urunc.unikernel.unikernelType=rumprun\n\
+         bcom.urunc.unikernel.binary=/k\n\
+         bcom.urunc.unikernel.block=/d.img\n\
+         bcom.urunc.unikernel.blkMntPoint=/data\n\
+         vA=b c\ncredis -v\nd\nd/more",
+        "f/urunc.json={\"com.urunc.unikernel.unikernelType\":\"bGludXg=\",\
+         \"com.urunc.unikernel.binary\":\"L2s=\",\"com.urunc.unikernel.mountRootfs\":\"dHJ1ZQ==\",\
+         \"com.urunc.unikernel.blkMntPoint\":\"Lw==\"}\nvA=b c\nc/init\ncx y",
+        "bcom.urunc.unikernel.unikernelType=mirage\n\
+         bcom.urunc.unikernel.binary=/k\n\
+         acom.urunc.unikernel.solo5NetDev=management\ncx",
         "p\nlorg.unikraft.kernel.image=/k\nlorg.unikraft.kernel.initrd=/i\nc/app\nvA=b",
         "e/x/app\ncword\nf/x/app=\x7fELF\x02\x01\x01\u{ff}\nf/x/hermit-loader=x",
         "mkrun.cpus=2\nmkrun.ram_mib=256\ne/bin/sh",
@@ -56,6 +72,7 @@ pub fn run(bytes: &[u8]) {
     let (none, empty) = (Pairs::new(), Vec::new());
     let pairs = |place: u8| pairs.get(&place).unwrap_or(&none);
     let list = |place: u8| words.get(&place).unwrap_or(&empty).as_slice();
+    let disks: Vec<Option<MountPoint>> = list(b'd').iter().map(|at| at.parse().ok()).collect();
     let recognised = recognise(&Packaging {
         annotations: pairs(b'a'),
         manifest: pairs(b'm'),
@@ -66,19 +83,64 @@ pub fn run(bytes: &[u8]) {
         cmd: list(b'c'),
         args: list(b'x'),
         kernel_args: "",
+        disks: &disks,
         unikernel_platform: words.contains_key(&b'p'),
         tree: &files,
     });
     match recognised {
         Ok(Recognised::Linux(size)) => assert!(size.cpus != Some(0)),
         Ok(Recognised::Unikernel(plan)) => {
-            let paths = [Some(&plan.kernel), plan.initrd.as_ref(), plan.disk.as_ref()];
+            let disk = match &plan.disk {
+                Some(DiskSource::File(path)) => Some(path),
+                Some(DiskSource::Root) | None => None,
+            };
+            let paths = [Some(&plan.kernel), plan.initrd.as_ref(), disk];
             for path in paths.into_iter().flatten() {
                 let inside = path.starts_with('/') && path.split('/').all(|part| part != "..");
                 assert!(inside && !path.contains(char::is_control), "{path:?}");
             }
             assert!(!plan.cmdline.contains(char::is_control), "{:?}", plan.cmdline);
+            assert!(
+                plan.left_out.iter().all(|what| !what.contains(char::is_control)),
+                "{:?}",
+                plan.left_out
+            );
+            connected(&plan);
         }
         Err(e) => assert!(!e.to_string().contains(char::is_control), "{e:?}"),
     }
+}
+
+/// A network changes nothing of what is there, and rumprun's document stays one, with the keys that it may have.
+fn connected(plan: &UnikernelPlan) {
+    let v4 = Given {
+        ip: Ipv4Addr::new(10, 0, 0, 2),
+        prefix: 24,
+        gateway: Some(Ipv4Addr::new(10, 0, 0, 1)),
+    };
+    let addresses =
+        Addresses { interfaces: vec![Addressed { v4: Some(v4), v6: None }; 2], name_server: None };
+    let told = addresses.tell(&plan.dialect, &plan.cmdline).cmdline;
+    assert!(!told.contains(char::is_control), "{told:?}");
+    if plan.kind() != Kind::Rumprun {
+        return;
+    }
+    let document: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(&told).expect("a document");
+    for (key, value) in &document {
+        match key.as_str() {
+            "cmdline" | "env" => assert!(value.is_string(), "{told}"),
+            "net" => assert_eq!(value["addr"], "10.0.0.2", "{told}"),
+            "blk" => {
+                let at = value["mountpoint"].as_str().expect("a text");
+                assert_eq!(
+                    at.parse::<MountPoint>().expect("a mount point").to_string(),
+                    at,
+                    "{told}"
+                );
+            }
+            _ => panic!("{key} in {told}"),
+        }
+    }
+    assert!(document.contains_key("net") && document.contains_key("cmdline"), "{told}");
 }
