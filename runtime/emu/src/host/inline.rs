@@ -48,6 +48,8 @@ pub struct Inline {
     pub wide: bool,
     /// x87: the opcode that pointers tell afterwards ([`X87Pointers::fop`](super::X87Pointers::fop)).
     pub note: Option<u16>,
+    /// It is FLDCW.
+    pub loads_control_word: bool,
     pub memory: Option<Operand>,
     pub moves: [Option<Move>; MAX_MOVES],
     /// Arithmetic flags as iced counts them.
@@ -157,6 +159,7 @@ pub fn make<N: Names>(insn: &Instruction, features: &HostFeatures, names: &N) ->
         vectors,
         wide,
         note,
+        loads_control_word: insn.mnemonic() == Mnemonic::Fldcw,
         memory,
         moves: general.moves()?,
         flags_read: renamed.rflags_read(),

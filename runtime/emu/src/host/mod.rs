@@ -24,6 +24,7 @@ mod xsave;
 
 pub use arena::init;
 pub use features::HostFeatures;
+pub(crate) use state::guard;
 pub use state::{FxImage, MXCSR_MASK, MXCSR_RESET, VectorState, X87Pointers, Ymm};
 pub use stub::usage as stub_usage;
 

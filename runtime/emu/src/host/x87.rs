@@ -27,7 +27,7 @@ fn is_x87(insn: &Instruction) -> bool {
 }
 
 /// For instructions that are no more than the host's own, if no bit of the class that is returned is set: that class, and
-/// the opcode to note.
+/// the opcode to note. FLDCW must leave all exceptions masked, besides.
 pub fn in_place(insn: &Instruction) -> Option<(u8, Option<u16>)> {
     use Mnemonic as M;
     if !is_x87(insn) {
@@ -36,7 +36,8 @@ pub fn in_place(insn: &Instruction) -> Option<(u8, Option<u16>)> {
     match insn.mnemonic() {
         M::Wait => Some((guard::WAIT | guard::PENDING, None)),
         M::Fnclex | M::Fnstsw | M::Fnstcw => Some((class::X87_NOWAIT, None)),
-        M::Fninit | M::Fndisi | M::Fneni | M::Fnsetpm | M::Fldcw => None,
+        M::Fldcw => Some((class::X87, None)),
+        M::Fninit | M::Fndisi | M::Fneni | M::Fnsetpm => None,
         M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor => None,
         _ => Some((class::X87, Some(opcode(insn)))),
     }

@@ -89,6 +89,9 @@ pub enum Kind {
     },
     /// An instruction of one byte that works on flags alone.
     Flag(u8),
+    /// SAHF, and LAHF.
+    FlagsOfAh,
+    AhOfFlags,
     MovImm {
         register: u8,
     },
@@ -413,6 +416,8 @@ fn one_byte(raw: &Raw) -> Option<Plan> {
         }
         0x98 if !raw.p66 || size == 8 => native(Kind::Extend { wide: size == 8 }),
         0x99 if !raw.p66 || size == 8 => native(Kind::Sign { wide: size == 8 }),
+        0x9e => Plan { kills: ALL & !OF, sets: true, ..native(Kind::FlagsOfAh) },
+        0x9f => Plan { reads: ALL & !OF, ..native(Kind::AhOfFlags) },
         0xa8 | 0xa9 => {
             let code = Code { op: if by_bit == 1 { 0xf6 } else { 0xf7 }, ..raw.code(by_bit) };
             let operand = Operand::Reg(0, true, false);

@@ -246,7 +246,8 @@ impl Spans {
                     self.forget(place.guest);
                 }
             }
-            Kind::Nop | Kind::Flag(_) => {}
+            Kind::AhOfFlags => self.forget(0),
+            Kind::Nop | Kind::Flag(_) | Kind::FlagsOfAh => {}
             // The block ends.
             Kind::Call
             | Kind::Jump

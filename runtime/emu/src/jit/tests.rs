@@ -161,6 +161,18 @@ fn the_second_bytes_of_registers() {
 }
 
 #[test]
+fn flags_by_way_of_ah() {
+    let code = asm!(64 at CODE, [again, over];
+        mov(ecx, 255i32); set_label(&mut again);
+        mov(eax, ecx); shl(eax, 8i32); add(cl, 0x7f); sahf(); jnp(over); seto(bl); adc(edx, ebx); set_label(&mut over); lahf(); sbb(edx, eax); sahf(); rcl(edx, 3i32);
+        add(cl, -0x7fi32); lahf(); xor(edx, eax); dec(ecx); jnz(again); ud2();
+    );
+    let (_, _, counters) = both(&[(CODE, &code)]);
+    // UD2, and HLT where that ends.
+    assert_eq!(counters.called_instructions, 2, "{counters:?}");
+}
+
+#[test]
 fn division_that_faults_and_that_does_not() {
     for (high, low, divisor) in [
         (0u64, 7u64, 2u64),

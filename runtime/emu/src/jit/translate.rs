@@ -368,6 +368,19 @@ impl Translator {
                 self.asm.bytes(&[opcode]);
                 self.at = Some(At::Native);
             }
+            Kind::FlagsOfAh => {
+                self.need_flags(live);
+                self.asm.mov32(RAX, GUEST_AX);
+                self.asm.bytes(&[0x9e]);
+                self.at = Some(At::Native);
+            }
+            Kind::AhOfFlags => {
+                self.need_flags(live);
+                let part = self.high(0);
+                self.asm.bytes(&[0x9f, 0x0f, 0xb6, 0xc4]); // lahf; movzx eax, ah
+                self.asm.op(Code { bytes: true, ..Code::one(0x88) }, RAX, Rm::Mem(part));
+                self.take_back(0);
+            }
             Kind::MovImm { register } => self.mov_imm(register, op.imm),
             Kind::Lea { register, size } => self.lea(op, register, size),
             Kind::Extend { wide: true } => {

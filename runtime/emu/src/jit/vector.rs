@@ -9,6 +9,7 @@ use super::place;
 use super::plan::{CF, Flags, Kind, Mem, OF, PF, Plan, SF, ZF};
 use super::spans::Role;
 use super::translate::{Miss, Translator};
+use crate::host::guard;
 use crate::host::inline::{Inline, Names};
 use crate::mmu::Access;
 use crate::op::Op;
@@ -97,6 +98,10 @@ impl Translator {
                 self.asm.bytes(&[operand.align]);
                 self.miss_if(5);
             }
+            if inline.loads_control_word {
+                self.load_control_word(at, live);
+                return;
+            }
             place = Some(at);
         }
         if inline.wide && !self.known.wide {
@@ -131,6 +136,23 @@ impl Translator {
         if let Some(opcode) = inline.note {
             self.note_x87(op, inline, opcode);
         }
+    }
+
+    /// FLDCW, if the word at `place` masks all exceptions; others are the handler's, for which the guard changes. The word is
+    /// copied, lest another vCPU changes it after the look.
+    fn load_control_word(&mut self, place: Ea, live: Flags) {
+        const MASKS: u8 = 0x3f;
+        self.keep_flags(live);
+        self.asm.op(Code { map: 1, ..Code::one(0xb7) }, RAX, Rm::Mem(place)); // movzx eax
+        self.asm.store(Ea::cpu(layout::TARGET), RAX);
+        self.asm.op(Code::one(0x83), 4, Rm::Reg(RAX)); // and eax, masks
+        self.asm.bytes(&[MASKS]);
+        self.asm.op(Code::one(0x83), 7, Rm::Reg(RAX)); // cmp eax, masks
+        self.asm.bytes(&[MASKS]);
+        self.miss_if(5);
+        self.asm.op(Code::one(0xd9), 5, Rm::Mem(Ea::cpu(layout::TARGET))); // fldcw
+        // Not so if the handler did it.
+        self.known.clear &= !guard::PENDING;
     }
 
     /// Is the current op's operand known to be aligned to `mask`, or will be when it is done?
