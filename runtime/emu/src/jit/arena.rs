@@ -6,16 +6,18 @@ use crate::host::arena::map_twice;
 
 /// Bytes of address space for the code of one vCPU. Pages are touched as code is made.
 pub const SIZE: usize = 32 << 20;
+/// Where the part for code starts that seldom runs. What runs often is packed more closely without it.
+pub const COLD: usize = 13 << 20;
 
 /// The code memory of one vCPU.
 #[derive(Debug)]
 pub struct Arena {
     write: *mut u8,
     exec: *mut u8,
-    /// Where the last code was put, as a multiple of [`PART`].
-    part: usize,
-    /// Bytes that code was ever put in.
-    touched: usize,
+    /// Where the last code was put on either side of [`COLD`], as a multiple of [`PART`].
+    parts: [usize; 2],
+    /// Ends of what code was ever put in.
+    touched: [usize; 2],
 }
 
 /// Bytes of the writable mapping that are let go at a time.
@@ -31,7 +33,7 @@ impl Arena {
     /// The host refuses a memfd or an executable mapping of it.
     pub fn new() -> io::Result<Self> {
         let (write, exec) = map_twice(c"mvm-emu-code", SIZE)?;
-        Ok(Self { write, exec, part: 0, touched: 0 })
+        Ok(Self { write, exec, parts: [0, COLD / PART], touched: [0, COLD] })
     }
 
     /// Address of the byte at `offset` where it is executed.
@@ -46,28 +48,30 @@ impl Arena {
     pub fn write(&mut self, offset: usize, code: &[u8]) {
         let end = offset.saturating_add(code.len());
         assert!(end <= SIZE, "the arena's size");
-        self.touched = self.touched.max(end);
+        let touched = &mut self.touched[usize::from(offset >= COLD)];
+        *touched = end.max(*touched);
         // SAFETY: the range lies in the writable mapping (checked above), which this value owns.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(offset), code.len()) };
     }
 
     /// Bytes of memory that the code takes, emptied or not.
     pub fn touched(&self) -> usize {
-        self.touched
+        self.touched[0] + (self.touched[1] - COLD)
     }
 
     /// Tells where code is put from now on. What is behind that is seldom written again: pages that are mapped
     /// a second time for it count twice wherever a process's memory is looked at.
     pub fn went_on_to(&mut self, offset: usize) {
         let part = (offset / PART).min(SIZE / PART - 1);
-        if part != self.part {
+        let last = &mut self.parts[usize::from(offset >= COLD)];
+        if part != *last {
             // SAFETY: the part lies in the writable mapping, which this value owns. The mapping is of a file and
             // shared, so its content stays.
             unsafe {
-                let start = self.write.add(self.part * PART);
+                let start = self.write.add(*last * PART);
                 libc::madvise(start.cast(), PART, libc::MADV_DONTNEED);
             }
-            self.part = part;
+            *last = part;
         }
     }
 }

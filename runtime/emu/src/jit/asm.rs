@@ -9,6 +9,7 @@ pub mod host {
     pub const RCX: u8 = 1;
     pub const RDX: u8 = 2;
     pub const RBX: u8 = 3;
+    pub const RSP: u8 = 4;
     pub const RBP: u8 = 5;
     pub const RSI: u8 = 6;
     pub const RDI: u8 = 7;
@@ -79,27 +80,46 @@ impl Code {
 /// What rcx and rdx are copies of, by offset of a field of the [`Cpu`](crate::cpu::Cpu).
 pub type Copies = [Option<i32>; 2];
 
-/// Code that will be at `base` in the arena.
-#[derive(Debug, Default)]
-pub struct Asm {
-    pub code: Vec<u8>,
-    pub base: usize,
-    /// Of those fields that do not change behind its back, here.
-    pub copies: Copies,
-}
-
 /// Where it is in [`Copies`].
 fn copy_in(register: u8) -> Option<usize> {
     [RCX, RDX].into_iter().position(|known| known == register)
 }
 
+/// Code that will be in the arena, in one piece or in two.
+#[derive(Debug, Default)]
+pub struct Asm {
+    pub code: Vec<u8>,
+    base: usize,
+    /// The second piece: where it starts in `code`, and where it will be.
+    second: Option<(usize, usize)>,
+    /// Of those fields that do not change behind its back, here.
+    pub copies: Copies,
+}
+
 impl Asm {
+    /// Starts anew, with code that will be at `base`.
     pub fn restart(&mut self, base: usize) {
         self.code.clear();
         self.base = base;
+        self.second = None;
         self.copies = Copies::default();
     }
-    /// Offset of the next byte from the start.
+    /// What follows is the second piece, which will be at `base`.
+    pub fn go_on_at(&mut self, base: usize) {
+        self.second = Some((self.here(), base));
+    }
+    /// Both pieces.
+    pub fn pieces(&self) -> (&[u8], &[u8]) {
+        self.code.split_at(self.second.map_or(self.here(), |(start, _)| start))
+    }
+    /// Where in the arena the byte at `position` will be.
+    pub fn place(&self, position: usize) -> usize {
+        match self.second {
+            Some((start, base)) if position >= start => base + (position - start),
+            _ => self.base + position,
+        }
+    }
+    /// Position of the next byte.
     pub fn here(&self) -> usize {
         self.code.len()
     }
@@ -236,6 +256,11 @@ impl Asm {
         self.bytes(&[0x48 | d >> 3, 0xb8 | d & 7]);
         self.bytes(&value.to_le_bytes());
     }
+    /// `mov ecx, imm`.
+    pub fn mov_ecx(&mut self, value: u32) {
+        self.code.push(0xb9);
+        self.bytes(&value.to_le_bytes());
+    }
     /// `mov eax, imm`.
     pub fn mov_eax(&mut self, value: u32) {
         self.code.push(0xb8);
@@ -259,6 +284,12 @@ impl Asm {
         self.imm32(0);
         self.here() - 4
     }
+    /// The same for a call.
+    pub fn call(&mut self) -> usize {
+        self.code.push(0xe8);
+        self.imm32(0);
+        self.here() - 4
+    }
     /// A conditional jump (condition as in the opcode) to be patched.
     pub fn jcc(&mut self, condition: u8) -> usize {
         self.bytes(&[0x0f, 0x80 | condition]);
@@ -267,7 +298,7 @@ impl Asm {
     }
     /// Makes the jump at `position` go to `target`, both from the start.
     pub fn patch(&mut self, position: usize, target: usize) {
-        let distance = target as i64 - (position as i64 + 4);
+        let distance = self.place(target) as i64 - (self.place(position) as i64 + 4);
         self.code[position..position + 4].copy_from_slice(&(distance as i32).to_le_bytes());
     }
     /// Makes the jump at `position` come here.
@@ -283,7 +314,7 @@ impl Asm {
     /// A jump (0xe9) or call (0xe8) to `offset` of the arena.
     pub fn far(&mut self, opcode: u8, offset: u32) {
         self.code.push(opcode);
-        let from = (self.base + self.here() + 4) as i64;
+        let from = (self.place(self.here()) + 4) as i64;
         self.imm32((i64::from(offset) - from) as i32);
     }
 

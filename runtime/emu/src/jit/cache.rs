@@ -43,6 +43,16 @@ pub struct Link {
     pub life: u32,
 }
 
+/// A direct jump to another page (J18).
+#[derive(Debug, Clone, Copy)]
+pub struct FarLink {
+    /// Positions of its distance and of the tag that it compares.
+    pub site: u32,
+    pub tag: u32,
+    /// Virtual address.
+    pub target: u64,
+}
+
 /// Added to the addresses of blocks without spans (J14), which host addresses of user space leave free.
 pub const PLAIN: u64 = 1 << 63;
 
@@ -62,6 +72,7 @@ pub struct Cache {
     bridges: Map<Bridge>,
     pages: Map<Page>,
     pub links: Vec<Link>,
+    pub far_links: Vec<FarLink>,
     lives: u32,
 }
 
@@ -155,6 +166,7 @@ impl Cache {
         self.bridges.clear();
         self.pages.clear();
         self.links.clear();
+        self.far_links.clear();
     }
 
     /// Bytes of memory for all of it, about.
@@ -163,6 +175,7 @@ impl Cache {
             + self.pages.capacity() * (size_of::<(u64, Page)>() + 1)
             + self.blocks.len() * size_of::<u16>()
             + self.links.capacity() * size_of::<Link>()
+            + self.far_links.capacity() * size_of::<FarLink>()
     }
 
     pub fn len(&self) -> usize {

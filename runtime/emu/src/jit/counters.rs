@@ -82,6 +82,7 @@ impl Counters {
                 ("jit-counted-blocks", counted.blocks),
                 ("jit-counted-chained", chained),
                 ("jit-counted-jump-cache-hits", counted.jump_hits),
+                ("jit-counted-returns", counted.returns),
                 ("jit-counted-tlb-hits", counted.tlb_hits),
             ]);
         }

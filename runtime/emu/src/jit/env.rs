@@ -1,17 +1,17 @@
 //! What translated code reaches through the `Cpu` besides its state.
 
+use std::collections::HashSet;
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::spans::SLOTS;
+use crate::block::KeyHasher;
 use crate::mmu::NO_JUMP;
 use crate::op::Op;
 
 /// Entries of the jump cache: a Linux kernel that does anything at all jumps to some thousands of places.
 pub const JUMPS: usize = 8192;
-
-/// Entries in use that are still dropped one by one.
-const FEW: usize = 128;
 
 /// An entry of the jump cache (J7).
 #[derive(Debug, Clone, Copy)]
@@ -25,9 +25,16 @@ pub struct Jump {
     pub code: u32,
 }
 
+/// Where the code of an entry comes from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Origin {
+    /// Host address.
+    host: u64,
+    /// [`JitEnv::life`] of then.
+    life: u64,
+}
+
 const NONE: Jump = Jump { address: 0, tag: NO_JUMP, code: 0 };
-/// Bits of the filter of pages.
-const PAGES: usize = 4096;
 
 /// An op as translated code refers to it.
 #[derive(Debug, Clone, Copy)]
@@ -83,12 +90,18 @@ pub struct Counted {
     pub tlb_hits: u64,
     /// Transfers whose target was in the jump cache.
     pub jump_hits: u64,
+    /// Returns to where the last call came from.
+    pub returns: u64,
 }
 
 /// The translator's part of a `Cpu`. Empty if there is no translator.
 #[derive(Debug, Default)]
 pub struct JitEnv {
     jumps: Box<[Jump]>,
+    /// Of the same entries.
+    origins: Box<[Origin]>,
+    /// Changes when translated code dies.
+    life: u64,
     /// Address of `jumps`.
     pub(super) table: u64,
     /// Address of the arena's code.
@@ -97,7 +110,11 @@ pub struct JitEnv {
     pub(super) run: u64,
     /// Between the two accesses of an indirect call, or of a push.
     pub(super) target: u64,
-    pub(super) target_page: u64,
+    /// Where an indirect call pushes to, as an address of the host.
+    pub(super) pushed: u64,
+    /// The host's stack: where it starts for translated code, and from where on there is no more room (J17).
+    pub(super) stack: u64,
+    pub(super) stack_floor: u64,
     /// Address of the [`CalledOp`] whose handler did not say "next".
     pub(super) called: u64,
     /// Of the spans of the running block (J14): what they add to addresses of the guest.
@@ -105,10 +122,11 @@ pub struct JitEnv {
     /// Handlers called, by opcode.
     pub(super) calls: Calls,
     pub(super) counted: Counted,
-    /// Bit per page (hashed) that entries of the jump cache lie in.
-    pages: Box<[u64]>,
-    /// Slots in use, or [`FEW`] if there are more.
-    used: Vec<u16>,
+    /// The pages that code jumps to from others, by number.
+    pages: HashSet<u64, BuildHasherDefault<KeyHasher>>,
+    /// How many jumps between pages that are linked to another place may still go by the jump cache before
+    /// one of them is linked anew.
+    pub(super) patience: i32,
 }
 
 impl JitEnv {
@@ -116,13 +134,13 @@ impl JitEnv {
     pub(super) fn with_jumps(code: u64) -> Self {
         let jumps = vec![NONE; JUMPS].into_boxed_slice();
         let table = jumps.as_ptr() as u64;
-        let pages = vec![0; PAGES / 64].into_boxed_slice();
-        Self { jumps, table, code, pages, calls: Calls::new(), ..Self::default() }
+        let origins = vec![Origin::default(); JUMPS].into_boxed_slice();
+        Self { jumps, origins, life: 1, table, code, calls: Calls::new(), ..Self::default() }
     }
 
-    /// The jump cache.
-    pub(super) fn jumps(&self) -> &[Jump] {
-        &self.jumps
+    /// Bytes of memory for the jump cache.
+    pub(super) fn memory(&self) -> usize {
+        size_of_val(&*self.jumps) + size_of_val(&*self.origins)
     }
 
     /// The counters of called handlers.
@@ -136,32 +154,17 @@ impl JitEnv {
         (low ^ low >> JUMPS.ilog2()) as usize & (JUMPS - 1)
     }
 
-    /// The word and the bit of the filter for the page of `address`.
-    fn page(address: u64) -> (usize, u64) {
-        let page = address >> 12;
-        let bit = (page ^ page >> PAGES.ilog2()) as usize & (PAGES - 1);
-        (bit / 64, 1 << (bit % 64))
-    }
-
-    /// Enters a place. What had its slot may still be found by [`JitEnv::find`].
-    pub(super) fn insert(&mut self, address: u64, tag: u32, code: u32) {
-        let (word, bit) = Self::page(address);
-        if let Some(pages) = self.pages.get_mut(word) {
-            *pages |= bit;
-        }
+    /// Enters a place, whose code is at `host`. What had its slot may still be found by [`JitEnv::find`].
+    pub(super) fn insert(&mut self, address: u64, tag: u32, host: u64, code: u32) {
+        self.pages.insert(address >> 12);
         let slot = Self::slot(address);
         let Some(&before) = self.jumps.get(slot) else { return };
         if before.tag != NO_JUMP && (before.address, before.tag) != (address, tag) {
-            self.put(slot ^ 1, before);
+            self.jumps[slot ^ 1] = before;
+            self.origins[slot ^ 1] = self.origins[slot];
         }
-        self.put(slot, Jump { address, tag, code });
-    }
-
-    fn put(&mut self, slot: usize, jump: Jump) {
-        if self.jumps[slot].tag == NO_JUMP && self.used.len() < FEW {
-            self.used.push(slot as u16);
-        }
-        self.jumps[slot] = jump;
+        self.jumps[slot] = Jump { address, tag, code };
+        self.origins[slot] = Origin { host, life: self.life };
     }
 
     /// The address of the code for `address` if it is there with `tag`; translated code finds it then, too.
@@ -173,47 +176,47 @@ impl JitEnv {
                 return None;
             }
             // Of two that share their slot the one that was looked for last has it.
-            if self.jumps[slot].tag == NO_JUMP {
-                self.put(slot, self.jumps[slot ^ 1]);
-            } else {
-                self.jumps.swap(slot, slot ^ 1);
-            }
+            self.jumps.swap(slot, slot ^ 1);
+            self.origins.swap(slot, slot ^ 1);
         }
         Some(self.code + u64::from(self.jumps[slot].code))
     }
 
-    /// Drops everything.
-    pub(super) fn clear(&mut self) {
-        self.pages.fill(0);
-        if self.used.len() < FEW {
-            for slot in self.used.drain(..) {
-                self.jumps[usize::from(slot)] = NONE;
-            }
-        } else {
-            self.jumps.fill(NONE);
-            self.used.clear();
-        }
+    /// The same for an entry that has another tag, or had one before a flush, if its code is what is at `host`, where
+    /// `address` is mapped to now. It has `tag` then.
+    pub(super) fn find_again(&mut self, address: u64, tag: u32, host: u64) -> Option<u64> {
+        let slot = Self::slot(address);
+        let origin = Origin { host, life: self.life };
+        let fits = |slot: &usize| {
+            self.jumps.get(*slot).is_some_and(|jump| jump.address == address)
+                && self.origins.get(*slot) == Some(&origin)
+        };
+        let found = [slot, slot ^ 1].into_iter().find(fits)?;
+        let code = self.jumps[found].code;
+        self.insert(address, tag, host, code);
+        Some(self.code + u64::from(code))
     }
 
-    /// Drops (at least) the page of `address`: its mapping may have changed.
-    pub(crate) fn forget_page(&mut self, address: u64) {
-        let (word, bit) = Self::page(address);
-        if self.pages.get(word).is_none_or(|pages| pages & bit == 0) {
-            return;
-        }
-        if self.used.len() >= FEW {
-            return self.clear();
-        }
-        // A small kernel that changes its page tables all the time pays for its own entries only.
-        let jumps = &mut self.jumps;
-        self.used.retain(|slot| {
-            let jump = &mut jumps[usize::from(*slot)];
-            let keep = jump.address >> 12 != address >> 12;
-            if !keep {
-                *jump = NONE;
-            }
-            keep
-        });
+    /// Drops everything.
+    pub(super) fn clear(&mut self) {
+        self.jumps.fill(NONE);
+        self.forget_pages();
+        self.forget_code();
+    }
+
+    /// Some of the code is not to be entered any more.
+    pub(super) fn forget_code(&mut self) {
+        self.life += 1;
+    }
+
+    /// Does anything jump to the page of `address`?
+    pub(crate) fn jumps_to_page(&self, address: u64) -> bool {
+        self.pages.contains(&(address >> 12))
+    }
+
+    /// The tags have changed: nothing that is here counts any more.
+    pub(crate) fn forget_pages(&mut self) {
+        self.pages.clear();
     }
 }
 
@@ -222,32 +225,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_is_forgotten_with_few_and_with_many_entries() {
-        for count in [1, 10, FEW as u64 - 1, FEW as u64, 500] {
-            let mut env = JitEnv::with_jumps(0);
-            let page = |n: u64| 0x7000_0000 + (n % 3) * 0x100_1000;
-            for n in 0..count {
-                env.insert(page(n) + n * 5, 7, n as u32 + 1);
-            }
-            let there = |env: &mut JitEnv| -> Vec<u64> {
-                (0..count).filter(|n| env.find(page(*n) + n * 5, 7).is_some()).collect()
-            };
-            let before = there(&mut env);
-            assert!(before.contains(&(count - 1)));
-            // Has the bit of the others' pages as well.
-            env.forget_page(page(1));
-            let after = there(&mut env);
-            assert!(after.iter().all(|n| n % 3 != 1 && before.contains(n)), "{count}");
-            if count < FEW as u64 {
-                assert!(before.iter().all(|n| n % 3 == 1 || after.contains(n)), "{count}");
-            }
-            // And it is filled again.
-            for n in 0..count {
-                env.insert(page(n) + n * 5, 7, n as u32 + 1);
-            }
-            assert_eq!(there(&mut env), before);
-            env.clear();
-            assert!(there(&mut env).is_empty());
+    fn jumps_are_found_until_their_tags_change_and_their_pages_are_known() {
+        let mut env = JitEnv::with_jumps(0x1000);
+        let at = |n: u64| 0x7000_0000 + (n % 3) * 0x100_1000 + n * 5;
+        for n in 0..500 {
+            env.insert(at(n), 7, 0x5000 + n, n as u32 + 1);
+            assert_eq!(env.find(at(n), 7), Some(0x1000 + n + 1));
+            assert_eq!(env.find(at(n), 8), None);
         }
+        assert!((0..500).all(|n| env.jumps_to_page(at(n))));
+        assert!(!env.jumps_to_page(0x7001_0000));
+        env.forget_pages();
+        assert!(!env.jumps_to_page(at(1)));
+        env.insert(at(1), 8, 0x5001, 9);
+        assert!(env.jumps_to_page(at(1)) && env.find(at(1), 8) == Some(0x1009));
+        // In another address space, where it is mapped to the same place, or is not, or after the code has died.
+        assert!(env.find(at(1), 9).is_none() && env.find_again(at(1), 9, 0x5002).is_none());
+        assert_eq!(env.find_again(at(1), 9, 0x5001), Some(0x1009));
+        assert_eq!(env.find(at(1), 9), Some(0x1009));
+        env.forget_code();
+        assert!(env.find_again(at(1), 8, 0x5001).is_none());
+        env.insert(at(1), 8, 0x5001, 9);
+        env.clear();
+        assert!(env.find(at(1), 8).is_none() && !env.jumps_to_page(at(1)));
+        assert!(env.find_again(at(1), 8, 0x5001).is_none());
     }
 }

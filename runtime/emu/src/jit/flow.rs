@@ -5,9 +5,8 @@ use std::mem::offset_of;
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Code, Ea, Rm};
 use super::env::{JUMPS as ENTRIES, Jump};
-use super::layout::{self, GUEST_SP, JUMPS, PAGE, RIP, TARGET, TARGET_PAGE};
-use super::plan::{ALL, Kind, Mem, Plan};
-use super::spans::Address;
+use super::layout::{self, JUMPS, PAGE, RIP};
+use super::plan::{ALL, Kind, Plan};
 use super::translate::Translator;
 use crate::op::Op;
 
@@ -34,8 +33,7 @@ impl Translator {
             Kind::CallNear => {
                 self.keep_flags(ALL);
                 let place = self.access(op, plan, ALL);
-                self.push_return(op, place);
-                self.go_to(target);
+                self.call_near(op, target, place);
             }
             Kind::JumpIndirect { register } => {
                 self.keep_flags(ALL);
@@ -46,36 +44,19 @@ impl Translator {
             }
             Kind::CallIndirect { register } => {
                 self.keep_flags(ALL);
-                self.load_target(op, plan, register);
-                self.look_up();
-                self.asm.store(Ea::cpu(TARGET), RAX);
-                self.page_of_target();
-                self.asm.store(Ea::cpu(TARGET_PAGE), RCX);
-                let place = match register {
-                    Some(_) => self.access(op, plan, ALL),
-                    None => self.probe(&Address::PUSHED, Mem::Write, 8),
-                };
-                self.push_return(op, place);
-                self.asm.load(RCX, Ea::cpu(TARGET_PAGE));
-                self.asm.store(Ea::cpu(PAGE), RCX);
-                self.asm.op(Code::one(0xff), 4, Rm::Mem(Ea::cpu(TARGET)));
+                self.call_indirect(op, plan, register);
             }
             Kind::Return => {
                 self.keep_flags(ALL);
                 let place = self.access(op, plan, ALL);
-                self.asm.load(RCX, place);
-                self.look_up();
-                // 8 and 16 bits of immediate fit.
-                self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, 8 + op.imm as i32));
-                self.enter_page();
-                self.jump_rax();
+                self.go_back(op, place);
             }
             _ => {}
         }
     }
 
     /// The target of an indirect transfer, in rcx.
-    fn load_target(&mut self, op: &Op, plan: &Plan, register: Option<u8>) {
+    pub(super) fn load_target(&mut self, op: &Op, plan: &Plan, register: Option<u8>) {
         match register {
             Some(register) => {
                 let host = self.source(register, RCX);
@@ -90,16 +71,8 @@ impl Translator {
         }
     }
 
-    /// Pushes the return address to `place`.
-    fn push_return(&mut self, op: &Op, place: Ea) {
-        self.asm.load(RAX, Ea::cpu(PAGE));
-        self.asm.lea(RAX, Ea::at(RAX, op.end.into()));
-        self.asm.store(place, RAX);
-        self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
-    }
-
     /// The entry of the jump cache for the address in rcx, in rax.
-    fn jump_slot(&mut self) {
+    pub(super) fn jump_slot(&mut self) {
         self.asm.mov32(RAX, RCX);
         self.asm.bytes(&[0xc1, 0xe8, ENTRIES.ilog2() as u8]); // shr eax, bits of a number
         self.asm.op(Code::one(0x31), RCX, Rm::Reg(RAX)); // xor eax, ecx
@@ -112,7 +85,7 @@ impl Translator {
 
     /// Finds the code for the address in rcx by the jump cache: its address, in rax. Otherwise the op's handler
     /// does it all. Keeps rcx.
-    fn look_up(&mut self) {
+    pub(super) fn look_up(&mut self) {
         self.jump_slot();
         self.compare_address();
         self.miss_if(5);
@@ -123,24 +96,24 @@ impl Translator {
     }
 
     /// Compares the address of the entry of the jump cache at rax with rcx.
-    fn compare_address(&mut self) {
+    pub(super) fn compare_address(&mut self) {
         self.asm.op(Code::wide(0x3b), RCX, Rm::Mem(Ea::at(RAX, ADDRESS)));
     }
 
     /// Compares its tag with the one that counts. Destroys rdx.
-    fn compare_tag(&mut self) {
+    pub(super) fn compare_tag(&mut self) {
         let tag = Ea::cpu(layout::jump_tag(usize::from(self.upper)));
         self.asm.op(Code::one(0x8b), RDX, Rm::Mem(tag));
         self.asm.op(Code::one(0x3b), RDX, Rm::Mem(Ea::at(RAX, TAG)));
     }
 
     /// The address of the code of the entry at rax, in rax.
-    fn load_code(&mut self) {
+    pub(super) fn load_code(&mut self) {
         self.asm.op(Code::one(0x8b), RAX, Rm::Mem(Ea::at(RAX, CODE)));
         self.asm.op(Code::wide(0x03), RAX, Rm::Mem(Ea::cpu(layout::CODE)));
     }
 
-    fn jump_rax(&mut self) {
+    pub(super) fn jump_rax(&mut self) {
         self.asm.op(Code::one(0xff), 4, Rm::Reg(RAX));
     }
 
@@ -150,7 +123,7 @@ impl Translator {
     }
 
     /// The page of the address in rcx is the current one from now on.
-    fn enter_page(&mut self) {
+    pub(super) fn enter_page(&mut self) {
         self.page_of_target();
         self.asm.store(Ea::cpu(PAGE), RCX);
     }
@@ -169,23 +142,6 @@ impl Translator {
         }
     }
 
-    /// Goes on in another page. Flags are in memory.
-    pub(super) fn jump_far(&mut self, target: i64) {
-        self.address_of(target);
-        self.jump_slot();
-        self.compare_address();
-        let first = self.asm.jcc(5);
-        self.compare_tag();
-        let second = self.asm.jcc(5);
-        self.count(layout::COUNTED_JUMP_HITS);
-        self.load_code();
-        self.enter_page();
-        self.jump_rax();
-        self.asm.land(first);
-        self.asm.land(second);
-        self.asm.far(0xe9, self.stubs.exit_to);
-    }
-
     /// Leaves for the dispatcher, to go on at `target`.
     pub(super) fn leave_to(&mut self, target: i64) {
         self.keep_flags(ALL);
@@ -194,7 +150,7 @@ impl Translator {
     }
 
     /// The virtual address of `target`, in rcx.
-    fn address_of(&mut self, target: i64) {
+    pub(super) fn address_of(&mut self, target: i64) {
         self.asm.load(RCX, Ea::cpu(PAGE));
         match i32::try_from(target) {
             Ok(distance) => self.asm.lea(RCX, Ea::at(RCX, distance)),
@@ -207,7 +163,7 @@ impl Translator {
 }
 
 /// The offset in the page, if `target` lies in it.
-fn in_page(target: i64) -> Option<u16> {
+pub(super) fn in_page(target: i64) -> Option<u16> {
     if (0..PAGE_SIZE).contains(&target) { u16::try_from(target).ok() } else { None }
 }
 

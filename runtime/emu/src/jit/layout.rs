@@ -5,10 +5,12 @@ use std::mem::offset_of;
 
 use super::asm::host::{R8, R9, R10, R11, R12, R13, R14, R15, RBP, RBX, RDI, RSI};
 use super::env::{Counted, JitEnv};
+use crate::apic::Lapic;
 use crate::cpu::{Cpu, SegmentReg};
 use crate::host::{VectorState, X87Pointers};
 use crate::mmu::{Mmu, TlbLayout};
 use crate::op::reg;
+use crate::sys::{Msrs, SystemState};
 
 /// The host register that points to the `Cpu`.
 pub const CPU: u8 = R15;
@@ -47,6 +49,14 @@ pub const fn gpr(guest: u8) -> i32 {
 
 pub const PAGE: i32 = gpr(reg::BLOCK);
 pub const CC: i32 = offset_of!(Cpu, cc) as i32;
+/// Flags besides the arithmetic ones, the privilege level, and whether interrupts are held back by IF.
+pub const SYSTEM_FLAGS: i32 = offset_of!(Cpu, sysflags) as i32;
+pub const LEVEL: i32 = offset_of!(Cpu, cpl) as i32;
+pub const INTERRUPTS_HELD: i32 =
+    (SYSTEM + offset_of!(SystemState, lapic) + offset_of!(Lapic, held)) as i32;
+pub const KERNEL_GS_BASE: i32 =
+    (SYSTEM + offset_of!(SystemState, msrs) + offset_of!(Msrs, kernel_gs_base)) as i32;
+const SYSTEM: usize = offset_of!(Cpu, sys);
 pub const RIP: i32 = offset_of!(Cpu, rip) as i32;
 
 const TLB: usize = offset_of!(Cpu, mmu) + Mmu::TLB_OFFSET;
@@ -87,7 +97,11 @@ pub const JUMPS: i32 = (ENV + offset_of!(JitEnv, table)) as i32;
 pub const CODE: i32 = (ENV + offset_of!(JitEnv, code)) as i32;
 pub const RUN: i32 = (ENV + offset_of!(JitEnv, run)) as i32;
 pub const TARGET: i32 = (ENV + offset_of!(JitEnv, target)) as i32;
-pub const TARGET_PAGE: i32 = (ENV + offset_of!(JitEnv, target_page)) as i32;
+pub const PUSHED: i32 = (ENV + offset_of!(JitEnv, pushed)) as i32;
+/// How often jumps between pages may still be slow.
+pub const PATIENCE: i32 = (ENV + offset_of!(JitEnv, patience)) as i32;
+pub const STACK: i32 = (ENV + offset_of!(JitEnv, stack)) as i32;
+pub const STACK_FLOOR: i32 = (ENV + offset_of!(JitEnv, stack_floor)) as i32;
 /// What the span in `slot` adds to addresses of the guest.
 pub const fn span(slot: u8) -> i32 {
     (ENV + offset_of!(JitEnv, spans) + slot as usize * 8) as i32
@@ -96,6 +110,7 @@ const COUNTED: usize = ENV + offset_of!(JitEnv, counted);
 pub const COUNTED_BLOCKS: i32 = (COUNTED + offset_of!(Counted, blocks)) as i32;
 pub const COUNTED_TLB_HITS: i32 = (COUNTED + offset_of!(Counted, tlb_hits)) as i32;
 pub const COUNTED_JUMP_HITS: i32 = (COUNTED + offset_of!(Counted, jump_hits)) as i32;
+pub const COUNTED_RETURNS: i32 = (COUNTED + offset_of!(Counted, returns)) as i32;
 pub const CALLED: i32 = (ENV + offset_of!(JitEnv, called)) as i32;
 
 pub const fn segment_base(index: u8) -> i32 {

@@ -1,7 +1,7 @@
 //! The translator: blocks of 64-bit code as host code.
 //!
 //! Read "The translator" in `docs/emulation-engine.md` first; J1 and so on refer to its rules. `plan` says what is done
-//! with an instruction, `spans` what its access has to do with its neighbours', `translate` (with `memory` and `flow`) does
+//! with an instruction, `spans` what its access has to do with its neighbours', `translate` (with `memory`, `flow`, `far`, `returns` and `system`) does
 //! it by means of `asm`, `stubs` is what all
 //! blocks share, `cache` keeps them, and this module runs them.
 //!
@@ -12,6 +12,7 @@ mod asm;
 mod cache;
 mod counters;
 mod env;
+mod far;
 mod flow;
 mod layout;
 mod memory;
@@ -19,9 +20,11 @@ mod place;
 mod plan;
 mod raw;
 mod registers;
+mod returns;
 mod run;
 mod spans;
 mod stubs;
+mod system;
 mod translate;
 mod vector;
 

@@ -2,6 +2,7 @@
 
 use super::asm::Code;
 use super::raw::Raw;
+use super::system::System;
 use super::vector;
 use crate::host::inline::Inline;
 use crate::op::{Op, op_flags, reg};
@@ -131,6 +132,11 @@ pub enum Kind {
         size: u8,
         signed: bool,
     },
+    /// CMPXCHG16B.
+    CompareExchange16 {
+        code: Code,
+    },
+    System(System),
     /// A vector instruction in place.
     Vector,
     /// Transfers.
@@ -229,6 +235,7 @@ fn implicit(kind: &Kind) -> bool {
         kind,
         Kind::Push { .. }
             | Kind::Pop { .. }
+            | Kind::System(_)
             | Kind::Leave
             | Kind::CallNear
             | Kind::Return
@@ -237,7 +244,11 @@ fn implicit(kind: &Kind) -> bool {
 }
 
 fn may_lock(plan: &Plan) -> bool {
-    plan.mem == Mem::Write && matches!(plan.kind, Kind::Copy { .. } | Kind::CompareExchange { .. })
+    plan.mem == Mem::Write
+        && matches!(
+            plan.kind,
+            Kind::Copy { .. } | Kind::CompareExchange { .. } | Kind::CompareExchange16 { .. }
+        )
 }
 
 /// The displacement, relative to the page for RIP-relative operands, fits an instruction.
@@ -414,6 +425,13 @@ fn one_byte(raw: &Raw) -> Option<Plan> {
             let field = Field::Reg(0, true, true);
             native(Kind::Copy { code, field, operand: Operand::Reg(raw.low(), true, true), imm: 0 })
         }
+        0x9c if !raw.p66 => {
+            let kind = Kind::System(System::PushFlags);
+            Plan { mem: Mem::Write, size: 8, reads: ALL, ..native(kind) }
+        }
+        0xfa => native(Kind::System(System::ClearInterrupts)),
+        // An interrupt that waits comes after the next instruction, with flags that it may be about to overwrite.
+        0xfb => Plan { reads: ALL, ..native(Kind::System(System::SetInterrupts)) },
         0x98 if !raw.p66 || size == 8 => native(Kind::Extend { wide: size == 8 }),
         0x99 if !raw.p66 || size == 8 => native(Kind::Sign { wide: size == 8 }),
         0x9e => Plan { kills: ALL & !OF, sets: true, ..native(Kind::FlagsOfAh) },
@@ -514,6 +532,13 @@ fn two_bytes(raw: &Raw) -> Option<Plan> {
     }
     let copy = |field, rm, imm| raw.copy(field, rm, size, size, imm);
     Some(match op {
+        0x01 if raw.modrm == 0xf8 && raw.rep == 0 && !raw.p66 => {
+            native(Kind::System(System::SwapGs))
+        }
+        0xc7 if raw.digit() == 1 && raw.rm().is_none() && size == 8 => {
+            let kind = Kind::CompareExchange16 { code: raw.code(8) };
+            Plan { mem: Mem::Write, size: 16, kills: ZF, sets: true, ..native(kind) }
+        }
         // Prefetches, and what is reserved for hints.
         0x0d | 0x18 | 0x19 | 0x1c..=0x1f => native(Kind::Nop),
         0x40..=0x4f => {

@@ -6,9 +6,9 @@ use std::mem::transmute;
 
 use mvm_memory::PageTracker;
 
-use super::arena::{Arena, SIZE};
+use super::arena::{Arena, COLD, SIZE};
 use super::asm::Asm;
-use super::cache::{Block, Cache, Found, Link, PLAIN};
+use super::cache::{Block, Cache, FarLink, Found, Link, PLAIN};
 use super::counters::Counters;
 use super::env::{CalledOp, JitEnv};
 use super::stubs::{Enter, Exit, Stubs, exit};
@@ -25,6 +25,8 @@ pub(super) const TRIALS: u8 = 4;
 /// The same for code that has taken the place of other code that was translated: it will perhaps be replaced as well. So many
 /// runs take about as long as a translation.
 const TRIALS_ANEW: u8 = 24;
+/// How many jumps between pages go by the jump cache before one of them is linked anew.
+const PATIENCE: i32 = 64;
 /// Counters of code that is not translated yet, by address; what shares one is translated sooner.
 const SEEN: usize = 1 << 16;
 
@@ -36,7 +38,9 @@ pub struct Jit {
     /// Where the blocks start, behind the stubs.
     floor: usize,
     used: usize,
-    /// Bytes that may be used.
+    /// The same for the part that seldom runs.
+    used_cold: usize,
+    /// Where the first part has to end.
     limit: usize,
     cache: Cache,
     translator: Translator,
@@ -44,6 +48,8 @@ pub struct Jit {
     trials_left: Box<[u8]>,
     /// The link through which the last block was left.
     pending: Option<u32>,
+    /// The same for links to other pages.
+    pending_far: Option<u32>,
     /// The block at [`Cpu::rip`] is a bridge that did not know what follows: its own entry would say so again.
     at_bridge: bool,
     /// What the alarm was set to.
@@ -58,6 +64,15 @@ pub struct Jit {
     era: u64,
     /// For the metrics.
     pub counters: Counters,
+}
+
+/// How a block is to be made.
+#[derive(Debug, Clone, Copy)]
+struct How {
+    /// Without spans (J14).
+    plain: bool,
+    /// For jumps with native flags above all.
+    native: bool,
 }
 
 /// What came of a look at [`Cpu::rip`].
@@ -92,12 +107,14 @@ impl Jit {
             stubs,
             floor,
             used: floor,
-            limit: SIZE,
+            used_cold: COLD,
+            limit: COLD,
             cache: Cache::default(),
             translator: Translator::new(stubs, std::env::var_os("MVM_COUNT").is_some()),
             trials: TRIALS,
             trials_left: vec![TRIALS; SEEN].into_boxed_slice(),
             pending: None,
+            pending_far: None,
             at_bridge: false,
             armed: NEVER,
             notices,
@@ -123,7 +140,7 @@ impl Jit {
         if cpu.mmu.tlb.jump_tags_era() != self.era {
             // The tags are used again.
             self.era = cpu.mmu.tlb.jump_tags_era();
-            cpu.jit.clear();
+            self.clear(cpu);
         }
         let host = match cpu.code_host(cpu.rip) {
             Ok(host) => host,
@@ -132,11 +149,19 @@ impl Jit {
                 return Ran::Code(Some(Stop::Fault));
             }
         };
-        let pending = self.pending.take();
+        let (pending, far) = (self.pending.take(), self.pending_far.take());
+        let look = std::mem::take(&mut self.at_bridge) || pending.is_some();
         let tag = cpu.mmu.tlb.jump_tag(cpu.rip);
-        let look = pending.is_some() || std::mem::take(&mut self.at_bridge);
-        let known = if look { None } else { cpu.jit.find(cpu.rip, tag) };
-        let Some(code) = known.or_else(|| self.look_up(cpu, decoder, host, pending, tag)) else {
+        let known = if look {
+            None
+        } else {
+            let jumps = &mut cpu.jit;
+            jumps.find(cpu.rip, tag).or_else(|| jumps.find_again(cpu.rip, tag, host.addr()))
+        };
+        if let (Some(code), Some(link)) = (known, far) {
+            self.link_far(link, cpu.rip, tag, (code - self.arena.entry(0)) as u32);
+        }
+        let Some(code) = known.or_else(|| self.look_up(cpu, decoder, host, pending, far)) else {
             self.counters.interpreted_blocks += 1;
             return Ran::Interpret;
         };
@@ -164,16 +189,22 @@ impl Jit {
         decoder: &mut BlockDecoder,
         host: HostAddr,
         pending: Option<u32>,
-        tag: u32,
+        far: Option<u32>,
     ) -> Option<u64> {
         let plain = pending.is_some_and(|link| self.goes_plain(link, cpu.rip));
-        let block = self.find(cpu, decoder, host, plain)?;
+        let link = pending.and_then(|number| self.cache.links.get(number as usize));
+        let native = link.is_some_and(|link| link.native);
+        let block = self.find(cpu, decoder, host, How { plain, native })?;
         let entry = self.way_in(cpu, name(host, plain), &block)?;
         if let Some(link) = pending {
             self.link(link, cpu.rip, &block);
         }
         if !plain {
-            cpu.jit.insert(cpu.rip, tag, block.memory);
+            let tag = cpu.mmu.tlb.jump_tag(cpu.rip);
+            cpu.jit.insert(cpu.rip, tag, host.addr(), block.memory);
+            if let Some(link) = far {
+                self.link_far(link, cpu.rip, tag, block.memory);
+            }
         }
         Some(self.arena.entry(entry))
     }
@@ -203,6 +234,12 @@ impl Jit {
             }
             exit::TO => {
                 self.counters.left_to += 1;
+                None
+            }
+            exit::FAR => {
+                self.counters.left_to += 1;
+                self.pending_far = Some(exit.value as u32);
+                cpu.jit.patience = PATIENCE;
                 None
             }
             _ => {
@@ -236,9 +273,9 @@ impl Jit {
         cpu: &mut Cpu,
         decoder: &mut BlockDecoder,
         host: HostAddr,
-        plain: bool,
+        how: How,
     ) -> Option<Block> {
-        match self.cache.find(name(host, plain)) {
+        match self.cache.find(name(host, how.plain)) {
             Found::Block(block) => return Some(block),
             Found::Stale => self.kill(cpu, host.addr() & PAGE),
             Found::None => {}
@@ -246,7 +283,7 @@ impl Jit {
         if self.on_trial(host) {
             return None;
         }
-        self.make(cpu, decoder, host, plain)
+        self.make(cpu, decoder, host, how)
     }
 
     /// The entry of a block for the dispatcher. None: it is a bridge to a page that does not follow (any more).
@@ -288,9 +325,10 @@ impl Jit {
         cpu: &mut Cpu,
         decoder: &mut BlockDecoder,
         host: HostAddr,
-        plain: bool,
+        how: How,
     ) -> Option<Block> {
-        if self.used + MAX_BLOCK > self.limit {
+        let plain = how.plain;
+        if self.used + MAX_BLOCK > self.limit || self.used_cold + MAX_BLOCK > SIZE {
             self.clear(cpu);
         }
         let run = decoder.decode_run(cpu, cpu.rip, host)?;
@@ -301,20 +339,27 @@ impl Jit {
             inlines: run.inlines,
             bytes: run.bytes,
             ends: run.ends,
-            upper: cpu.rip >> 63 != 0,
+            page: cpu.rip & PAGE,
+            native: how.native,
             plain,
             next: run.second.map(|(next, _)| next.addr()),
         };
-        let first = self.cache.links.len() as u32;
-        let entries = self.translator.block(&input, self.used, first);
-        let code = self.translator.code();
+        let first = [self.cache.links.len(), self.cache.far_links.len()];
+        let entries = self.translator.block(&input, [self.used, self.used_cold], first);
+        let (code, cold) = self.translator.code();
         self.arena.write(self.used, code);
+        self.arena.write(self.used_cold, cold);
         self.cache.links.extend(self.translator.links.iter().map(|l| Link {
             site: l.site,
             target: l.target,
             native: l.native,
             plain: l.plain,
             life,
+        }));
+        self.cache.far_links.extend(self.translator.far_links.iter().map(|l| FarLink {
+            site: l.site,
+            tag: l.tag,
+            target: l.target,
         }));
         let c = &mut self.counters;
         c.blocks += 1;
@@ -324,15 +369,18 @@ impl Jit {
         c.accesses += accesses as u64;
         c.spared_probes += spared as u64;
         c.guest_bytes += run.bytes.len() as u64;
-        c.code_bytes += code.len() as u64;
+        c.code_bytes += (code.len() + cold.len()) as u64;
         if let Some(map) = &mut self.perf_map {
-            let at = self.arena.entry(self.used as u32);
+            let [at, cold_at] = [self.used, self.used_cold].map(|at| self.arena.entry(at as u32));
             // A map that is not complete is of use all the same.
             let _ = writeln!(map, "{at:x} {:x} guest_{:x}", code.len(), cpu.rip);
+            let _ = writeln!(map, "{cold_at:x} {:x} guest_{:x}.cold", cold.len(), cpu.rip);
         }
         self.used += code.len();
+        self.used_cold += cold.len();
         self.arena.went_on_to(self.used);
-        c.used = self.used as u64;
+        self.arena.went_on_to(self.used_cold);
+        c.used = (self.used + self.used_cold - COLD) as u64;
         let name = name(host, plain);
         let mut block = self.cache.insert(name, entries.memory, entries.native, run.stamp);
         if let Some((next, stamp)) = run.second {
@@ -361,6 +409,19 @@ impl Jit {
         self.counters.links += 1;
     }
 
+    /// Makes link `number` to another page go to `code`, which is that for `rip`, as long as `tag` counts.
+    fn link_far(&mut self, number: u32, rip: u64, tag: u32, code: u32) {
+        let Some(link) = self.cache.far_links.get(number as usize) else { return };
+        // It is elsewhere than when it was made, or what came in between has taken us elsewhere.
+        if link.target != rip {
+            return;
+        }
+        let distance = i64::from(code) - (i64::from(link.site) + 4);
+        self.arena.write(link.site as usize, &(distance as i32).to_le_bytes());
+        self.arena.write(link.tag as usize, &tag.to_le_bytes());
+        self.counters.links += 1;
+    }
+
     /// Ends the blocks of all pages whose code was written to (J8).
     fn kill_changed(&mut self, cpu: &mut Cpu) {
         for page in cpu.mmu.phys().clone().take_changed_code(cpu.mmu.index) {
@@ -379,7 +440,8 @@ impl Jit {
         let mut names = Vec::new();
         if self.cache.kill(page, &mut names) {
             self.counters.killed_pages += 1;
-            cpu.jit.clear();
+            cpu.forget_jumps();
+            cpu.jit.forget_code();
         }
         let anew = if self.trials == 0 { 0 } else { TRIALS_ANEW };
         for name in names {
@@ -392,9 +454,9 @@ impl Jit {
     /// Empties the cache (J12).
     fn clear(&mut self, cpu: &mut Cpu) {
         self.cache.clear();
-        self.pending = None;
+        (self.pending, self.pending_far) = (None, None);
         self.trials_left.fill(self.trials);
-        self.used = self.floor;
+        (self.used, self.used_cold) = (self.floor, COLD);
         self.counters.emptied += 1;
         cpu.jit.clear();
     }
@@ -416,7 +478,7 @@ impl Jit {
     /// What is counted, with what the code itself counts in `cpu`, and the memory that it all takes.
     pub fn figures(&self, cpu: &Cpu) -> Counters {
         let counted = self.translator.counts().then_some(cpu.jit.counted);
-        let tables = SEEN + self.cache.memory() + size_of_val(cpu.jit.jumps());
+        let tables = SEEN + self.cache.memory() + cpu.jit.memory();
         Counters {
             counted,
             memory: (self.arena.touched() + tables) as u64,

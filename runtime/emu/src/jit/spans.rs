@@ -4,6 +4,7 @@
 //! pops, fields of a structure, and elements of an array off the same index are known to lie side by side.
 
 use super::plan::{Field, Kind, Mem, Operand, Plan};
+use super::system::System;
 use crate::host::inline::Inline;
 use crate::op::{Op, op_flags, reg};
 
@@ -40,9 +41,10 @@ impl Address {
     /// What `op` accesses by its plan; of two accesses, the one of its operand.
     pub fn of(op: &Op, plan: &Plan) -> Self {
         match plan.kind {
-            Kind::Push { .. } | Kind::CallNear | Kind::CallIndirect { register: Some(_) } => {
-                Self::PUSHED
-            }
+            Kind::Push { .. }
+            | Kind::System(System::PushFlags)
+            | Kind::CallNear
+            | Kind::CallIndirect { register: Some(_) } => Self::PUSHED,
             Kind::Pop { .. } | Kind::Return => Self::at(SP, 0),
             Kind::Leave => Self::at(BP, 0),
             _ => Self::of_operand(op),
@@ -226,6 +228,13 @@ impl Spans {
             }
             Kind::MovImm { register } | Kind::Lea { register, .. } => self.forget(register),
             Kind::Extend { .. } | Kind::CompareExchange { .. } => self.forget(0),
+            Kind::CompareExchange16 { .. } => {
+                self.forget(0);
+                self.forget(2);
+            }
+            Kind::System(System::PushFlags) => self.set(SP, SP, -8),
+            // Addresses in GS are others from now on.
+            Kind::System(System::SwapGs) => self.closed.append(&mut self.open),
             Kind::Sign { .. } => self.forget(2),
             Kind::Multiply { .. } | Kind::Divide { .. } => {
                 self.forget(0);
@@ -247,7 +256,10 @@ impl Spans {
                 }
             }
             Kind::AhOfFlags => self.forget(0),
-            Kind::Nop | Kind::Flag(_) | Kind::FlagsOfAh => {}
+            Kind::Nop
+            | Kind::Flag(_)
+            | Kind::FlagsOfAh
+            | Kind::System(System::ClearInterrupts | System::SetInterrupts) => {}
             // The block ends.
             Kind::Call
             | Kind::Jump

@@ -4,11 +4,12 @@ use std::mem::offset_of;
 
 use iced_x86::CpuidFeature;
 
-use super::asm::host::{RAX, RBP, RBX, RCX, RDI, RDX, RSI};
+use super::asm::host::{RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use super::asm::{Asm, Code, Ea, Rm};
 use super::env::CalledOp;
-use super::layout::{AWAY, CALLED, CPU, PINNED, RIP, gpr, host_of};
+use super::layout::{AWAY, CALLED, CC, CPU, PINNED, RIP, STACK, gpr, host_of};
 use super::registers;
+use super::returns;
 use crate::block::Block;
 use crate::cpu::{Cpu, Mode};
 use crate::host::HostFeatures;
@@ -22,14 +23,17 @@ pub struct Stubs {
     pub call_op: u32,
     /// eax: the number of the link.
     pub exit_link: u32,
-    /// eax: the offset in the page of the block that was not entered.
+    /// ecx: the offset in the page of the block that was not entered. Flags are in memory, or native.
     pub exit_event: u32,
+    pub exit_event_native: u32,
     /// eax: the offset in the page of a bridge to another page than the one that follows.
     pub exit_bridge: u32,
     /// rcx: where to go on.
     pub exit_to: u32,
     /// Called with the vector registers in memory, which are in the host's then. Destroys rax and EFLAGS.
     pub load_vectors: u32,
+    /// The same, by the far link whose number is in eax.
+    pub exit_far: u32,
 }
 
 /// How translated code was left: rax and rdx.
@@ -48,6 +52,8 @@ pub mod exit {
     pub const EVENT: u64 = 1;
     /// `Cpu::rip` is set.
     pub const TO: u64 = 2;
+    /// The same; `value`: the far link that goes elsewhere, or nowhere.
+    pub const FAR: u64 = 5;
     /// `value`: offset in the page of a bridge that goes to another page than the one that follows, as far as the
     /// TLB knows.
     pub const BRIDGE: u64 = 4;
@@ -97,18 +103,28 @@ impl Stubs {
         for register in SAVED {
             push(asm, register);
         }
-        asm.op(Code::wide(0x83), 5, Rm::Reg(4)); // sub rsp, 8
+        asm.op(Code::wide(0x83), 5, Rm::Reg(RSP)); // sub rsp, 8
         asm.bytes(&[8]);
         asm.mov(CPU, RDI);
+        let bottom = returns::make_bottom(asm);
         asm.mov(RAX, RSI);
         load_all(asm);
         asm.bytes(&[0xff, 0xe0]); // jmp rax
 
+        // What the bottom of the stack returns to has the address in rcx as well.
+        asm.land(bottom);
         stubs.exit_to = asm.here() as u32;
         asm.store(Ea::cpu(RIP), RCX);
         mov_edx(asm, exit::TO);
         let to = asm.jmp();
+        stubs.exit_far = asm.here() as u32;
+        asm.store(Ea::cpu(RIP), RCX);
+        mov_edx(asm, exit::FAR);
+        let far = asm.jmp();
+        stubs.exit_event_native = asm.here() as u32;
+        asm.save_flags(CC);
         stubs.exit_event = asm.here() as u32;
+        asm.mov32(RAX, RCX);
         mov_edx(asm, exit::EVENT);
         let event = asm.jmp();
         stubs.exit_bridge = asm.here() as u32;
@@ -117,13 +133,15 @@ impl Stubs {
         stubs.exit_link = asm.here() as u32;
         mov_edx(asm, exit::LINK);
         asm.land(to);
+        asm.land(far);
         asm.land(event);
         asm.land(bridge);
         store_all(asm);
         let exit_vectors = save_if_loaded(asm);
         let leave = asm.here();
-        asm.op(Code::wide(0x83), 0, Rm::Reg(4)); // add rsp, 8
-        asm.bytes(&[8]);
+        asm.load(RSP, Ea::cpu(STACK));
+        asm.op(Code::wide(0x83), 0, Rm::Reg(RSP)); // add rsp, 8 and the bottom
+        asm.bytes(&[8 + returns::PAIR]);
         for register in SAVED.into_iter().rev() {
             pop(asm, register);
         }
@@ -137,10 +155,10 @@ impl Stubs {
         asm.mov(RDI, CPU);
         asm.mov_imm64(RDX, block as u64);
         asm.mov_imm64(RAX, call_handler as *const () as u64);
-        asm.op(Code::wide(0x83), 5, Rm::Reg(4)); // the return address: sub rsp, 8
+        asm.op(Code::wide(0x83), 5, Rm::Reg(RSP)); // the return address: sub rsp, 8
         asm.bytes(&[8]);
         asm.bytes(&[0xff, 0xd0]); // call rax
-        asm.op(Code::wide(0x83), 0, Rm::Reg(4));
+        asm.op(Code::wide(0x83), 0, Rm::Reg(RSP));
         asm.bytes(&[8]);
         asm.bytes(&[0x48, 0x85, 0xc0]); // test rax, rax
         const { assert!(Flow::Next as u8 == 0) };
@@ -148,9 +166,8 @@ impl Stubs {
         load_all(asm);
         asm.bytes(&[0xc3]);
         asm.land(other);
-        // Not back to where the call came from. The registers are in the Cpu.
-        asm.op(Code::wide(0x83), 0, Rm::Reg(4));
-        asm.bytes(&[8]);
+        // Not back to where the call came from, nor to any other call of the guest's (J17). The registers are in the Cpu.
+        asm.load(RSP, Ea::cpu(STACK));
         asm.bytes(&[0x48, 0x3d]); // cmp rax, 255
         asm.imm32(255);
         let flow = asm.jcc(6);

@@ -3,6 +3,7 @@
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Asm, Code, Copies, Ea, Rm};
 use super::env::CalledOp;
+use super::far::Unlinked;
 use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_CX, GUEST_DX, GUEST_SP, host_of};
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Operand, Plan};
 use super::spans::{Address, SLOTS, Spans};
@@ -32,6 +33,16 @@ pub struct LinkSite {
     pub plain: bool,
 }
 
+/// A direct jump to another page (J18).
+#[derive(Debug, Clone, Copy)]
+pub struct FarSite {
+    /// Positions of the distance and of the tag to patch, from the start of the arena.
+    pub site: u32,
+    pub tag: u32,
+    /// Virtual address of the target, if the block is where it was when it was made.
+    pub target: u64,
+}
+
 /// A jump out of the way of an op.
 pub(super) enum Miss {
     /// The op's handler does it all. `hit` is where to go if the other half's context fits.
@@ -51,7 +62,7 @@ pub(super) struct SpanMiss {
 }
 
 /// Where a missed access or an unlinked jump goes on, after the block.
-enum Cold {
+pub(super) enum Cold {
     /// Calls op `op`; goes on at `resume`.
     Miss {
         miss: Miss,
@@ -73,6 +84,8 @@ enum Cold {
         target: i64,
         save: bool,
     },
+    /// A jump to another page that is not linked, or to a place that is not what it was.
+    Unlinked(Unlinked),
     /// To the dispatcher: the bridge at `start` goes to another page than the one that follows. Flags are in memory.
     Bridge {
         jump: usize,
@@ -100,8 +113,10 @@ pub struct Input<'a> {
     pub bytes: &'a [u8],
     /// The last op ends blocks of the interpreter.
     pub ends: bool,
-    /// Its code is in the upper half of the address space.
-    pub upper: bool,
+    /// Virtual address of the page.
+    pub page: u64,
+    /// It is (as far as is known) mostly reached with native flags.
+    pub native: bool,
     /// It goes without spans (J14).
     pub plain: bool,
     /// Host address of the next page, if it is one instruction that crosses into it.
@@ -122,16 +137,19 @@ pub struct Translator {
     pub(super) aligned: [Option<(i16, u8)>; SLOTS],
     /// The next op notes itself as an x87 instruction, and nobody can look before.
     pub(super) noted_next: bool,
+    pub(super) page: u64,
     pub(super) stubs: Stubs,
     /// Code counts what it does ([`Counted`](super::env::Counted)).
     counting: bool,
     /// The number of the first link of this block.
     first_link: u32,
+    first_far_link: u32,
     /// Links of the block.
     pub links: Vec<LinkSite>,
+    pub far_links: Vec<FarSite>,
     plans: Vec<Plan>,
     after: Vec<Flags>,
-    cold: Vec<Cold>,
+    pub(super) cold: Vec<Cold>,
     /// Places that refer to ops: position of the distance, index.
     references: Vec<(usize, usize)>,
     /// The op being translated.
@@ -166,16 +184,18 @@ impl Translator {
         }
     }
 
-    /// Translates `input` for the place `base` of the arena; its links get numbers from `first_link` on. The code
-    /// is then in [`Translator::code`].
-    pub fn block(&mut self, input: &Input<'_>, base: usize, first_link: u32) -> Entries {
-        self.asm.restart(base);
+    /// Translates `input` for the places `bases` of the arena, for what runs often and what does not; its links, and those
+    /// to other pages, get numbers from `first` on. The code is then in [`Translator::code`].
+    pub fn block(&mut self, input: &Input<'_>, bases: [usize; 2], first: [usize; 2]) -> Entries {
+        self.asm.restart(bases[0]);
         self.links.clear();
+        self.far_links.clear();
         self.cold.clear();
         self.references.clear();
         self.misses.clear();
-        self.first_link = first_link;
-        self.upper = input.upper;
+        [self.first_link, self.first_far_link] = first.map(|number| number as u32);
+        self.upper = input.page >> 63 != 0;
+        self.page = input.page;
         self.plain = input.plain;
         self.known = Known::default();
         self.aligned = [None; SLOTS];
@@ -184,7 +204,7 @@ impl Translator {
         self.find_spans(input, start);
         let entries = match input.next {
             Some(next) => self.bridge_entry(start, next),
-            None => self.entry(start, live),
+            None => self.entry(start, live, input.native),
         };
         for (i, op) in input.ops.iter().enumerate() {
             self.current = i;
@@ -203,7 +223,7 @@ impl Translator {
                 self.cold.push(Cold::Miss { miss, op: i, resume, restore, known, copies });
             }
         }
-        self.finish(input);
+        self.finish(input, bases[1]);
         entries
     }
 
@@ -218,9 +238,9 @@ impl Translator {
         (all, self.spans.members())
     }
 
-    /// The code made last.
-    pub fn code(&self) -> &[u8] {
-        &self.asm.code
+    /// The code made last, in its two pieces.
+    pub fn code(&self) -> (&[u8], &[u8]) {
+        self.asm.pieces()
     }
 
     /// Plans, and backwards what flags are live after each. Returns what is live at the start.
@@ -282,22 +302,23 @@ impl Translator {
         }
     }
 
-    /// Entries M and N, and the ways out for an event (J9).
-    fn entry(&mut self, start: u16, live: Flags) -> Entries {
-        let leave_native = self.asm.here();
-        self.asm.save_flags(CC);
-        let leave = self.asm.here();
-        self.asm.mov_eax(start.into());
-        self.asm.far(0xe9, self.stubs.exit_event);
-        let memory = self.asm.here();
-        self.check_run(leave);
-        if live != 0 {
-            self.asm.restore_flags(CC);
+    /// Entries M and N, and the ways out for an event (J9). The one that is used most comes last.
+    fn entry(&mut self, start: u16, live: Flags, native_last: bool) -> Entries {
+        let leave_native = self.leave_for_event(start, self.stubs.exit_event_native);
+        let leave = self.leave_for_event(start, self.stubs.exit_event);
+        let mut memory = 0;
+        if native_last {
+            memory = self.entry_memory(leave, live);
+            self.asm.bytes(&[0xeb, 0]);
         }
-        self.asm.bytes(&[0xeb, 0]);
-        let over = self.asm.here();
+        let mut over = self.asm.here();
         let native = self.asm.here();
         self.check_run(leave_native);
+        if !native_last {
+            self.asm.bytes(&[0xeb, 0]);
+            over = self.asm.here();
+            memory = self.entry_memory(leave, live);
+        }
         self.asm.code[over - 1] = (self.asm.here() - over) as u8;
         if self.counting {
             // Flags may be in use.
@@ -305,18 +326,32 @@ impl Translator {
             self.asm.lea(RCX, Ea::at(RCX, 1));
             self.asm.store(Ea::cpu(layout::COUNTED_BLOCKS), RCX);
         }
-        let base = self.asm.base;
         self.at = Some(At::Native);
-        let memory = (base + memory) as u32;
-        Entries { memory, native: (base + native) as u32, checked: memory }
+        let memory = self.asm.place(memory) as u32;
+        Entries { memory, native: self.asm.place(native) as u32, checked: memory }
+    }
+
+    fn entry_memory(&mut self, leave: usize, live: Flags) -> usize {
+        let memory = self.asm.here();
+        self.check_run(leave);
+        if live != 0 {
+            self.asm.restore_flags(CC);
+        }
+        memory
+    }
+
+    /// Where the block at `start` is left for an event.
+    fn leave_for_event(&mut self, start: u16, stub: u32) -> usize {
+        let leave = self.asm.here();
+        self.asm.mov_ecx(start.into());
+        self.asm.far(0xe9, stub);
+        leave
     }
 
     /// The entries of a block whose instruction crosses into the page at host address `next` (J15): they look whether
     /// that is what follows. Flags are in memory then.
     fn bridge_entry(&mut self, start: u16, next: u64) -> Entries {
-        let leave = self.asm.here();
-        self.asm.mov_eax(start.into());
-        self.asm.far(0xe9, self.stubs.exit_event);
+        let leave = self.leave_for_event(start, self.stubs.exit_event);
         let native = self.asm.here();
         self.asm.save_flags(CC);
         let memory = self.asm.here();
@@ -328,7 +363,7 @@ impl Translator {
         let checked = self.asm.here();
         self.count(layout::COUNTED_BLOCKS);
         let [memory, native, checked] =
-            [memory, native, checked].map(|at| (self.asm.base + at) as u32);
+            [memory, native, checked].map(|at| self.asm.place(at) as u32);
         Entries { memory, native, checked }
     }
 
@@ -441,6 +476,8 @@ impl Translator {
                 self.asm.mov(GUEST_AX, RAX);
                 self.at = Some(At::Native);
             }
+            Kind::CompareExchange16 { code } => self.compare_exchange_16(op, plan, code, live),
+            Kind::System(system) => self.system(op, plan, system, live),
             Kind::Multiply { operand, size, signed } => {
                 let rm = self.wide_operand(op, plan, live, operand);
                 self.need_flags(live);
@@ -463,7 +500,7 @@ impl Translator {
     }
 
     /// The op's handler does it. Flags are in memory before and after.
-    fn call(&mut self, live: Flags) {
+    pub(super) fn call(&mut self, live: Flags) {
         self.keep_flags(live);
         self.call_op(self.current);
         self.known = Known::default();
@@ -665,7 +702,8 @@ impl Translator {
 
     fn add_link(&mut self, jump: usize, target: u16, native: bool, plain: bool) -> u32 {
         let link = self.first_link + self.links.len() as u32;
-        self.links.push(LinkSite { site: (self.asm.base + jump) as u32, target, native, plain });
+        let site = self.asm.place(jump) as u32;
+        self.links.push(LinkSite { site, target, native, plain });
         link
     }
 
@@ -687,7 +725,15 @@ impl Translator {
         self.cold.push(Cold::Far { jump, target, save: self.at() == At::Native });
     }
 
-    fn finish(&mut self, input: &Input<'_>) {
+    /// A direct jump to another page, at `target` relative to this one, whose distance and tag are at `site` and `tag`.
+    pub(super) fn add_far_link(&mut self, site: usize, tag: usize, target: i64) -> u32 {
+        let number = self.first_far_link + self.far_links.len() as u32;
+        let [site, tag] = [site, tag].map(|position| self.asm.place(position) as u32);
+        self.far_links.push(FarSite { site, tag, target: self.page.wrapping_add(target as u64) });
+        number
+    }
+
+    fn finish(&mut self, input: &Input<'_>, cold: usize) {
         let last = self.plans.last().copied();
         let end = input.ops.last().map_or(0, |op| op.end);
         if !last.is_some_and(|plan| plan.transfers()) {
@@ -697,69 +743,86 @@ impl Translator {
                 self.go_to(i64::from(end));
             }
         }
-        for cold in std::mem::take(&mut self.cold) {
-            match cold {
-                Cold::Miss { miss, op, resume, restore, known, copies } => {
-                    let (jump, hit) = match miss {
-                        Miss::Access { jump, hit } | Miss::Span { jump, hit, .. } => (jump, hit),
-                        Miss::Guard { jump, .. } => (jump, None),
-                    };
-                    self.asm.land(jump);
-                    if let Some((hit, write)) = hit {
-                        let other = layout::context(write, 0);
-                        self.asm.op(Code::wide(0x3b), RDX, Rm::Mem(Ea::cpu(other)));
-                        let back = self.asm.jcc(4);
-                        self.asm.patch(back, hit);
-                    }
-                    let places = (input.ops[op].start, input.ops[op].end);
-                    match miss {
-                        Miss::Access { .. } => self.call_op(op),
-                        Miss::Span { span, .. } => self.span_miss(op, places, span),
-                        Miss::Guard { miss, .. } => {
-                            if !self.guard_miss(op, places.0, miss) {
-                                continue;
-                            }
-                        }
-                    }
-                    if self.plans[op].transfers() {
-                        // Its handler never says "next".
-                        self.asm.bytes(&[0x0f, 0x0b]);
-                        continue;
-                    }
-                    self.reload_vectors(known);
-                    self.asm.load_copies(copies);
-                    if restore {
-                        self.asm.restore_flags(CC);
-                    }
-                    self.asm.jmp_to(resume);
-                }
-                Cold::Link { jump, link, save } => {
-                    self.asm.land(jump);
-                    if save {
-                        self.asm.save_flags(CC);
-                    }
-                    self.exit_link(link);
-                }
-                Cold::Far { jump, target, save } => {
-                    self.asm.land(jump);
-                    if save {
-                        self.asm.save_flags(CC);
-                    }
-                    self.jump_far(target);
-                }
-                Cold::Bridge { jump, start } => {
-                    self.asm.land(jump);
-                    self.asm.mov_eax(start.into());
-                    self.asm.far(0xe9, self.stubs.exit_bridge);
-                }
+        self.pad();
+        self.asm.go_on_at(cold);
+        while !self.cold.is_empty() {
+            for cold in std::mem::take(&mut self.cold) {
+                self.cold(cold, input);
             }
         }
         self.place_ops(input.ops);
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        while !self.asm.place(self.asm.here()).is_multiple_of(16) {
+            self.asm.bytes(&[0xcc]);
+        }
+    }
+
+    /// What is out of the way.
+    fn cold(&mut self, cold: Cold, input: &Input<'_>) {
+        match cold {
+            Cold::Miss { miss, op, resume, restore, known, copies } => {
+                let (jump, hit) = match miss {
+                    Miss::Access { jump, hit } | Miss::Span { jump, hit, .. } => (jump, hit),
+                    Miss::Guard { jump, .. } => (jump, None),
+                };
+                self.asm.land(jump);
+                if let Some((hit, write)) = hit {
+                    let other = layout::context(write, 0);
+                    self.asm.op(Code::wide(0x3b), RDX, Rm::Mem(Ea::cpu(other)));
+                    let back = self.asm.jcc(4);
+                    self.asm.patch(back, hit);
+                }
+                let places = (input.ops[op].start, input.ops[op].end);
+                match miss {
+                    Miss::Access { .. } => self.call_op(op),
+                    Miss::Span { span, .. } => self.span_miss(op, places, span),
+                    Miss::Guard { miss, .. } => {
+                        if !self.guard_miss(op, places.0, miss) {
+                            return;
+                        }
+                    }
+                }
+                if self.plans[op].transfers() {
+                    // Its handler never says "next".
+                    self.asm.bytes(&[0x0f, 0x0b]);
+                    return;
+                }
+                self.reload_vectors(known);
+                self.asm.load_copies(copies);
+                if restore {
+                    self.asm.restore_flags(CC);
+                }
+                self.asm.jmp_to(resume);
+            }
+            Cold::Link { jump, link, save } => {
+                self.asm.land(jump);
+                if save {
+                    self.asm.save_flags(CC);
+                }
+                self.exit_link(link);
+            }
+            Cold::Far { jump, target, save } => {
+                self.asm.land(jump);
+                if save {
+                    self.asm.save_flags(CC);
+                }
+                self.jump_far(target);
+            }
+            Cold::Bridge { jump, start } => {
+                self.asm.land(jump);
+                self.asm.mov_eax(start.into());
+                self.asm.far(0xe9, self.stubs.exit_bridge);
+            }
+            Cold::Unlinked(unlinked) => self.unlinked(unlinked),
+        }
     }
 
     /// The ops that are called, behind the code.
     fn place_ops(&mut self, ops: &[Op]) {
-        while !(self.asm.base + self.asm.here()).is_multiple_of(align_of::<CalledOp>()) {
+        while !self.asm.place(self.asm.here()).is_multiple_of(align_of::<CalledOp>()) {
             self.asm.bytes(&[0xcc]);
         }
         let mut places: Vec<Option<usize>> = vec![None; ops.len()];
@@ -771,9 +834,6 @@ impl Translator {
                 place
             });
             self.asm.patch(position, place);
-        }
-        while !self.asm.here().is_multiple_of(16) {
-            self.asm.bytes(&[0xcc]);
         }
     }
 }

@@ -37,7 +37,15 @@ impl Cpu {
     pub fn tlb_invlpg(&mut self, linear: u64) {
         self.mmu.tlb.flush_page(linear);
         self.mmu.code_page = (1, 0);
-        self.jit.forget_page(linear);
+        if self.jit.jumps_to_page(linear) {
+            self.forget_jumps();
+        }
+    }
+
+    /// All jumps between pages of translated code are to be found anew.
+    pub(crate) fn forget_jumps(&mut self) {
+        self.mmu.tlb.forget_jumps();
+        self.jit.forget_pages();
     }
 
     /// Drops the translations of one PCID but global ones.

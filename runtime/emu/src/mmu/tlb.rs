@@ -134,6 +134,8 @@ pub struct Tlb {
     huge: u64,
     /// Times everything was wiped, for the metrics.
     pub wipes: u64,
+    /// Goes up whenever all jumps are to be found anew.
+    jump_generation: u64,
 }
 
 impl Default for Tlb {
@@ -154,6 +156,7 @@ impl Default for Tlb {
             large: Box::new([0; 64]),
             huge: 0,
             wipes: 0,
+            jump_generation: 0,
         };
         tlb.flush_all();
         tlb.select(Who::Supervisor);
@@ -330,10 +333,12 @@ impl Tlb {
         self.tag_jumps();
     }
 
-    /// To be called when a context or the privilege has changed. Contexts are used again after a wipe, so wipes count.
+    /// To be called when a context, the privilege or the generation has changed. Contexts are used again after a wipe,
+    /// which is a new generation.
     fn tag_jumps(&mut self) {
         let user = matches!(self.selected(), Who::User | Who::UserAligned);
-        let tag = |context: u64| ((self.wipes * CONTEXTS + context) as u32) << 1 | u32::from(user);
+        let generation = self.jump_generation * CONTEXTS;
+        let tag = |context: u64| ((generation + context) as u32) << 1 | u32::from(user);
         self.jump_tags = self.read.map(tag);
     }
 
@@ -344,7 +349,13 @@ impl Tlb {
 
     /// Changes whenever tags for jumps may be used again.
     pub fn jump_tags_era(&self) -> u64 {
-        self.wipes / ((1 << 31) / CONTEXTS)
+        self.jump_generation / ((1 << 31) / CONTEXTS)
+    }
+
+    /// No jump that is tagged so far counts any more.
+    pub fn forget_jumps(&mut self) {
+        self.jump_generation += 1;
+        self.tag_jumps();
     }
 
     /// Who looks.
@@ -470,6 +481,7 @@ impl Tlb {
             self.entries.fill(Entry::default());
             self.slow_writes = [None; SLOW_WRITES];
             self.wipes += 1;
+            self.jump_generation += 1;
             for space in &mut self.spaces {
                 (space.read, space.write) = (0, 0);
             }

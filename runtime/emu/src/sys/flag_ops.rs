@@ -49,12 +49,8 @@ pub(crate) fn pushf(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
         return cpu.raise(Fault::GP0);
     }
     let image = cpu.rflags() & !(rflags::RF | rflags::VM);
-    let mut stack = Stack::of(cpu);
-    match stack.push(cpu, operand_size(op), image) {
-        Ok(wrote) => {
-            stack.commit(cpu);
-            wrote.into()
-        }
+    match cpu.push_sized(image, operand_size(op).into()) {
+        Ok(wrote) => wrote.into(),
         Err(fault) => cpu.raise(fault),
     }
 }

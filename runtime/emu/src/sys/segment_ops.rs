@@ -51,12 +51,8 @@ pub(crate) fn store(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
 /// PUSH segment register `op.src`.
 pub(crate) fn push(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
     let selector = cpu.seg[usize::from(op.src)].selector;
-    let mut stack = Stack::of(cpu);
-    match stack.push(cpu, operand_size(op), selector.into()) {
-        Ok(_) => {
-            stack.commit(cpu);
-            Flow::Break
-        }
+    match cpu.push_sized(selector.into(), operand_size(op).into()) {
+        Ok(_) => Flow::Break,
         Err(fault) => cpu.raise(fault),
     }
 }
