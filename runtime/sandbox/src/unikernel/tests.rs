@@ -249,6 +249,22 @@ fn the_users_disks_come_after_the_images() {
 }
 
 #[test]
+fn what_is_wrong_is_said_to_be_where_it_is() {
+    let mut image = Image {
+        labels: urunc(&[("unikernelType", "rust"), ("binary", "/k"), ("blkMntPoint", "x")]),
+        ..Image::default()
+    };
+    let said = "com.urunc.unikernel.blkMntPoint in the image's ";
+    assert!(image.refused().starts_with(&format!("{said}labels: ")), "{}", image.refused());
+    image.annotations = urunc(&[("blkMntPoint", "y")]);
+    assert!(
+        image.refused().starts_with(&format!("{said}annotations (--annotation): ")),
+        "{}",
+        image.refused()
+    );
+}
+
+#[test]
 fn images_variables_are_for_those_who_take_them() {
     let of = |kind: &str| {
         let labels =

@@ -49,6 +49,9 @@ const DEVICE_MAX: usize = 67;
 const FILE: &str = "/urunc.json";
 const FILE_MAX: usize = 64 << 10;
 
+/// Where the user's keys are.
+const USERS: &str = "annotations (--annotation)";
+
 /// A place with keys.
 struct Source {
     place: &'static str,
@@ -119,7 +122,7 @@ pub(super) fn is_annotated(pairs: &Pairs) -> bool {
 /// The first place that has the type or the kernel.
 fn find(packaging: &Packaging<'_>) -> Result<Option<Source>, Error> {
     let places = [
-        ("annotations (--annotation)", packaging.annotations),
+        (USERS, packaging.annotations),
         ("manifest's annotations", packaging.manifest),
         ("labels", packaging.labels),
     ];
@@ -203,19 +206,23 @@ fn is_old(version: &str) -> bool {
 
 impl Source {
     fn get(&self, key: &str) -> Result<Option<String>, Error> {
-        let (place, encoding, value) = match (self.over.get(key), self.pairs.get(key)) {
-            (Some(value), _) => ("annotations (--annotation)", Encoding::Either, value),
-            (None, Some(value)) => (self.place, self.encoding, value),
+        let (encoding, value) = match (self.over.get(key), self.pairs.get(key)) {
+            (Some(value), _) => (Encoding::Either, value),
+            (None, Some(value)) => (self.encoding, value),
             (None, None) => return Ok(None),
         };
-        let bad = |reason| Error::Value { key: key.into(), place, reason };
-        encoding.text(value).map(Some).map_err(bad)
+        encoding.text(value).map(Some).map_err(|reason| self.bad(key, reason))
+    }
+
+    /// What is wrong with a key's value, and where that is.
+    fn bad(&self, key: &str, reason: String) -> Error {
+        let place = if self.over.contains_key(key) { USERS } else { self.place };
+        Error::Value { key: key.into(), place, reason }
     }
 
     fn path(&self, key: &str) -> Result<Option<String>, Error> {
         let Some(text) = self.get(key)?.filter(|text| !text.is_empty()) else { return Ok(None) };
-        let bad = |reason| Error::Value { key: key.into(), place: self.place, reason };
-        value::path(&text).map(Some).map_err(bad)
+        value::path(&text).map(Some).map_err(|reason| self.bad(key, reason))
     }
 
     /// The disk, and where it is to be mounted, as urunc chooses: one that is for the root, or is beside an initrd; all
@@ -228,11 +235,7 @@ impl Source {
         let Some(key) = self.whole()?.filter(|_| root && !initrd) else {
             return Ok(file.map(|file| (file, mount(at))));
         };
-        let bad = |reason: &str| Error::Value {
-            key: key.into(),
-            place: self.place,
-            reason: reason.into(),
-        };
+        let bad = |reason: &str| self.bad(key, reason.into());
         if file.is_some() {
             return Err(bad(
                 "there is a disk for another place as well, and one disk is all that there is",
@@ -256,8 +259,7 @@ impl Source {
         let Some(text) = self.get(MOUNT_POINT)?.filter(|text| !text.is_empty()) else {
             return Ok(None);
         };
-        let bad = |reason| Error::Value { key: MOUNT_POINT.into(), place: self.place, reason };
-        text.parse().map(Some).map_err(bad)
+        text.parse().map(Some).map_err(|reason| self.bad(MOUNT_POINT, reason))
     }
 
     /// The key that wants all that is in the image as a disk, if one does. Values are those of Go's `strconv.ParseBool`.
@@ -268,7 +270,7 @@ impl Source {
                 "" | "0" | "f" | "F" | "FALSE" | "false" | "False" => {}
                 other => {
                     let reason = format!("{other:?} is neither true nor false");
-                    return Err(Error::Value { key: key.into(), place: self.place, reason });
+                    return Err(self.bad(key, reason));
                 }
             }
         }
@@ -285,7 +287,7 @@ impl Source {
             let reason = format!(
                 "{name:?} is no name of a device: up to {DEVICE_MAX} letters and digits of ASCII, and _ and - within"
             );
-            return Err(Error::Value { key: NET_DEVICE.into(), place: self.place, reason });
+            return Err(self.bad(NET_DEVICE, reason));
         }
         Ok(Some(name))
     }
