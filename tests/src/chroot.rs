@@ -50,7 +50,7 @@ impl Chroot {
     /// The command for that, not yet started.
     pub fn command(&self, script: &str) -> Command {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--pid", "--fork", "--uts", "--ipc", "sh", "-c"]);
+        command.args(["--mount", "--pid", "--kill-child", "--uts", "--ipc", "sh", "-c"]);
         command.arg(
             "mount -t proc proc \"$1/proc\" && mount --bind /dev \"$1/dev\" && \
              mount -t tmpfs -o mode=1777 tmpfs \"$1/tmp\" && \

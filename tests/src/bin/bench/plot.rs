@@ -39,7 +39,7 @@ pub fn draw(figures: &Map<String, Value>) -> String {
     let classes = figures.get(CLASSES).and_then(Value::as_array).into_iter().flatten();
     let programs = figures.get(crate::PROGRAMS).and_then(Value::as_object).into_iter().flatten();
     let line = |name, of: &Value| Line { name, mvm: of["mvm"].as_f64(), tcg: of["tcg"].as_f64() };
-    let kinds = classes.map(|c| line(c["name"].as_str().map_or("", |n| short(n)), c)).collect();
+    let kinds = classes.map(|c| line(c["name"].as_str().map_or("", short), c)).collect();
     let programs: Vec<Line<'_>> = programs.map(|(name, of)| line(name, of)).collect();
     let parts: [(&str, Vec<Line<'_>>); 2] =
         [("instructions and the kernel", kinds), ("real programs", programs)];
