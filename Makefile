@@ -10,14 +10,14 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SECONDS_OF_FUZZ := $(or $(SECONDS),60)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kvm test-full bench fuzz preflight preflight-test kernel guest unikernel mvm lint unit e2e kvm-host images install dist clean
+.PHONY: help demo test test-kvm test-full bench bench-programs fuzz preflight preflight-test kernel guest unikernel mvm lint unit e2e kvm-host images install dist clean
 
 help:
 	@echo "make demo       build everything and run a container in a microVM"
 	@echo "make test       every test (test-full: also the long ones)"
 	@echo "make test-kvm   the end-to-end tests, Linux included, on the kvm engine: on a host with VT-x or AMD-V"
 	@echo "make mvm        build target/release/mvm, one static file with kernel and agent inside"
-	@echo "make bench      the figures of the README, against QEMU, runc and runsc where they are installed"
+	@echo "make bench      the figures of the README, against QEMU, runc and runsc where they are installed (bench-programs: of real programs)"
 	@echo "make fuzz SECONDS=N   the emulator against the host's processor, hostile input for queues and parsers"
 	@echo "make kernel | guest | images | lint | unit | e2e | install | dist | clean"
 
@@ -106,9 +106,16 @@ test-full: test
 	images/debian/build.sh $(BUILD)/debian-full.tar full
 	$(PLAIN) MVM=$(MVM) MVM_TEST_IMAGES=$(BUILD) cargo test --release -p mvm-tests -- --test-threads 1 --ignored
 
+BENCH = env MVM=$(MVM) MVM_TEST_IMAGES=$(BUILD) cargo run --quiet --release -p mvm-tests --bin bench -- --json $(BUILD)/bench.json --plot $(BUILD)/speed.svg
+
 bench: mvm unikernel
 	$(STEP) "a busybox image" images/busybox/build.sh $(BUILD)/busybox.tar
-	env MVM=$(MVM) MVM_TEST_IMAGES=$(BUILD) cargo run --quiet --release -p mvm-tests --bin bench -- --json $(BUILD)/bench.json
+	$(BENCH)
+
+# A quarter of an hour; adds to the figures of `make bench`, and to its plot.
+bench-programs: mvm
+	$(STEP) "an image of many programs" images/debian/build.sh $(BUILD)/debian-full.tar full
+	$(BENCH) programs
 
 fuzz:
 	cargo run --release -p mvm-emu --example fuzz -- --seconds $(SECONDS_OF_FUZZ)

@@ -44,8 +44,13 @@ impl Chroot {
     /// Runs a shell script in it, in namespaces of its own.
     #[track_caller]
     pub fn sh(&self, script: &str) -> Finished {
+        run_with(self.command(script), b"", Duration::from_secs(300))
+    }
+
+    /// The command for that, not yet started.
+    pub fn command(&self, script: &str) -> Command {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--pid", "--fork", "--uts", "--ipc", "sh", "-c"]);
+        command.args(["--mount", "--pid", "--kill-child", "--uts", "--ipc", "sh", "-c"]);
         command.arg(
             "mount -t proc proc \"$1/proc\" && mount --bind /dev \"$1/dev\" && \
              mount -t tmpfs -o mode=1777 tmpfs \"$1/tmp\" && \
@@ -53,6 +58,6 @@ impl Chroot {
              LANG=C.UTF-8 HOME=/root chroot \"$1\" sh -c \"$2\"",
         );
         command.arg("sh").arg(self.root.path()).arg(script);
-        run_with(command, b"", Duration::from_secs(300))
+        command
     }
 }

@@ -102,6 +102,18 @@ impl Running {
         }
     }
 
+    /// The next line of its standard output without its end, `None` when there is no more.
+    ///
+    /// # Panics
+    /// If it cannot be read.
+    #[track_caller]
+    pub fn line(&mut self) -> Option<String> {
+        let begin = self.heard.len();
+        let n = self.stdout.read_until(b'\n', &mut self.heard).expect("its output");
+        let line = String::from_utf8_lossy(&self.heard[begin..]).into_owned();
+        (n > 0).then(|| line.trim_end_matches(['\r', '\n']).to_owned())
+    }
+
     /// Writes to its standard input.
     ///
     /// # Panics
