@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use mvm_agent_protocol::messages::{BlockDevice, block_device::Which};
 
+use crate::disks;
 use crate::error::{Error, Result};
 
 /// The device node of `device`.
@@ -29,8 +30,11 @@ fn node_in(sys_block: &Path, device: &BlockDevice) -> Result<PathBuf> {
                 list(sys_block)
             ))
         })?,
+        Some(Which::Place(place)) => disks::name(*place)?,
         Some(_) | None => {
-            return Err(Error::Invalid("a block device needs a serial number or an index".into()));
+            return Err(Error::Invalid(
+                "a block device needs a serial number, an index or a place".into(),
+            ));
         }
     };
     Ok(Path::new("/dev").join(name))

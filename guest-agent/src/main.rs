@@ -15,6 +15,7 @@ mod cgroup;
 mod channel;
 mod child;
 mod container;
+mod disks;
 mod error;
 mod forward;
 mod given;

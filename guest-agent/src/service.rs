@@ -12,6 +12,7 @@ use mvm_agent_protocol::stream::{self, Answer, Request};
 use mvm_agent_protocol::{WAIT_MAX_MS, rpc};
 
 use crate::container::{Container, Process, Workshop};
+use crate::disks;
 use crate::error::{Context, Error, Result};
 use crate::forward;
 use crate::info;
@@ -358,6 +359,14 @@ impl Agent for Service {
 
     fn configure_network(&self, request: ConfigureNetworkRequest) -> Answered<Empty> {
         empty(network::configure(&request.interfaces))
+    }
+
+    fn plug_disk(&self, request: DiskRequest) -> Answered<Empty> {
+        empty(disks::plug(request.place))
+    }
+
+    fn unplug_disk(&self, request: DiskRequest) -> Answered<Empty> {
+        empty(disks::unplug(request.place))
     }
 }
 

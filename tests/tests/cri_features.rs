@@ -3,6 +3,7 @@
 
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use mvm_net::Namespace;
@@ -170,23 +171,133 @@ fn probes_and_hooks_of_the_life_cycle_are_what_the_kubelet_makes_of_them() {
     end(&cri, &ctd, &pod);
 }
 
+fn device(host: &Path, path: &str, permissions: &str) -> Device {
+    Device {
+        container_path: path.into(),
+        host_path: host.display().to_string(),
+        permissions: permissions.into(),
+        ..Default::default()
+    }
+}
+
+/// A container that idles, and has these devices of the host: path in it, and what it may do there.
+fn with_devices(
+    cri: &Cri<'_>,
+    name: &str,
+    devices: &[(&LoopDevice, &str, &str)],
+) -> ContainerConfig {
+    let mut config = cri.container_config(name, IDLE);
+    let asked = devices.iter().map(|(at, path, permissions)| device(at.path(), path, permissions));
+    config.devices = asked.collect();
+    config
+}
+
+/// The disks that the guest has: their size in sectors and whether they are read-only.
+fn disks(cri: &Cri<'_>, id: &str) -> String {
+    let script = "cd /sys/block; for d in vd*; do [ -e $d ] && echo $(cat $d/size $d/ro); done";
+    cri.exec(id, &format!("{script}; true")).expect_code(0).out()
+}
+
 #[test]
-fn block_devices_come_too_late_for_a_pod() {
+fn block_devices_come_and_go_with_the_containers_of_a_pod() {
     let ctd = pods!();
     let cri = Cri::new(&ctd);
-    let Some(device) = LoopDevice::new(&ctd.path("image"), 1 << 20) else { return };
+    let Some(large) = LoopDevice::new(&ctd.path("large"), 3 << 20) else { return };
+    let Some(small) = LoopDevice::new(&ctd.path("small"), 1 << 20) else { return };
     let pod = cri.run_pod(cri.pod_config("blocks"));
-    let mut config = cri.container_config("late", "true");
-    config.devices.push(Device {
-        container_path: "/dev/data".into(),
-        host_path: device.path().display().to_string(),
-        permissions: "rwm".into(),
-        ..Default::default()
-    });
-    let refused = cri.try_start(&pod, config).expect_err("a refusal").to_string();
-    assert!(refused.contains("/dev/data") && refused.contains("when it boots"), "{refused}");
-    // Others of the pod are as they were.
-    let id = cri.start(&pod, cri.container_config("plain", "echo fine"));
-    assert_eq!(cri.wait(&id), 0);
+    let plain = cri.start(&pod, cri.container_config("plain", IDLE));
+    assert_eq!(disks(&cri, &plain), "");
+    let writer = cri.start(&pod, with_devices(&cri, "writer", &[(&large, "/dev/data", "rwm")]));
+    let wrote = "stat -c '%F %a' /dev/data; wc -c </dev/data
+                 echo from the writer | dd of=/dev/data bs=512 seek=7 conv=sync 2>/dev/null";
+    let wrote = cri.exec(&writer, wrote).expect_code(0).out();
+    let mode = std::os::unix::fs::MetadataExt::mode(&large.path().metadata().expect("a device"));
+    assert_eq!(wrote, format!("block special file {:o}\n3145728\n", mode & 0o777));
+    // Another container has the same disk, under another name, and may not write to it.
+    let devices = [(&large, "/dev/same", "r"), (&small, "/dev/more", "r")];
+    let reader = cri.start(&pod, with_devices(&cri, "reader", &devices));
+    let read = "dd if=/dev/same bs=512 skip=7 count=1 2>/dev/null | head -n 1; wc -c </dev/more
+                for d in same more; do (echo x >/dev/$d) 2>&1 | sed 's/.*: //'; done";
+    let read = cri.exec(&reader, read).expect_code(0).out();
+    let refused = "Operation not permitted\n";
+    assert_eq!(read, format!("from the writer\n1048576\n{refused}{refused}"));
+    assert_eq!(disks(&cri, &plain), "6144 0\n2048 1\n");
+    // Who wants to write to what is read-only for the whole machine comes too late; the others are as they were.
+    let late = cri.try_start(&pod, with_devices(&cri, "late", &[(&small, "/dev/data", "rw")]));
+    let late = late.expect_err("a refusal").to_string();
+    assert!(late.contains("/dev/data") && late.contains("read-only"), "{late}");
+    // The one goes: the disk stays for the other, and what was written is there for all.
+    cri.exec(&writer, "echo the last | dd of=/dev/data bs=512 seek=9 conv=sync 2>/dev/null")
+        .expect_code(0);
+    cri.remove(&writer);
+    let last = cri.exec(&reader, "dd if=/dev/same bs=512 skip=9 count=1 2>/dev/null | head -n 1");
+    assert_eq!(last.expect_code(0).out(), "the last\n");
+    cri.remove(&reader);
+    assert_eq!(disks(&cri, &plain), "");
+    let content = large.content();
+    assert!(content[7 * 512..].starts_with(b"from the writer\n"));
+    assert!(content[9 * 512..].starts_with(b"the last\n"));
+    assert!(small.content().iter().all(|byte| *byte == 0));
+    // Places are used anew, by whatever disk.
+    for round in 0..9 {
+        let device = if round % 2 == 0 { &small } else { &large };
+        let name = format!("round{round}");
+        let id = cri.start(&pod, with_devices(&cri, &name, &[(device, "/dev/data", "rwm")]));
+        let script = format!("echo {round} | dd of=/dev/data bs=512 conv=sync 2>/dev/null");
+        cri.exec(&id, &script).expect_code(0);
+        cri.remove(&id);
+        assert!(device.content().starts_with(format!("{round}\n").as_bytes()), "{round}");
+    }
+    assert_eq!(disks(&cri, &plain), "");
+    end(&cri, &ctd, &pod);
+}
+
+#[test]
+fn block_devices_that_are_too_many_or_vanish_are_errors_of_their_container_alone() {
+    let ctd = pods!();
+    let cri = Cri::new(&ctd);
+    let made: Option<Vec<_>> =
+        (0..9).map(|n| LoopDevice::new(&ctd.path(&format!("image{n}")), 1 << 20)).collect();
+    let Some(loops) = made else { return };
+    let paths: Vec<_> = (0..loops.len()).map(|n| format!("/dev/data{n}")).collect();
+    let some = |range: std::ops::Range<usize>| {
+        let found = loops[range.clone()].iter().zip(&paths[range]);
+        found.map(|(device, path)| (device, path.as_str(), "rwm")).collect::<Vec<_>>()
+    };
+    let pod = cri.run_pod(cri.pod_config("many"));
+    let all = cri.try_start(&pod, with_devices(&cri, "all", &some(0..9))).expect_err("a refusal");
+    assert!(all.to_string().contains("9 block devices are too many"), "{all}");
+    let first = cri.start(&pod, with_devices(&cri, "first", &some(0..5)));
+    let rest = cri.try_start(&pod, with_devices(&cri, "rest", &some(5..9))).expect_err("a refusal");
+    let said = rest.to_string();
+    assert!(said.contains("/dev/data8") && said.contains("no place left"), "{said}");
+    // What came for it has gone.
+    assert_eq!(disks(&cri, &first).lines().count(), 5);
+    let second = cri.start(&pod, with_devices(&cri, "second", &some(5..8)));
+    assert_eq!(disks(&cri, &first).lines().count(), 8);
+    // What was behind a device vanishes: its blocks cannot be read any more.
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(ctd.path("image0"))
+        .expect("the image")
+        .set_len(0)
+        .expect("cut off");
+    let read = cri.exec(&first, "dd if=/dev/data0 bs=64k skip=8 count=1 | wc -c");
+    assert_eq!(read.out(), "0\n", "{}", read.err());
+    assert!(read.err().contains("Input/output error"), "{}", read.err());
+    assert_eq!(
+        cri.exec(&first, "dd if=/dev/data1 bs=64k count=1 2>/dev/null | wc -c").out(),
+        "65536\n"
+    );
+    // A device that is not there is named.
+    cri.remove(&first);
+    let node = ctd.path("node");
+    let made = Command::new("mknod").arg(&node).args(["b", "4000", "1"]).status();
+    assert!(made.expect("mknod").success());
+    let mut config = cri.container_config("missing", IDLE);
+    config.devices.push(device(&node, "/dev/data", "rwm"));
+    let missing = cri.try_start(&pod, config).expect_err("a refusal").to_string();
+    assert!(missing.contains("/dev/data") && missing.contains("4000:1"), "{missing}");
+    assert_eq!(disks(&cri, &second).lines().count(), 3);
     end(&cri, &ctd, &pod);
 }

@@ -416,7 +416,7 @@ fn rootfs(root: &Root) -> Rootfs {
 
 fn given(device: &spec::GivenDevice) -> GivenDevice {
     let mut disk = BlockDevice::new();
-    disk.set_index(device.index);
+    disk.set_place(device.place);
     GivenDevice {
         major: device.major,
         minor: device.minor,

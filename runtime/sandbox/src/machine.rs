@@ -97,6 +97,9 @@ pub struct MachinePlan {
     pub initramfs: Option<Payload>,
     /// Disks, in the order of their names in the guest. The first one usually is the container's root.
     pub disks: Vec<Disk>,
+    /// Places for disks that come while it runs ([`Sandbox::monitor_client`](crate::Sandbox::monitor_client)): that
+    /// many, or as many as other devices leave.
+    pub disk_slots: u32,
     /// The directories and files of the host that the guest is to see; `None` for a machine that has no
     /// shared file system and can get none.
     pub shares: Option<Vec<NewShare>>,
@@ -338,6 +341,7 @@ pub(crate) fn launch(
         guest_ports: vec![GuestPort { port: port::HELLO, stream: draft.fds.add(theirs) }],
         dial: None,
     });
+    draft.config.disk_slots = plan.disk_slots.min(draft.config.room_for_disks());
     let mut machine = draft.launch(launcher, place)?;
     if let Some(server) = server {
         machine = Box::new(Served { machine, server });

@@ -311,12 +311,16 @@ impl Sandbox {
         gone.then(|| machine::last_words(machine, LAST_WORDS))
     }
 
+    /// A connection to the monitor of the machine, which has to answer each request within `limit`.
+    pub fn monitor_client(&self, limit: Duration) -> Result<ControlClient, Error> {
+        let path = self.place.dir.join(machine::CONTROL_SOCKET);
+        let connected = crate::socket::with_short(&path, |p| Ok(ControlClient::connect(p, limit)));
+        Ok(connected.map_err(Error::io(path.display().to_string()))??)
+    }
+
     /// What the machine costs the host, while it is there.
     pub fn cost(&self) -> Option<mvm_vmm::monitor::Stats> {
-        let path = self.place.dir.join(machine::CONTROL_SOCKET);
-        let connected =
-            crate::socket::with_short(&path, |p| Ok(ControlClient::connect(p, LAST_WORDS)));
-        connected.ok()?.ok()?.stats().ok()
+        self.monitor_client(LAST_WORDS).ok()?.stats().ok()
     }
 
     /// How the sandbox ended, from what waiting for its process brought.

@@ -71,8 +71,8 @@ pub struct MachineConfig {
     pub verbose: bool,
     /// Block devices, in the order of their names in the guest (`/dev/vda`, ...).
     pub disks: Vec<DiskConfig>,
-    /// Block devices without a medium after the disks, to be filled while the guest runs.
-    pub empty_block_slots: u32,
+    /// Places for disks that come while the guest runs, after those that are there from the start.
+    pub disk_slots: u32,
     /// Network devices, in the order of their names in the guest.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
@@ -115,7 +115,7 @@ impl MachineConfig {
             exit_status: false,
             verbose: false,
             disks: Vec::new(),
-            empty_block_slots: 0,
+            disk_slots: 0,
             nets: Vec::new(),
             vsock: None,
             console: ConsoleConfig::default(),
@@ -125,6 +125,30 @@ impl MachineConfig {
             outcome: None,
             owner_gone: OwnerGone::Continue,
         }
+    }
+
+    /// Places that the other devices leave for disks; `None` if they are too many themselves.
+    fn places_for_disks(&self) -> Option<u64> {
+        let nets = self.nets.len() as u64;
+        let (places, others) = match self.boot {
+            BootProtocol::Hvt => (MAX_HYPERCALL_DEVICES, nets),
+            _ => {
+                let others = FIXED_VIRTIO_DEVICES
+                    + nets
+                    + u64::from(self.vsock.is_some())
+                    + u64::from(self.virtio_console.is_some())
+                    + u64::from(self.fs.is_some());
+                (layout::MAX_VIRTIO_DEVICES.into(), others)
+            }
+        };
+        places.checked_sub(others)
+    }
+
+    /// How many disks, or places for some, there can be besides those that it has.
+    pub fn room_for_disks(&self) -> u32 {
+        let places = self.places_for_disks().unwrap_or(0);
+        let left = places.saturating_sub(self.disks.len() as u64);
+        u32::try_from(left).unwrap_or(u32::MAX)
     }
 
     /// Checks everything that can be checked without opening a descriptor.
@@ -144,21 +168,10 @@ impl MachineConfig {
         if let Some(reason) = self.fallback.as_ref().filter(|r| r.len() > MAX_REASON) {
             return Err(Error::Reason { len: reason.len() });
         }
-        let slots = self.disks.len() as u64 + u64::from(self.empty_block_slots);
-        let nets = self.nets.len() as u64;
-        let (places, fixed) = match self.boot {
-            BootProtocol::Hvt => (MAX_HYPERCALL_DEVICES, nets),
-            _ => {
-                let fixed = FIXED_VIRTIO_DEVICES
-                    + nets
-                    + u64::from(self.vsock.is_some())
-                    + u64::from(self.virtio_console.is_some())
-                    + u64::from(self.fs.is_some());
-                (layout::MAX_VIRTIO_DEVICES.into(), fixed)
-            }
-        };
-        if slots + fixed > places {
-            return Err(Error::TooManyDisks { disks: slots, max: places.saturating_sub(fixed) });
+        let disks = self.disks.len() as u64 + u64::from(self.disk_slots);
+        let max = self.places_for_disks();
+        if max.is_none_or(|max| disks > max) {
+            return Err(Error::TooManyDisks { disks, max: max.unwrap_or(0) });
         }
         self.nets.iter().try_for_each(NetConfig::validate)?;
         if let Some(disk) = self.disks.iter().find(|d| d.serial.len() > MAX_SERIAL) {
@@ -526,8 +539,10 @@ mod tests {
                 Some(VsockConfig { cid: 3, listener: None, guest_ports: Vec::new(), dial });
             assert_eq!(config.validate().unwrap_err(), Error::DialName { name: name.into() });
         }
-        assert!(matches!(check(|c| c.empty_block_slots = 100), Error::TooManyDisks { .. }));
-        assert!(matches!(check(|c| c.empty_block_slots = u32::MAX), Error::TooManyDisks { .. }));
+        assert!(matches!(check(|c| c.disk_slots = 100), Error::TooManyDisks { .. }));
+        assert!(matches!(check(|c| c.disk_slots = u32::MAX), Error::TooManyDisks { .. }));
+        let full = MachineConfig { disk_slots: config().room_for_disks(), ..config() };
+        assert_eq!((full.validate(), full.disk_slots), (Ok(()), layout::MAX_VIRTIO_DEVICES - 2));
         let module = |text: &str| ModuleConfig {
             content: ImageSource::file(FdIndex(0)),
             text: text.to_owned(),

@@ -5,6 +5,7 @@ mod fs;
 mod hvt;
 mod net;
 mod old_pc;
+mod slots;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -32,6 +33,7 @@ pub(crate) use hvt::Guest as HvtGuest;
 pub use net::NetCard;
 pub(crate) use old_pc::OldPc;
 pub use old_pc::OldPcState;
+pub use slots::SlotError;
 
 use crate::boot::Attached;
 use crate::bus::VmSink;
@@ -123,7 +125,7 @@ pub enum Error {
 /// A block device.
 #[derive(Debug)]
 pub struct Disk {
-    /// Raw image or block device of the host; `None` for a slot that is empty for now.
+    /// Raw image or block device of the host; `None` for a place that is empty for now.
     pub file: Option<File>,
     /// The guest may not write.
     pub read_only: bool,

@@ -1,6 +1,7 @@
 //! A machine in this process: RAM, devices, vCPUs, from its parts to its end.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock, Weak};
@@ -26,7 +27,7 @@ use crate::wires;
 mod state;
 
 pub use crate::boot::{Module, Section};
-pub use crate::devices::{Disk, NetCard, SharedFiles, Sockets, VirtioConsole};
+pub use crate::devices::{Disk, NetCard, SharedFiles, SlotError, Sockets, VirtioConsole};
 pub use state::{MachineState, Pauser};
 
 /// How long the vCPUs have for coming to a stop: far more than one instruction or one host write
@@ -231,6 +232,24 @@ impl Machine {
         self.control.has_ended()
     }
 
+    /// Puts a disk into one of the places that are kept for such ([`Disk::file`]). Returns which: the number of its
+    /// register window, by which a guest finds it after looking there again. (Linux: `virtio-mmio.NUMBER`, to be bound
+    /// to the driver.)
+    ///
+    /// # Errors
+    /// [`SlotError`].
+    pub fn plug(&self, file: File, read_only: bool) -> Result<u32, SlotError> {
+        self.devices.plug(file, read_only)
+    }
+
+    /// Takes a disk out, of which the guest has let go.
+    ///
+    /// # Errors
+    /// [`SlotError::NoDisk`].
+    pub fn unplug(&self, place: u32) -> Result<(), SlotError> {
+        self.devices.unplug(place)
+    }
+
     /// How its kernel was entered; never [`BootProtocol::Auto`].
     pub fn boot_protocol(&self) -> BootProtocol {
         self.boot
@@ -270,7 +289,7 @@ impl Machine {
     /// Bytes of guest RAM that the host has pages for.
     pub fn resident_ram(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
-        let blocks = |file: &std::fs::File| file.metadata().map_or(0, |m| m.blocks());
+        let blocks = |file: &File| file.metadata().map_or(0, |m| m.blocks());
         let files = self.ram.memory().iter().filter_map(|r| r.file_offset());
         files.map(|f| blocks(f.file()) * 512).sum()
     }

@@ -1,6 +1,7 @@
-//! Block devices of the host that a container is to have (`linux.devices`): disks of its machine.
+//! Block devices of the host that a container is to have (`linux.devices`): disks of its machine, from the start or
+//! [plugged](super::plugged) while it runs.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use super::spec::linux;
 /// Where the kernel names block devices by their numbers.
 const BY_NUMBER: &str = "/sys/dev/block";
 
-/// The most that one machine has beside its root.
+/// The most that a machine has from the start, beside its root.
 const MOST: usize = 16;
 
 /// Why a container cannot have a device.
@@ -33,26 +34,43 @@ pub enum Error {
         source: std::io::Error,
     },
     /// More than there is room for.
-    #[error("{0} block devices are too many: a machine has at most {MOST} beside its root")]
-    TooMany(usize),
-    /// The machine runs already.
-    #[error(
-        "{}: a machine gets block devices when it boots, and the pod's runs already; a container with a machine of its \
-         own can have them, and a file system on the device can be mounted as a volume", path.display()
-    )]
-    Late {
-        /// Its path in the container.
-        path: PathBuf,
+    #[error("{found} block devices are too many: there can be {most}")]
+    TooMany {
+        /// How many different ones.
+        found: usize,
+        /// How many there can be.
+        most: usize,
     },
 }
+
+/// A device by its numbers on the host: that of its driver, and its own.
+pub type Number = (u32, u32);
 
 /// A device that the specification names, and gives access to by its numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    path: PathBuf,
-    major: u32,
-    minor: u32,
-    read_only: bool,
+    /// Its path in the container.
+    pub path: PathBuf,
+    /// Which one of the host's.
+    pub number: Number,
+    /// It is not to be written.
+    pub read_only: bool,
+}
+
+impl Wanted {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// [`Error::Open`].
+    pub fn open(&self) -> Result<File, Error> {
+        let (major, minor) = self.number;
+        open_number(major, minor, self.read_only).map_err(|source| Error::Open {
+            path: self.path.clone(),
+            major,
+            minor,
+            source,
+        })
+    }
 }
 
 /// The block devices that a container is given, each of which its rules allow by its own numbers. A privileged
@@ -71,17 +89,33 @@ pub fn wanted(spec: &Spec) -> Vec<Wanted> {
             continue;
         };
         let read_only = rule.access().as_ref().is_some_and(|access| !access.contains('w'));
-        found.push(Wanted { path: device.path().clone(), major, minor, read_only });
+        found.push(Wanted { path: device.path().clone(), number: (major, minor), read_only });
     }
     found
+}
+
+/// Each device once, whatever names it has.
+pub fn distinct(wanted: &[Wanted]) -> Vec<&Wanted> {
+    let mut seen = BTreeSet::new();
+    wanted.iter().filter(|device| seen.insert(device.number)).collect()
+}
+
+/// Refuses more devices than a machine that runs already has places for.
+///
+/// # Errors
+/// [`Error::TooMany`].
+pub fn check(wanted: &[Wanted], most: u32) -> Result<(), Error> {
+    let (found, most) = (distinct(wanted).len(), most as usize);
+    if found > most { Err(Error::TooMany { found, most }) } else { Ok(()) }
 }
 
 /// Takes out what means nothing in a guest: block devices by the host's numbers, but for those that it gets.
 pub fn keep_given(spec: &mut Spec, wanted: &[Wanted]) {
     let mut linux = linux(spec);
     let Some(devices) = linux.devices() else { return };
-    let given =
-        |major, minor| wanted.iter().any(|w| (w.major.into(), w.minor.into()) == (major, minor));
+    let given = |major: i64, minor: i64| {
+        wanted.iter().any(|w| (i64::from(w.number.0), i64::from(w.number.1)) == (major, minor))
+    };
     let kept: Vec<_> = devices
         .iter()
         .filter(|d| d.typ() != LinuxDeviceType::B || given(d.major(), d.minor()))
@@ -91,39 +125,23 @@ pub fn keep_given(spec: &mut Spec, wanted: &[Wanted]) {
     spec.set_linux(Some(linux));
 }
 
-/// Opens the devices as disks, which come behind `before` others. A device that has two names is one disk.
+/// Opens the devices as disks of a machine to be, which come behind `before` others. A device that has two names is one
+/// disk.
 ///
 /// # Errors
 /// See [`Error`].
 pub fn open(wanted: &[Wanted], before: usize) -> Result<(Vec<Disk>, Vec<GivenDevice>), Error> {
-    let mut disks = Vec::new();
-    let mut given: BTreeMap<(u32, u32), GivenDevice> = BTreeMap::new();
-    for Wanted { path, major, minor, read_only } in wanted {
-        let (major, minor) = (*major, *minor);
-        if given.contains_key(&(major, minor)) {
-            continue;
-        }
-        let failed = |source| Error::Open { path: path.clone(), major, minor, source };
-        let file = open_number(major, minor, *read_only).map_err(failed)?;
-        let index = u32::try_from(before + disks.len()).unwrap_or(u32::MAX);
-        given.insert((major, minor), GivenDevice { major, minor, index });
-        disks.push(Disk { file, read_only: *read_only });
+    let devices = distinct(wanted);
+    if devices.len() > MOST {
+        return Err(Error::TooMany { found: devices.len(), most: MOST });
     }
-    match disks.len() {
-        0..=MOST => Ok((disks, given.into_values().collect())),
-        many => Err(Error::TooMany(many)),
+    let (mut disks, mut given) = (Vec::new(), Vec::new());
+    for (place, device) in (before..).zip(devices) {
+        disks.push(Disk { file: device.open()?, read_only: device.read_only });
+        let (major, minor) = device.number;
+        given.push(GivenDevice { major, minor, place: u32::try_from(place).unwrap_or(u32::MAX) });
     }
-}
-
-/// Refuses devices where the machine runs already.
-///
-/// # Errors
-/// There are some.
-pub fn refuse(wanted: &[Wanted]) -> Result<(), Error> {
-    match wanted.first() {
-        Some(first) => Err(Error::Late { path: first.path.clone() }),
-        None => Ok(()),
-    }
+    Ok((disks, given))
 }
 
 /// Opens the device of this number, by whatever name the host has for it.
@@ -173,14 +191,16 @@ mod tests {
         ]);
         let mut spec = spec(&devices, &rules);
         let found = wanted(&spec);
-        let told: Vec<_> = found.iter().map(|w| (w.major, w.minor, w.read_only)).collect();
-        assert_eq!(told, [(7, 1, false), (7, 2, true)]);
+        let told: Vec<_> = found.iter().map(|w| (w.number, w.read_only)).collect();
+        assert_eq!(told, [((7, 1), false), ((7, 2), true)]);
         keep_given(&mut spec, &found);
         let kept = linux(&spec).devices().clone().unwrap();
         let kept: Vec<_> = kept.iter().map(|d| d.path().display().to_string()).collect();
         assert_eq!(kept, ["/dev/a", "/dev/b", "/dev/c"]);
-        assert!(refuse(&found).unwrap_err().to_string().contains("/dev/a"));
-        assert!(refuse(&[]).is_ok());
+        assert!(check(&found, 2).is_ok() && check(&[], 0).is_ok());
+        assert!(matches!(check(&found, 1), Err(Error::TooMany { found: 2, most: 1 })));
+        let twice: Vec<_> = found.iter().chain(&found).cloned().collect();
+        assert_eq!(distinct(&twice).len(), 2);
     }
 
     #[test]

@@ -9,10 +9,13 @@ use mvm_fs::{NewShare, ShareClient, Source};
 use mvm_sandbox::Sandbox;
 use mvm_sandbox::ending::Ending;
 use mvm_sandbox::guest::Guest;
+use mvm_sandbox::spec::GivenDevice;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::blocks::Wanted;
 use super::cgroup::Cgroups;
+use super::plugged::{self, Plugged};
 use crate::error::{Error, Result};
 
 /// How long a guest may take to write out its disks.
@@ -26,6 +29,8 @@ pub struct Machine {
     guest: Guest,
     /// Where its processes are counted. Left when they have ended.
     groups: Mutex<Option<Cgroups>>,
+    /// The block devices that have come into it.
+    plugged: Plugged,
     /// How many containers have been given a name for their shares.
     named: AtomicU32,
 }
@@ -49,6 +54,7 @@ impl Machine {
             guest: sandbox.guest()?.clone(),
             sandbox: Mutex::new(Some(sandbox)),
             groups: Mutex::new(Some(groups)),
+            plugged: Plugged::default(),
             named: AtomicU32::new(1),
         })
     }
@@ -78,7 +84,7 @@ impl Machine {
     fn shares(&self) -> Result<ShareClient> {
         match &*self.sandbox() {
             Some(sandbox) => Ok(sandbox.shares()?),
-            None => Err(Error::FailedPrecondition("the machine has ended".into())),
+            None => Err(ended()),
         }
     }
 
@@ -124,6 +130,38 @@ impl Machine {
         }
     }
 
+    /// Gives a container block devices of the host. All of them or none.
+    ///
+    /// # Errors
+    /// See [`plugged::Error`].
+    pub fn plug(&self, wanted: &[Wanted]) -> Result<Vec<GivenDevice>> {
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.plugged.plug(wanted, &mut self.socket()?).map_err(Error::failed)
+    }
+
+    /// Takes them back. A machine that is gone has none.
+    pub fn unplug(&self, given: &[GivenDevice]) {
+        if given.is_empty() {
+            return;
+        }
+        match self.socket() {
+            Ok(mut socket) => self.plugged.unplug(given, &mut socket),
+            Err(e) => tracing::debug!("{} block devices need not be taken back: {e}", given.len()),
+        }
+    }
+
+    fn socket(&self) -> Result<plugged::Running<'_>> {
+        match &*self.sandbox() {
+            Some(sandbox) => {
+                let monitor = sandbox.monitor_client(plugged::PATIENCE)?;
+                Ok(plugged::Running { monitor, guest: &self.guest })
+            }
+            None => Err(ended()),
+        }
+    }
+
     /// Waits until the machine has ended, or `stop` becomes readable.
     ///
     /// # Errors
@@ -161,6 +199,10 @@ impl Machine {
         drop(self.groups.lock().unwrap_or_else(PoisonError::into_inner).take());
         Ok(ended?)
     }
+}
+
+fn ended() -> Error {
+    Error::FailedPrecondition("the machine has ended".into())
 }
 
 /// A share of a container's root: nobody but the guest is to change it.

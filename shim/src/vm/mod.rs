@@ -14,6 +14,7 @@ pub mod holder;
 pub mod hooks;
 mod machine;
 mod net;
+mod plugged;
 pub mod pod;
 pub mod rootfs;
 pub mod spec;
@@ -31,7 +32,7 @@ use mvm_sandbox::guest::{Guest, Stdio, Streams, program};
 use mvm_sandbox::machine::{MachinePlan, MonitorLauncher};
 use mvm_sandbox::pump::Flag;
 use mvm_sandbox::registry::{Registry, check_name};
-use mvm_sandbox::spec::Root as GuestRoot;
+use mvm_sandbox::spec::{GivenDevice, Root as GuestRoot};
 use mvm_sandbox::timings::Timings;
 use mvm_sandbox::unikernel::UnikernelPlan;
 use mvm_sandbox::{Description, Disk, Sandbox};
@@ -123,7 +124,23 @@ struct Running {
     /// The agent, for this container.
     guest: Guest,
     /// What ends with a container that does not end its machine.
+    lent: Lent,
+}
+
+/// What a container has of the host in a machine that goes on without it.
+#[derive(Debug, Clone, Default)]
+struct Lent {
+    /// Names of shares.
     shares: Vec<String>,
+    /// Block devices.
+    devices: Vec<GivenDevice>,
+}
+
+impl Lent {
+    fn take_back(&self, machine: &Machine) {
+        machine.unshare(&self.shares);
+        machine.unplug(&self.devices);
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -354,13 +371,14 @@ impl Machines {
             Ok(streams)
         })?;
         let guest = machine.guest().clone();
-        Ok((Running { machine: Arc::new(machine), guest, shares: Vec::new() }, streams))
+        Ok((Running { machine: Arc::new(machine), guest, lent: Lent::default() }, streams))
     }
 
     fn start_sandbox(&self, container: &Container) -> Result<(Running, Streams)> {
         let spec = lock(&container.spec).clone();
         let plan = |hardware| {
             let mut plan = machine_plan(hardware, Vec::new(), Some(Vec::new()));
+            plan.disk_slots = plugged::PLACES;
             if let Some(word) = pod::hostname(&spec) {
                 plan.cmdline = format!("{} {word}", plan.cmdline).trim().to_owned();
             }
@@ -372,7 +390,7 @@ impl Machines {
             Ok(forward) => *lock(&container.forward) = Some(forward),
             Err(e) => tracing::warn!(container = container.id, "port-forward reaches nobody: {e}"),
         }
-        let running = Running { machine: Arc::new(machine), guest, shares: Vec::new() };
+        let running = Running { machine: Arc::new(machine), guest, lent: Lent::default() };
         Ok((running, Streams { input: None, output: None, error: None }))
     }
 
@@ -388,8 +406,11 @@ impl Machines {
         for bind in &inside.binds {
             shares.push(bind.share().map_err(Error::failed)?);
         }
-        let names: Vec<String> = shares.iter().map(|share| share.name.clone()).collect();
+        let mut lent = Lent::default();
+        lent.shares.extend(shares.iter().map(|share| share.name.clone()));
         machine.share(shares)?;
+        lent.devices = machine.plug(&inside.blocks).inspect_err(|_| lent.take_back(&machine))?;
+        inside.container.devices.clone_from(&lent.devices);
         let guest = machine.guest().of(&container.id);
         let started = (|| {
             container.note(&guest.create(&inside.container, stdio, false)?);
@@ -404,10 +425,10 @@ impl Machines {
             started
         })();
         match started {
-            Ok(streams) => Ok((Running { machine, guest, shares: names }, streams)),
+            Ok(streams) => Ok((Running { machine, guest, lent }, streams)),
             Err(e) => {
                 let why = machine.explain(e);
-                machine.unshare(&names);
+                lent.take_back(&machine);
                 Err(why)
             }
         }
@@ -464,6 +485,7 @@ fn machine_plan(
         kernel: hardware.kernel,
         initramfs: Some(hardware.initramfs),
         disks,
+        disk_slots: 0,
         shares,
         cmdline: hardware.cmdline,
         console: None,
@@ -510,7 +532,8 @@ impl Container {
             // What cannot be carried out is said at once, not only when the machine boots.
             let inside = inside(&spec, &new.bundle, role, FIRST)?;
             if role == Role::Member {
-                blocks::refuse(&inside.blocks).map_err(|e| Error::Unimplemented(e.to_string()))?;
+                blocks::check(&inside.blocks, plugged::PLACES)
+                    .map_err(|e| Error::InvalidArgument(e.to_string()))?;
             }
         }
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
@@ -677,7 +700,7 @@ impl Container {
             // Nothing is left in a machine that is gone.
             tracing::debug!(container = self.id, "{}", running.machine.explain(e));
         }
-        running.machine.unshare(&running.shares);
+        running.lent.take_back(&running.machine);
     }
 
     /// Waits for the end of a sandbox, which is the end of its machine.

@@ -92,6 +92,7 @@ impl Machine {
                 file: File::open(&rootfs).expect("a root file system"),
                 read_only: true,
             }],
+            disk_slots: 0,
             shares: None,
             cmdline: String::new(),
             console: None,

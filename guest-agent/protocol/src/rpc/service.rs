@@ -97,4 +97,8 @@ service! {
     "Stats" stats(StatsRequest) -> StatsResponse;
     /// Gives the guest's network devices their addresses and routes.
     "ConfigureNetwork" configure_network(ConfigureNetworkRequest) -> Empty;
+    /// Makes a disk the guest's that the host has put into a place.
+    "PlugDisk" plug_disk(DiskRequest) -> Empty;
+    /// Lets go of a disk, before the host takes it out of its place.
+    "UnplugDisk" unplug_disk(DiskRequest) -> Empty;
 }

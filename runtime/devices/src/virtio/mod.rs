@@ -131,6 +131,11 @@ pub trait VirtioDevice: Send + Sync {
     /// What it is.
     fn device_type(&self) -> DeviceType;
 
+    /// Whether it is there for drivers that look for devices: a transport may have places that are filled later.
+    fn is_present(&self) -> bool {
+        true
+    }
+
     /// What log lines and statistics call it.
     fn name(&self) -> &str;
 

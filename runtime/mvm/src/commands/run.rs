@@ -127,6 +127,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         kernel,
         initramfs: Some(initramfs),
         disks: vec![Disk { file: ready_rootfs(ready), read_only: true }],
+        disk_slots: 0,
         // Without anything to share the guest has no such device, and needs no server.
         shares: (!container.volumes.is_empty())
             .then(|| container.volumes.iter().map(Volume::share).collect()),

@@ -2,7 +2,7 @@
 
 use mvm_agent_protocol::messages::container_state::Status;
 use mvm_agent_protocol::messages::{
-    CloseStdinRequest, DeleteContainerRequest, Empty, PauseContainerRequest,
+    CloseStdinRequest, DeleteContainerRequest, DiskRequest, Empty, PauseContainerRequest,
     ResumeContainerRequest, ShutdownRequest, SignalProcessRequest, UpdateResourcesRequest,
 };
 
@@ -70,6 +70,18 @@ impl Guest {
     /// returns.
     pub fn shut_down(&self) -> Result<(), Error> {
         self.client.shutdown(&ShutdownRequest::new(), self.limit)?;
+        Ok(())
+    }
+
+    /// Makes the disk the guest's that the machine has got at `place`.
+    pub fn plug(&self, place: u32) -> Result<(), Error> {
+        self.client.plug_disk(&DiskRequest { place, ..Default::default() }, self.limit)?;
+        Ok(())
+    }
+
+    /// Has the guest write out, and let go of, the disk at `place`.
+    pub fn unplug(&self, place: u32) -> Result<(), Error> {
+        self.client.unplug_disk(&DiskRequest { place, ..Default::default() }, self.limit)?;
         Ok(())
     }
 

@@ -172,8 +172,8 @@ pub struct GivenDevice {
     pub major: u32,
     /// The host's number of the device with that driver.
     pub minor: u32,
-    /// Its place among the machine's disks.
-    pub index: u32,
+    /// The number of its register window: its place among the machine's disks.
+    pub place: u32,
 }
 
 /// A specification and the files it mounts.

@@ -221,3 +221,51 @@ fn a_state_of_the_hosts_own_processor_is_refused_by_name() {
     let error = restored(&emu, 1, ram, &state).map(drop).unwrap_err();
     assert!(error.contains("CPUID.7h.0:EBX[4] CPUID.7h.0:EBX[16]"), "{error}");
 }
+
+#[test]
+fn disks_come_and_go_in_places_that_the_guest_gives_back() {
+    let disk = |size: u64| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        file
+    };
+    let slot = || Disk { file: None, read_only: false, serial: "slot".into() };
+    let fixed = Disk { file: Some(disk(512)), read_only: true, serial: "root".into() };
+    let parts = Parts { disks: vec![fixed, slot(), slot()], ..Parts::new(32 << 20, kernel()) };
+    let (machine, _events) = Machine::new(&MockEngine::new(Vec::new()), parts).unwrap();
+    let register = |place, offset, value: Option<u32>| {
+        let at = layout::virtio_mmio(place) + offset;
+        let memory = &machine.bus.devices().memory;
+        let mut word = value.unwrap_or_default().to_le_bytes();
+        match value {
+            Some(_) => assert!(memory.write(at, &word)),
+            None => assert!(memory.read(at, &mut word)),
+        }
+        u32::from_le_bytes(word)
+    };
+    let (id, status) = (8, 0x70);
+    let ids = || [0, 1, 2].map(|place| register(place, id, None));
+    assert_eq!(ids(), [2, 0, 0]);
+    assert!(matches!(machine.unplug(1), Err(SlotError::NoDisk { place: 1 })));
+    assert!(matches!(machine.unplug(u32::MAX), Err(SlotError::NoDisk { .. })));
+    assert_eq!(machine.plug(disk(1024), true).unwrap(), 1);
+    assert_eq!(machine.plug(disk(1024), false).unwrap(), 2);
+    assert_eq!(ids(), [2; 3]);
+    let full = machine.plug(disk(1024), false).unwrap_err();
+    assert!(matches!(full, SlotError::Full { places: 3, lost: 0 }), "{full}");
+    // A driver takes one of them and keeps it.
+    for value in [1, 3] {
+        register(1, status, Some(value));
+    }
+    machine.unplug(1).unwrap();
+    machine.unplug(2).unwrap();
+    assert_eq!(ids(), [2, 0, 0]);
+    assert_eq!(machine.plug(disk(1024), false).unwrap(), 2);
+    let lost = machine.plug(disk(1024), false).unwrap_err();
+    assert!(matches!(lost, SlotError::Full { places: 3, lost: 1 }), "{lost}");
+    // It lets go, as Linux does: a reset, and then the device is acknowledged again.
+    for value in [0, 1] {
+        register(1, status, Some(value));
+    }
+    assert_eq!(machine.plug(disk(1024), false).unwrap(), 1);
+}

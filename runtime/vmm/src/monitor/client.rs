@@ -1,10 +1,12 @@
 //! The asking side of the control socket.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use super::fds;
 use super::protocol::{Request, Response, Stats, Status};
 
 /// Longest answer in bytes that is taken.
@@ -53,10 +55,30 @@ impl ControlClient {
     /// # Errors
     /// No answer, or [`Response::Error`].
     pub fn request(&mut self, request: &Request) -> Result<Response, Error> {
+        self.ask(request, None)
+    }
+
+    /// The same, of a request with which a descriptor goes.
+    ///
+    /// # Errors
+    /// As [`ControlClient::request`].
+    pub fn request_with(
+        &mut self,
+        request: &Request,
+        fd: BorrowedFd<'_>,
+    ) -> Result<Response, Error> {
+        self.ask(request, Some(fd))
+    }
+
+    fn ask(&mut self, request: &Request, fd: Option<BorrowedFd<'_>>) -> Result<Response, Error> {
         let failed = |what| move |source| Error::Io { what, source };
         let mut line = serde_json::to_vec(request).map_err(|e| Error::Answer(e.to_string()))?;
         line.push(b'\n');
-        self.stream.get_mut().write_all(&line).map_err(failed("send"))?;
+        let sent = match fd {
+            Some(fd) => fds::send_one(self.stream.get_ref(), &line, fd).map_err(failed("send"))?,
+            None => 0,
+        };
+        self.stream.get_mut().write_all(&line[sent..]).map_err(failed("send"))?;
         let mut answer = String::new();
         let mut limited = self.stream.by_ref().take(MAX_RESPONSE);
         if limited.read_line(&mut answer).map_err(failed("receive"))? == 0 {
@@ -89,6 +111,25 @@ impl ControlClient {
             Response::Stats(stats) => Ok(stats),
             other => Err(Error::Answer(format!("{other:?} to a stats request"))),
         }
+    }
+
+    /// Puts a disk into a place kept for one. Returns the number of its register window.
+    ///
+    /// # Errors
+    /// As [`ControlClient::request`]; there is no place left.
+    pub fn plug(&mut self, disk: BorrowedFd<'_>, read_only: bool) -> Result<u32, Error> {
+        match self.request_with(&Request::Plug { read_only }, disk)? {
+            Response::Plugged { place } => Ok(place),
+            other => Err(Error::Answer(format!("{other:?} to a disk"))),
+        }
+    }
+
+    /// Takes out the disk at `place`, of which the guest has let go.
+    ///
+    /// # Errors
+    /// As [`ControlClient::request`]; there is none.
+    pub fn unplug(&mut self, place: u32) -> Result<(), Error> {
+        self.request(&Request::Unplug { place }).map(drop)
     }
 
     /// Ends the machine at once.

@@ -3,13 +3,14 @@
 //! Connections are never waited for: what can be read is read, what can be written is written, and
 //! a client that makes no progress is dropped. One request is under way per connection.
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags};
 
+use super::fds;
 use super::protocol::{Request, Response};
 
 /// Most clients at a time; a further one takes the place of the one that was silent longest.
@@ -23,8 +24,8 @@ const PROGRESS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Answers requests.
 pub(super) trait Answerer {
-    /// Carries out `request`.
-    fn answer(&self, request: Request) -> Response;
+    /// Carries out `request`, with the descriptor that came along.
+    fn answer(&self, request: Request, fd: Option<OwnedFd>) -> Response;
 }
 
 /// The server. Without a listener it serves nobody.
@@ -38,6 +39,8 @@ pub(super) struct Server {
 struct Client {
     stream: UnixStream,
     input: Vec<u8>,
+    /// What came with it. One at most is kept for a client.
+    fd: Option<OwnedFd>,
     output: Vec<u8>,
     /// When it last got on.
     progress: Instant,
@@ -101,6 +104,7 @@ impl Server {
             self.clients.push(Client {
                 stream,
                 input: Vec::new(),
+                fd: None,
                 output: Vec::new(),
                 progress: Instant::now(),
                 gone: false,
@@ -131,8 +135,9 @@ impl Client {
     }
 
     fn reply(&mut self, answerer: &dyn Answerer, line: &[u8]) {
+        let fd = self.fd.take();
         let response = match serde_json::from_slice(line) {
-            Ok(request) => answerer.answer(request),
+            Ok(request) => answerer.answer(request, fd),
             Err(error) => Response::Error { message: format!("not understood: {error}") },
         };
         match serde_json::to_vec(&response) {
@@ -150,10 +155,11 @@ impl Client {
         if room == 0 {
             return;
         }
-        match self.stream.read(&mut buf[..room]) {
-            Ok(0) => self.gone = true,
-            Ok(n) => {
+        match fds::receive_one(&self.stream, &mut buf[..room]) {
+            Ok((0, _)) => self.gone = true,
+            Ok((n, fd)) => {
                 self.input.extend_from_slice(&buf[..n]);
+                self.fd = fd.or(self.fd.take());
                 self.progress = Instant::now();
             }
             Err(e) if retry(&e) => {}
@@ -184,13 +190,22 @@ fn retry(error: &io::Error) -> bool {
 mod tests {
     use super::*;
     use crate::monitor::ControlClient;
+    use std::io::Read;
     use std::os::unix::net::SocketAddr;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     struct Long;
     impl Answerer for Long {
-        fn answer(&self, request: Request) -> Response {
+        fn answer(&self, request: Request, fd: Option<OwnedFd>) -> Response {
             match request {
+                Request::Plug { read_only } => match (fd, read_only) {
+                    (Some(fd), true) => {
+                        let mut text = String::new();
+                        let read = std::fs::File::from(fd).read_to_string(&mut text);
+                        Response::ConsoleTail { text: read.map_or("unreadable".into(), |_| text) }
+                    }
+                    (fd, _) => Response::Error { message: format!("descriptor: {}", fd.is_some()) },
+                },
                 Request::ConsoleTail => Response::ConsoleTail { text: "x".repeat(900_000) },
                 Request::Stop => Response::Error { message: "no".into() },
                 _ => Response::Ok,
@@ -237,6 +252,37 @@ mod tests {
         });
         turn(&mut server);
         assert!(server.clients.is_empty());
+    }
+
+    #[test]
+    fn a_descriptor_goes_with_its_request_and_no_other() {
+        let (mut server, address, dir) = server();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, "content").unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let socket = address.as_pathname().unwrap();
+                let mut client = ControlClient::connect(socket, Duration::from_secs(10)).unwrap();
+                let plug = |read_only| Request::Plug { read_only };
+                let file = std::fs::File::open(&path).unwrap();
+                let answer = client.request_with(&plug(true), file.as_fd()).unwrap();
+                assert_eq!(answer, Response::ConsoleTail { text: "content".into() });
+                let refused = client.request(&plug(false)).unwrap_err().to_string();
+                assert!(refused.contains("descriptor: false"), "{refused}");
+                // One that came with another request is not kept for a later one.
+                client.request_with(&Request::Pause, file.as_fd()).unwrap();
+                let refused = client.request(&plug(true)).unwrap_err().to_string();
+                assert!(refused.contains("descriptor: false"), "{refused}");
+                done.store(true, Ordering::Release);
+            });
+            while !done.load(Ordering::Acquire) {
+                let mut waits = Vec::new();
+                server.waits(&mut waits);
+                nix::poll::poll(&mut waits, 20u8).unwrap();
+                server.serve(&Long);
+            }
+        });
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! with the first byte of the message that names them (`SCM_RIGHTS`, unix(7)).
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -176,6 +176,41 @@ fn receive_some(socket: &UnixStream, buf: &mut [u8], fds: &mut FdTable) -> Resul
         return Err(Error::Closed);
     }
     Ok(received.bytes)
+}
+
+/// Sends what fits of `bytes`, which are some, with one descriptor. Returns how many bytes went.
+pub(super) fn send_one(socket: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let raw = [fd.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    loop {
+        match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &rights, flags, None) {
+            Err(nix::errno::Errno::EINTR) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// Reads what is there, and the descriptor that came with it. Further ones are closed.
+pub(super) fn receive_one(
+    socket: &UnixStream,
+    buf: &mut [u8],
+) -> io::Result<(usize, Option<OwnedFd>)> {
+    let mut space = nix::cmsg_space!([RawFd; 1]);
+    let mut slices = [IoSliceMut::new(buf)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let received = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
+    let mut found = None;
+    for message in received.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = message {
+            for fd in raw {
+                // SAFETY: as in `receive_some`.
+                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+                found.get_or_insert(fd);
+            }
+        }
+    }
+    Ok((received.bytes, found))
 }
 
 fn failed(what: &'static str, source: io::Error) -> Error {

@@ -321,7 +321,7 @@ impl View<'_> {
 }
 
 impl Answerer for View<'_> {
-    fn answer(&self, request: Request) -> Response {
+    fn answer(&self, request: Request, fd: Option<OwnedFd>) -> Response {
         let failed = |error: &dyn std::error::Error| Response::Error { message: error.to_string() };
         match request {
             Request::Status => Response::Status(self.status()),
@@ -338,6 +338,17 @@ impl Answerer for View<'_> {
                 Response::Ok
             }
             Request::ConsoleTail => Response::ConsoleTail { text: self.machine.console_tail() },
+            Request::Plug { read_only } => {
+                match fd.map(|fd| self.machine.plug(fd.into(), read_only)) {
+                    Some(Ok(place)) => Response::Plugged { place },
+                    Some(Err(error)) => failed(&error),
+                    None => Response::Error { message: "no descriptor came with the disk".into() },
+                }
+            }
+            Request::Unplug { place } => match self.machine.unplug(place) {
+                Ok(()) => Response::Ok,
+                Err(error) => failed(&error),
+            },
             Request::Stop => {
                 self.machine.end(EndReason::Stopped);
                 Response::Ok

@@ -82,6 +82,17 @@ pub enum Request {
     Stats,
     /// The last of the serial console.
     ConsoleTail,
+    /// Puts a disk into a place kept for one: the file or block device that comes along as a descriptor (`SCM_RIGHTS`,
+    /// with any byte of the line).
+    Plug {
+        /// The guest may not write.
+        read_only: bool,
+    },
+    /// Takes a disk out, of which the guest has let go.
+    Unplug {
+        /// Where it is.
+        place: u32,
+    },
     /// Ends the machine at once, without asking the guest.
     Stop,
 }
@@ -100,6 +111,11 @@ pub enum Response {
     ConsoleTail {
         /// The text, bytes that are no UTF-8 replaced.
         text: String,
+    },
+    /// To [`Request::Plug`].
+    Plugged {
+        /// The number of the disk's register window.
+        place: u32,
     },
     /// The request was not understood or could not be carried out.
     Error {

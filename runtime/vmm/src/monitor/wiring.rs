@@ -37,7 +37,7 @@ pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, 
             serial: disk.serial.clone(),
         });
     }
-    for slot in 0..config.empty_block_slots {
+    for slot in 0..config.disk_slots {
         let serial = format!("slot{slot}");
         parts.disks.push(Disk { file: None, read_only: false, serial });
     }

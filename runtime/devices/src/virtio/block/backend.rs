@@ -34,10 +34,6 @@ impl Backend {
         Ok(self.sectors)
     }
 
-    pub fn into_file(self) -> File {
-        self.file
-    }
-
     pub fn sectors(&self) -> u64 {
         self.sectors
     }

@@ -1,18 +1,19 @@
 //! Block device (5.2) over an open file: a raw image, or a block device of the host.
 //!
-//! I/O runs on a thread of the device's own, so that a slow disk holds up nothing else. A slot may
-//! start empty (capacity 0) and get its backend later: virtio-mmio has no hotplug.
+//! I/O runs on a thread of the device's own, so that a slow disk holds up nothing else. A device may be a [`slot`]
+//! that is empty for now.
 
 mod backend;
 mod config;
 mod request;
+mod slot;
 #[cfg(test)]
 mod tests;
 
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -21,10 +22,11 @@ use super::{
     ActivateError, Activation, Chain, Core, DeviceType, DriverLink, QueueError, QueueSlot,
     QueueState, VirtQueue, VirtioDevice, common_device_methods,
 };
-use crate::event_loop::{EventLoop, Interest, Source, Subscriber};
+use crate::event_loop::{EventLoop, Source, Subscriber};
 use crate::limit::RateLimit;
 pub(crate) use backend::Backend;
 use config::{Config, feature};
+use slot::Medium;
 
 /// The unit of addressing, whatever the block size (5.2.4).
 pub const SECTOR: u64 = 512;
@@ -49,12 +51,11 @@ pub struct BlockConfig {
     pub name: String,
     /// What GET_ID answers; the first 20 bytes count. Linux shows it as `serial` in sysfs.
     pub serial: String,
-    /// The driver sees a read-only disk. Attached files may be read-only in a writable slot too; then
-    /// writes fail.
+    /// `file` is not to be written, and the driver sees that.
     pub read_only: bool,
     /// What a flush does.
     pub cache: Cache,
-    /// The disk, or an empty slot.
+    /// The disk, or an empty slot: a device that is not there until [`Block::attach`].
     pub file: Option<File>,
 }
 
@@ -127,18 +128,17 @@ struct Work {
 struct Disk {
     core: Core<Work>,
     serial: [u8; 20],
-    read_only: bool,
     cache: Cache,
-    backend: RwLock<Option<Backend>>,
+    medium: RwLock<Option<Arc<Medium>>>,
     counters: Counters,
     log: RateLimit,
 }
 
-/// The device, with its thread.
+/// The device, with its thread once it has something to do.
 #[derive(Debug)]
 pub struct Block {
     disk: Arc<Disk>,
-    _thread: EventLoop,
+    thread: Mutex<Option<EventLoop>>,
 }
 
 impl Block {
@@ -150,68 +150,24 @@ impl Block {
         let name = &config.name;
         let start = |source| BlockError::Start { name: name.clone(), source };
         let file = |source| BlockError::File { name: name.clone(), source };
-        let backend = config.file.map(Backend::new).transpose().map_err(file)?;
+        let medium = config.file.map(|file| Medium::new(file, config.read_only));
+        let medium = medium.transpose().map_err(file)?;
         let mut serial = [0; 20];
         let len = config.serial.len().min(serial.len());
         serial[..len].copy_from_slice(&config.serial.as_bytes()[..len]);
         let disk = Arc::new(Disk {
             core: Core::new(name, &[QUEUE_SIZE]).map_err(start)?,
             serial,
-            read_only: config.read_only,
             cache: config.cache,
-            backend: RwLock::new(backend),
+            medium: RwLock::new(medium.map(Arc::new)),
             counters: Counters::default(),
             log: RateLimit::new(5, Duration::from_secs(10)),
         });
-        let thread = EventLoop::start(name)?;
-        let registrar = thread.subscribe(disk.clone());
-        registrar.add(&disk.core.slots()[0].doorbell, 0, Interest::READ)?;
-        Ok(Arc::new(Self { disk, _thread: thread }))
-    }
-
-    /// Puts `file` into the empty slot; the driver is told of the new capacity (5.2.5).
-    ///
-    /// # Errors
-    /// [`BlockError::Occupied`], [`BlockError::File`].
-    pub fn attach(&self, file: File) -> Result<(), BlockError> {
-        let name = self.disk.core.name();
-        let backend =
-            Backend::new(file).map_err(|source| BlockError::File { name: name.into(), source })?;
-        let mut slot = self.disk.backend.write().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_some() {
-            return Err(BlockError::Occupied(name.into()));
+        let block = Arc::new(Self { disk, thread: Mutex::default() });
+        if !block.is_empty() {
+            block.start_thread()?;
         }
-        *slot = Some(backend);
-        drop(slot);
-        self.disk.core.config_changed();
-        Ok(())
-    }
-
-    /// Empties the slot, once no request uses the file, and returns the file if there was one.
-    /// Requests still to come fail.
-    pub fn detach(&self) -> Option<File> {
-        let backend = self.disk.backend.write().unwrap_or_else(PoisonError::into_inner).take();
-        self.disk.core.config_changed();
-        backend.map(Backend::into_file)
-    }
-
-    /// Looks at the size of the file again, after it has grown or shrunk. Returns bytes.
-    ///
-    /// # Errors
-    /// [`BlockError::File`].
-    pub fn resize(&self) -> Result<u64, BlockError> {
-        let mut slot = self.disk.backend.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(backend) = slot.as_mut() else { return Ok(0) };
-        let refused = |source| BlockError::File { name: self.disk.core.name().into(), source };
-        let sectors = backend.refresh().map_err(refused)?;
-        drop(slot);
-        self.disk.core.config_changed();
-        Ok(sectors * SECTOR)
-    }
-
-    /// True if there is no disk in the slot.
-    pub fn is_empty(&self) -> bool {
-        self.disk.backend.read().unwrap_or_else(PoisonError::into_inner).is_none()
+        Ok(block)
     }
 
     /// Counters.
@@ -231,11 +187,6 @@ impl Block {
 }
 
 impl Disk {
-    fn capacity(&self) -> u64 {
-        let backend = self.backend.read().unwrap_or_else(PoisonError::into_inner);
-        backend.as_ref().map_or(0, Backend::sectors)
-    }
-
     /// Serves at most one queue's length of requests. Interrupts go out while it works: the first
     /// request must not wait for the last.
     fn serve_queue(&self, work: &mut Work, link: &DriverLink) -> Result<bool, QueueError> {
@@ -285,10 +236,14 @@ impl VirtioDevice for Block {
         DeviceType::Block
     }
 
+    fn is_present(&self) -> bool {
+        !self.is_empty()
+    }
+
     fn features(&self) -> u64 {
         let writable = feature::FLUSH | feature::DISCARD | feature::WRITE_ZEROES;
         let always = feature::SEG_MAX | feature::BLK_SIZE;
-        always | if self.disk.read_only { feature::RO } else { writable }
+        always | if self.disk.is_read_only() { feature::RO } else { writable }
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -298,6 +253,8 @@ impl VirtioDevice for Block {
 
     fn activate(&self, mut activation: Activation) -> Result<(), ActivateError> {
         let queue = activation.take(0)?;
+        // Of an empty slot as well: who asks gets answers, if only errors.
+        self.start_thread().map_err(|e| ActivateError::Backend(e.to_string()))?;
         let write_through = activation.features & feature::FLUSH == 0;
         self.disk.core.start(Work { queue, chain: Chain::default(), write_through });
         Ok(())

@@ -1,13 +1,13 @@
 //! One request (5.2.6).
 
 use std::io;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mvm_memory::GuestMemory;
 
 use super::backend::Backend;
 use super::config::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS};
+use super::slot::Medium;
 use super::{Cache, Disk, SECTOR};
 use crate::virtio::{Chain, QueueError};
 
@@ -37,6 +37,9 @@ enum Refusal {
     /// The host failed.
     Host(io::Error),
 }
+
+/// There is nothing to do it with.
+const EMPTY: Refusal = Refusal::Invalid("the slot is empty");
 
 impl From<io::Error> for Refusal {
     fn from(e: io::Error) -> Self {
@@ -108,8 +111,9 @@ impl Disk {
         room: u64,
         write_through: bool,
     ) -> Result<u64, Outcome> {
-        let slot = self.backend.read().unwrap_or_else(PoisonError::into_inner);
-        let disk = slot.as_ref();
+        let medium = self.medium();
+        let medium = medium.as_deref();
+        let disk = medium.map(|medium| &medium.backend);
         let payload = chain.readable_len() - HEADER;
         let count = &self.counters;
         match header.kind {
@@ -124,7 +128,7 @@ impl Disk {
             }
             kind::OUT => {
                 bump(&count.writes, 1);
-                self.writable()?;
+                writable(medium)?;
                 let disk = covering(disk, header.sector, payload)?;
                 let mut slices = Vec::with_capacity(chain.readable().len());
                 chain.readable_slices(memory, HEADER, payload, &mut slices)?;
@@ -137,7 +141,7 @@ impl Disk {
             }
             kind::FLUSH => {
                 bump(&count.flushes, 1);
-                disk.map_or(Ok(()), |disk| self.flush(disk))?;
+                self.flush(disk.ok_or(EMPTY)?)?;
                 Ok(0)
             }
             kind::GET_ID => {
@@ -147,8 +151,8 @@ impl Disk {
             }
             kind::DISCARD | kind::WRITE_ZEROES => {
                 bump(&count.discards, 1);
-                self.writable()?;
-                let disk = disk.ok_or(Refusal::Invalid("the slot is empty"))?;
+                writable(medium)?;
+                let disk = disk.ok_or(EMPTY)?;
                 if payload == 0
                     || !payload.is_multiple_of(SEGMENT)
                     || payload / SEGMENT > u64::from(MAX_DISCARD_SEGMENTS)
@@ -164,10 +168,6 @@ impl Disk {
             }
             _ => Err(Refusal::Unsupported.into()),
         }
-    }
-
-    fn writable(&self) -> Result<(), Refusal> {
-        if self.read_only { Err(Refusal::Invalid("the disk is read-only")) } else { Ok(()) }
     }
 
     fn flush(&self, disk: &Backend) -> io::Result<()> {
@@ -198,9 +198,16 @@ impl Disk {
     }
 }
 
+fn writable(medium: Option<&Medium>) -> Result<(), Refusal> {
+    match medium {
+        Some(medium) if medium.read_only => Err(Refusal::Invalid("the disk is read-only")),
+        _ => Ok(()),
+    }
+}
+
 /// The disk, if it has `len` bytes at `sector`.
 fn covering(disk: Option<&Backend>, sector: u64, len: u64) -> Result<&Backend, Refusal> {
-    let disk = disk.ok_or(Refusal::Invalid("the slot is empty"))?;
+    let disk = disk.ok_or(EMPTY)?;
     if !len.is_multiple_of(SECTOR) {
         return Err(Refusal::Invalid("length is not a whole number of sectors"));
     }

@@ -169,26 +169,65 @@ fn it_works_without_event_index_and_with_indirect_tables() {
 }
 
 #[test]
-fn an_empty_slot_gets_a_disk_later() {
+fn a_slot_is_no_device_until_there_is_a_disk_in_it() {
     let block = Block::new(config(None)).unwrap();
     let mut guest = Guest::new(4 << 20, block.clone());
-    let queue = guest.start().remove(0);
-    assert_eq!(guest.config(0, 8), [0; 8]);
-    let before = (guest.line.count(), guest.read(0xfc));
-    block.attach(disk_file(DISK)).unwrap();
-    assert!(guest.line.count() > before.0 && guest.read(0xfc) != before.1);
-    assert_eq!(guest.read(0x60), 2, "a configuration change");
+    let magic_and_id = |guest: &Guest| (guest.read(0), guest.read(8));
+    assert_eq!(magic_and_id(&guest), (0x7472_6976, 0));
+    block.attach(disk_file(DISK), true).unwrap();
+    assert_eq!(magic_and_id(&guest).1, 2);
     assert_eq!(guest.config(0, 8), (DISK / SECTOR).to_le_bytes());
-    assert!(matches!(block.attach(disk_file(512)), Err(BlockError::Occupied(_))));
-    assert!(block.detach().is_some() && block.is_empty());
-    assert_eq!(guest.config(0, 8), [0; 8]);
-    drop(queue);
-    // A change that the driver may have missed while it started is told at its end.
-    guest.reset();
-    guest.write(0x70, 1);
-    block.attach(disk_file(DISK)).unwrap();
+    assert_ne!(guest.offered() & feature::RO, 0);
+    assert!(matches!(block.attach(disk_file(512), false), Err(BlockError::Occupied(_))));
+    assert!(!guest.mmio.is_driven());
     guest.start();
-    assert_eq!(guest.read(0x60), 2);
+    assert!(guest.mmio.is_driven());
+    guest.reset();
+    assert!(!guest.mmio.is_driven());
+    assert!(block.detach() && block.is_empty() && !block.detach());
+    assert_eq!(magic_and_id(&guest).1, 0);
+    // Another one, of another size and kind.
+    block.attach(disk_file(2 * DISK), false).unwrap();
+    assert_eq!(guest.offered() & feature::RO, 0);
+    assert_eq!(guest.config(0, 8), (2 * DISK / SECTOR).to_le_bytes());
+    // A change that the driver may have missed while it started is told at its end.
+    guest.write(0x70, 1);
+    block.detach();
+    guest.start();
+    assert_eq!(guest.read(0x60), 2, "a configuration change");
+}
+
+#[test]
+fn who_uses_an_empty_slot_gets_errors() {
+    let mut b = Bench::new(|c| c.file = None, 0);
+    let all = |b: &mut Bench| {
+        let (read, written) = ([Segment::writable(b.data, 512)], [Segment::readable(b.data, 16)]);
+        let mut answers = vec![b.request(0, 0, &read).0];
+        answers.extend([1, 11, 13].map(|kind| b.request(kind, 0, &written).0));
+        answers.push(b.request(4, 0, &[]).0);
+        answers
+    };
+    assert_eq!(all(&mut b), [1; 5], "a driver that takes what is not there");
+    let file = b.file.try_clone().unwrap();
+    let before = (b.guest.line.count(), b.guest.read(0xfc));
+    b.block.attach(file, false).unwrap();
+    assert!(b.guest.line.count() > before.0 && b.guest.read(0xfc) != before.1);
+    let part = [Segment::writable(b.data, 512)];
+    assert_eq!(b.request(0, 3, &part), (OK, 513));
+    assert_eq!(b.request(4, 0, &[]), (OK, 1));
+    assert!(b.block.detach());
+    assert_eq!(all(&mut b), [1; 5], "a driver that has not let go");
+    assert!(!b.guest.mmio.link().needs_reset());
+}
+
+#[test]
+fn a_disk_that_has_shrunk_or_gone_is_an_error_of_the_request() {
+    let mut b = Bench::new(|_| {}, 0);
+    let part = [Segment::writable(b.data, 512)];
+    assert_eq!(b.request(0, 5, &part), (OK, 513));
+    b.file.set_len(0).unwrap();
+    assert_eq!(b.request(0, 5, &part), (1, 1));
+    assert!(!b.guest.mmio.link().needs_reset());
 }
 
 #[test]

@@ -78,6 +78,11 @@ impl MmioTransport {
         &self.link
     }
 
+    /// Whether a driver has taken the device and not given it back by a reset.
+    pub fn is_driven(&self) -> bool {
+        self.link.status() & status::DRIVER != 0
+    }
+
     /// The eventfd that notifies queue `index`, for engines that write it by themselves.
     pub fn doorbell(&self, index: usize) -> Option<&EventFd> {
         self.device.queues().get(index).map(|slot| &slot.doorbell)
@@ -223,6 +228,8 @@ impl MmioTransport {
         match offset {
             reg::MAGIC => MAGIC,
             reg::VERSION => VERSION,
+            // 0 is a place without a device, which drivers pass over (4.2.2).
+            reg::DEVICE_ID if !self.device.is_present() => 0,
             reg::DEVICE_ID => self.device.device_type() as u32,
             reg::VENDOR_ID => VENDOR,
             reg::DEVICE_FEATURES => half(self.offered(), regs.device_features_sel),
