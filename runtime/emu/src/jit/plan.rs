@@ -427,7 +427,8 @@ fn one_byte(raw: &Raw) -> Option<Plan> {
             Plan { mem: Mem::Write, size: 8, reads: ALL, ..native(kind) }
         }
         0xfa => native(Kind::System(System::ClearInterrupts)),
-        0xfb => native(Kind::System(System::SetInterrupts)),
+        // An interrupt that was held comes right behind it, with all flags in its frame.
+        0xfb => Plan { reads: ALL, ..native(Kind::System(System::SetInterrupts)) },
         0x98 if !raw.p66 || size == 8 => native(Kind::Extend { wide: size == 8 }),
         0x99 if !raw.p66 || size == 8 => native(Kind::Sign { wide: size == 8 }),
         0xa8 | 0xa9 => {
