@@ -179,7 +179,7 @@ pub fn measure(qemu: Option<&Qemu>, programs: &[String], rounds: usize) -> Value
     }
     let peers = Peers::new(qemu);
     println!(
-        "| program, CPU time | native s | mvm emu | QEMU TCG | TCG / emu | |\n|---|---:|---:|---:|---:|---|"
+        "| program, CPU time | native | mvm emu | QEMU TCG | TCG / emu | |\n|---|---:|---:|---:|---:|---|"
     );
     let mut rows = serde_json::Map::new();
     let (mut all_mvm, mut all_tcg, mut gains) = (Vec::new(), Vec::new(), Vec::new());
@@ -196,8 +196,8 @@ pub fn measure(qemu: Option<&Qemu>, programs: &[String], rounds: usize) -> Value
             _ => "",
         };
         println!(
-            "| {name} | {:.2} | {} | {} | {} | {verdict} |",
-            median(&row.native),
+            "| {name} | {} | {} | {} | {} | {verdict} |",
+            time(median(&row.native)),
             cell(mvm),
             cell(tcg),
             cell(gain)
@@ -214,6 +214,11 @@ pub fn measure(qemu: Option<&Qemu>, programs: &[String], rounds: usize) -> Value
         cell(mean(&gains))
     );
     Value::Object(rows)
+}
+
+/// Seconds; what is counted by blocks takes microseconds each.
+fn time(seconds: f64) -> String {
+    if seconds < 1e-3 { format!("{:.1} us", seconds * 1e6) } else { format!("{seconds:.2} s") }
 }
 
 fn cell(ratio: Option<f64>) -> String {
