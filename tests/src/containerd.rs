@@ -23,6 +23,9 @@ const DEADLINE: Duration = Duration::from_secs(300);
 /// The image's name in it.
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 
+/// The name of the network of pods.
+pub const NETWORK: &str = "mvm-tests";
+
 /// The namespace in which CRI works.
 const CRI_NAMESPACE: &str = "k8s.io";
 
@@ -55,7 +58,17 @@ impl Containerd {
     /// If it should work here and does not.
     #[track_caller]
     pub fn start() -> Option<Self> {
-        Self::start_with(false)
+        Self::start_with(None, false)
+    }
+
+    /// One whose snapshots are EROFS images, with CRI on request; `None`, with the reason on standard error, where
+    /// containerd or mkfs.erofs are too old for that.
+    ///
+    /// # Panics
+    /// If it should work here and does not.
+    #[track_caller]
+    pub fn with_erofs(cri: bool) -> Option<Self> {
+        Self::start_with(cri.then(pods_network).as_ref(), true)
     }
 
     /// The same with CRI, mvm as its runtime, and a network of its own for pods.
@@ -64,12 +77,24 @@ impl Containerd {
     /// If it should work here and does not.
     #[track_caller]
     pub fn with_cri() -> Option<Self> {
-        Self::start_with(true)
+        Self::with_cri_on(&pods_network())
+    }
+
+    /// The same with these plugins for the network of pods, which is called `mvm-tests`.
+    ///
+    /// # Panics
+    /// If it should work here and does not.
+    #[track_caller]
+    pub fn with_cri_on(plugins: &serde_json::Value) -> Option<Self> {
+        Self::start_with(Some(plugins), false)
     }
 
     #[track_caller]
-    fn start_with(cri: bool) -> Option<Self> {
-        let reason = obstacle().or_else(|| if cri { network_obstacle() } else { None });
+    fn start_with(network: Option<&serde_json::Value>, erofs: bool) -> Option<Self> {
+        let cri = network.is_some();
+        let reason = obstacle()
+            .or_else(|| if cri { network_obstacle() } else { None })
+            .or_else(|| if erofs { erofs_obstacle() } else { None });
         if let Some(reason) = reason {
             eprintln!("\n*** SKIPPED: {reason} ***\n");
             return None;
@@ -94,16 +119,26 @@ impl Containerd {
             at("grpc.sock"),
             at("ttrpc.sock")
         );
-        if cri {
-            config.push_str(&cri_config(dir.path()));
+        if let Some(plugins) = network {
+            config.push_str(&cri_config(dir.path(), plugins));
+        }
+        if erofs {
+            config = config.replace("snapshotter = \"overlayfs\"", "snapshotter = \"erofs\"");
+            config.push_str("[plugins.\"io.containerd.service.v1.diff-service\"]\ndefault = [\"erofs\", \"walking\"]\n");
         }
         fs::write(dir.path().join("config.toml"), config).expect("a config");
         let namespace = if cri { CRI_NAMESPACE } else { "default" };
         let mut this = Self { dir, daemon: None, snapshotter: "overlayfs", mvm, namespace };
         this.run_daemon();
         let plugins = this.ctr(&["plugins", "ls"]).expect_code(0).out();
-        let works = |line: &str| line.contains(" overlayfs ") && line.trim_end().ends_with("ok");
-        if !plugins.lines().any(works) {
+        let works = |name: &str| {
+            let is_named = |line: &&str| line.split_whitespace().nth(1) == Some(name);
+            plugins.lines().filter(is_named).all(|line| line.trim_end().ends_with("ok"))
+        };
+        if erofs {
+            assert!(works("erofs"), "{plugins}");
+            this.snapshotter = "erofs";
+        } else if !works("overlayfs") {
             this.snapshotter = "native";
             if cri {
                 this.kill_daemon();
@@ -142,7 +177,7 @@ impl Containerd {
     pub fn run_daemon(&mut self) {
         let log = File::options().create(true).append(true).open(self.path("containerd.log"));
         let log = log.expect("a log");
-        let path = env::var("PATH").unwrap_or_default();
+        let path = search_path();
         let child = Command::new(program("containerd"))
             .arg("--config")
             .arg(self.path("config.toml"))
@@ -340,7 +375,10 @@ impl Containerd {
     #[track_caller]
     pub fn expect_nothing_left(&self) {
         eventually("the end of all shims", || self.shims().is_empty());
-        assert_eq!(self.mounts(), Vec::<PathBuf>::new());
+        // Layers that a snapshotter has mounted are images', not containers'.
+        let layers = self.path("root");
+        let mounts = self.mounts().into_iter().filter(|point| !point.starts_with(&layers));
+        assert_eq!(mounts.collect::<Vec<_>>(), Vec::<PathBuf>::new());
         assert_eq!(self.mvm(&["ps", "-aq"]).expect_code(0).out(), "");
         for dir in ["mvm/run/sandboxes", "mvm/run/names", "mvm/run/shims", "mvm/data/logs", "fifo"]
         {
@@ -387,26 +425,54 @@ fn program(name: &str) -> PathBuf {
     }
 }
 
+/// Where containerd's helpers are looked for, those of its own directory first.
+fn search_path() -> String {
+    let path = env::var("PATH").unwrap_or_default();
+    match env::var("MVM_TEST_CONTAINERD") {
+        Ok(dir) if !dir.is_empty() => format!("{dir}:{path}"),
+        _ => path,
+    }
+}
+
+/// Why containerd cannot keep snapshots as EROFS images here.
+fn erofs_obstacle() -> Option<String> {
+    let said = |program: &Path, flag: &str| {
+        let output = Command::new(program).arg(flag).env("PATH", search_path()).output();
+        output.map(|o| {
+            format!("{}{}", String::from_utf8_lossy(&o.stdout), String::from_utf8_lossy(&o.stderr))
+        })
+    };
+    let version = said(&program("containerd"), "--version").unwrap_or_default();
+    let number = version.split_whitespace().find_map(|word| {
+        let (major, rest) = word.trim_start_matches('v').split_once('.')?;
+        Some((major.parse::<u32>().ok()?, rest.split('.').next()?.parse::<u32>().ok()?))
+    });
+    if number.is_none_or(|number| number < (2, 1)) {
+        return Some(format!(
+            "the EROFS snapshotter came with containerd 2.1, and this is {:?}; MVM_TEST_CONTAINERD=DIR names another",
+            version.trim()
+        ));
+    }
+    match said(Path::new("mkfs.erofs"), "--help") {
+        Ok(help) if help.contains("--tar") => None,
+        Ok(_) => Some("the EROFS differ wants mkfs.erofs with --tar (erofs-utils 1.7), and this one has it not".into()),
+        Err(e) => Some(format!("the EROFS differ wants mkfs.erofs, which cannot be run: {e}")),
+    }
+}
+
 /// CRI with mvm as a runtime, the test image as its sandbox image, which is not pulled, and a network
 /// between each pod and the host.
-fn cri_config(dir: &Path) -> String {
+fn cri_config(dir: &Path, plugins: &serde_json::Value) -> String {
     let network = dir.join("net.d");
     fs::create_dir(&network).expect("a directory");
-    let list = serde_json::json!({
-        "cniVersion": "0.4.0",
-        "name": "mvm-tests",
-        "plugins": [{
-            "type": "ptp",
-            "ipam": {
-                "type": "host-local",
-                "dataDir": dir.join("addresses"),
-                "ranges": [[{ "subnet": "10.99.77.0/24" }]],
-                "routes": [{ "dst": "0.0.0.0/0" }],
-            },
-        }],
-    });
+    let mut plugins = plugins.clone();
+    for plugin in plugins.as_array_mut().into_iter().flatten() {
+        if let Some(ipam) = plugin.get_mut("ipam") {
+            ipam["dataDir"] = dir.join("addresses").display().to_string().into();
+        }
+    }
+    let list = serde_json::json!({ "cniVersion": "0.4.0", "name": NETWORK, "plugins": plugins });
     fs::write(network.join("10-tests.conflist"), list.to_string()).expect("a network");
-    let plugins = ["/usr/lib/cni", "/opt/cni/bin"].into_iter().find(|d| Path::new(d).is_dir());
     format!(
         "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = {IMAGE:?}\n\
          restrict_oom_score_adj = true\nstream_server_port = \"0\"\n\
@@ -414,9 +480,27 @@ fn cri_config(dir: &Path) -> String {
          [plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"overlayfs\"\ndefault_runtime_name = \"mvm\"\n\
          [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.mvm]\n\
          runtime_type = \"io.containerd.mvm.v1\"\n",
-        plugins.unwrap_or("/usr/lib/cni"),
+        plugin_dir(),
         network.display().to_string(),
     )
+}
+
+/// A network between each pod and the host.
+fn pods_network() -> serde_json::Value {
+    serde_json::json!([{
+        "type": "ptp",
+        "ipam": {
+            "type": "host-local",
+            "ranges": [[{ "subnet": "10.99.77.0/24" }]],
+            "routes": [{ "dst": "0.0.0.0/0" }],
+        },
+    }])
+}
+
+/// Where CNI's plugins are.
+pub fn plugin_dir() -> &'static str {
+    let dirs = ["/usr/lib/cni", "/opt/cni/bin"];
+    dirs.into_iter().find(|dir| Path::new(dir).is_dir()).unwrap_or("/usr/lib/cni")
 }
 
 fn tail(text: &str) -> String {

@@ -6,8 +6,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use mvm_net::Namespace;
-use mvm_tests::{Chroot, Containerd, World, containerd, eventually, http, run_with};
+use mvm_net::cni::Attachment;
+use mvm_tests::cri::{Cri, Pod};
+use mvm_tests::{
+    Chroot, Containerd, NETWORK, World, containerd, eventually, http, plugin_dir, run_with,
+};
 use nix::sys::signal::{Signal, kill};
+use serde_json::{Value, json};
 
 /// Longer than anything that is not stuck takes.
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -84,7 +89,7 @@ fn ctrs_cni_makes_the_network_between_create_and_start() {
     let outside = Outside::new("cni");
     let config = ctd.path("net.d");
     fs::create_dir(&config).expect("a directory");
-    let list = serde_json::json!({
+    let list = json!({
         "cniVersion": "0.4.0", "name": "e2e", "plugins": [{
             "type": "ptp", "mtu": 1400, "ipam": {
                 "type": "host-local", "dataDir": ctd.path("leases"),
@@ -124,17 +129,17 @@ fn ctrs_cni_makes_the_network_between_create_and_start() {
 }
 
 /// A specification of a container that serves, with a root of its own.
-fn spec(ctd: &Containerd, root: &Chroot, script: &str) -> serde_json::Value {
+fn spec(ctd: &Containerd, root: &Chroot, script: &str) -> Value {
     let default = ctd.ctr(&["oci", "spec"]).expect_code(0).out();
-    let mut spec: serde_json::Value = serde_json::from_str(&default).expect("a specification");
+    let mut spec: Value = serde_json::from_str(&default).expect("a specification");
     spec["root"]["path"] = root.path().display().to_string().into();
     spec["root"]["readonly"] = false.into();
-    spec["process"]["args"] = serde_json::json!(["sh", "-c", script]);
+    spec["process"]["args"] = json!(["sh", "-c", script]);
     spec
 }
 
-fn hook(script: &str) -> serde_json::Value {
-    serde_json::json!([{
+fn hook(script: &str) -> Value {
+    json!([{
         "path": "/bin/sh", "args": ["sh", "-ec", script],
         "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
     }])
@@ -159,7 +164,7 @@ fn hooks_of_the_host_make_interfaces_and_take_them_away() {
     let name = "for n in 0 1; do ip addr add 10.94.$n.2/24 dev eth$n; ip link set eth$n up; done
                 ip route add default via 10.94.0.1";
     let gone = ctd.path("gone");
-    spec["hooks"] = serde_json::json!({
+    spec["hooks"] = json!({
         "createRuntime": hook(&make),
         "createContainer": hook(name),
         "poststop": hook(&format!("cat >{}; readlink /proc/self/ns/net >>{0}", gone.display())),
@@ -184,10 +189,10 @@ fn hooks_of_the_host_make_interfaces_and_take_them_away() {
     assert!(told.contains("\"status\":\"stopped\"") && told.contains(&own), "{told}");
     assert!(!outside.run("ip -o link show").contains("out0"));
 
-    spec["hooks"] = serde_json::json!({ "createContainer": hook("echo no way >&2; exit 1") });
+    spec["hooks"] = json!({ "createContainer": hook("echo no way >&2; exit 1") });
     let run = ctd.run_spec("c2", &spec);
     assert!(run.code != 0 && run.err().contains("no way"), "{}", run.err());
-    spec["hooks"] = serde_json::json!({ "startContainer": hook("true") });
+    spec["hooks"] = json!({ "startContainer": hook("true") });
     let run = ctd.run_spec("c3", &spec);
     assert!(run.code != 0 && run.err().contains("startContainer"), "{}", run.err());
     ctd.expect_nothing_left();
@@ -238,4 +243,86 @@ fn the_hosts_network_is_refused_and_an_empty_one_is_loopback() {
     let run = ctd.sh(&[], "c2", "ls /sys/class/net").expect_code(0);
     assert!(!run.out().contains("eth0") && run.out().contains("lo"), "{}", run.out());
     ctd.expect_nothing_left();
+}
+
+/// What containerd's CRI has kept of a pod's network, as the plugins were asked for it: to ask them again.
+fn attachment(ctd: &Containerd, plugins: &Value, pod: &Pod) -> Attachment {
+    let read = |path: &Path| -> Value {
+        let text = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        serde_json::from_slice(&text).expect("JSON")
+    };
+    let kept = read(Path::new(&format!("/var/lib/cni/results/{NETWORK}-{}-eth0", pod.id)));
+    let bundle = format!("state/io.containerd.runtime.v2.task/k8s.io/{}/config.json", pod.id);
+    let spec = read(&ctd.path(&bundle));
+    let mut namespaces = spec["linux"]["namespaces"].as_array().expect("namespaces").iter();
+    let network = namespaces.find(|namespace| namespace["type"] == "network").expect("a network's");
+    let attachment = json!({
+        "network": { "name": NETWORK, "version": "0.4.0", "plugins": plugins },
+        "plugin_dirs": [plugin_dir()],
+        "container": pod.id,
+        "namespace": network["path"],
+        "ports": [],
+        "result": kept["result"],
+    });
+    serde_json::from_value(attachment).expect("an attachment")
+}
+
+/// CRI-O asks the plugins so, for each pod that runs when it is restarted.
+#[test]
+fn plugins_find_a_running_pods_network_as_they_made_it() {
+    // Not another's: the plugin leaves its bridge.
+    let bridge = format!("mvmt{}", std::process::id());
+    struct Bridge<'a>(&'a str);
+    impl Drop for Bridge<'_> {
+        fn drop(&mut self) {
+            let _ = Command::new("ip").args(["link", "del", self.0]).output();
+        }
+    }
+    let _bridge = Bridge(&bridge);
+    let ipam = |dir: &Path| {
+        json!({ "type": "host-local", "dataDir": dir, "routes": [{ "dst": "0.0.0.0/0" }],
+                "ranges": [[{ "subnet": "10.99.78.0/24" }], [{ "subnet": "fd00:9978::/64" }]] })
+    };
+    for first in
+        [json!({ "type": "ptp" }), json!({ "type": "bridge", "bridge": bridge, "isGateway": true })]
+    {
+        let with = |dir: &Path| {
+            let mut first = first.clone();
+            first["ipam"] = ipam(dir);
+            json!([first])
+        };
+        // Where addresses are kept is containerd's own directory, whose name is not known before.
+        let Some(ctd) = Containerd::with_cri_on(&with(Path::new(""))) else { return };
+        let plugins = with(&ctd.path("addresses"));
+        let cri = Cri::new(&ctd);
+        let pod = cri.run_pod(cri.pod_config("checked"));
+        let id = cri.start(&pod, cri.container_config("server", SERVE));
+        eventually("its output", || cri.log(&pod, "server").ends_with("ready\n"));
+        let attached = attachment(&ctd, &plugins, &pod);
+        attached.check().unwrap_or_else(|e| panic!("{first}: {e}"));
+        // It is looked at in earnest: something that is not as it was is found.
+        let namespace = serde_json::to_value(&attached).expect("plain data")["namespace"].clone();
+        let namespace =
+            Namespace::open(Path::new(namespace.as_str().expect("a path"))).expect("the pod's");
+        let mut remove = Command::new("ip");
+        remove.args(["addr", "del", &format!("{}/24", cri.address(&pod)), "dev", "eth0"]);
+        let removed = namespace.enter(|| Ok(run_with(remove, b"", PATIENCE))).expect("entered");
+        removed.expect("the program").expect_code(0);
+        let found = attached.check().expect_err("an address is missing").to_string();
+        assert!(found.contains("CHECK"), "{found}");
+        drop(namespace);
+        cri.remove(&id);
+        cri.remove_pod(&pod);
+        ctd.expect_nothing_left();
+        let leases = fs::read_dir(ctd.path("addresses").join(NETWORK))
+            .expect("what was given away")
+            .flatten();
+        let leases: Vec<_> = leases.map(|e| e.file_name().into_string().expect("a name")).collect();
+        assert!(
+            !leases.iter().any(|name| name.starts_with("10.") || name.starts_with("fd00")),
+            "{leases:?}"
+        );
+        assert!(attached.check().is_err(), "the pod is gone");
+        attached.delete().expect("what is gone can be taken away again");
+    }
 }

@@ -204,7 +204,10 @@ fn block_devices_come_and_go_with_the_containers_of_a_pod() {
     let cri = Cri::new(&ctd);
     let Some(large) = LoopDevice::new(&ctd.path("large"), 3 << 20) else { return };
     let Some(small) = LoopDevice::new(&ctd.path("small"), 1 << 20) else { return };
-    let pod = cri.run_pod(cri.pod_config("blocks"));
+    let mut config = cri.pod_config("blocks");
+    config.linux.mut_or_insert_default().security_context =
+        MessageField::some(LinuxSandboxSecurityContext { privileged: true, ..Default::default() });
+    let pod = cri.run_pod(config);
     let plain = cri.start(&pod, cri.container_config("plain", IDLE));
     assert_eq!(disks(&cri, &plain), "");
     let writer = cri.start(&pod, with_devices(&cri, "writer", &[(&large, "/dev/data", "rwm")]));
@@ -238,6 +241,15 @@ fn block_devices_come_and_go_with_the_containers_of_a_pod() {
     assert!(content[7 * 512..].starts_with(b"from the writer\n"));
     assert!(content[9 * 512..].starts_with(b"the last\n"));
     assert!(small.content().iter().all(|byte| *byte == 0));
+    // Who is allowed everything gets what is asked for, and nothing else that the host has.
+    let mut config = with_devices(&cri, "privileged", &[(&small, "/dev/data", "rwm")]);
+    let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+    context.privileged = true;
+    let privileged = cri.start(&pod, config);
+    let script = "wc -c </dev/data; ls -d /dev/vd* /dev/loop[0-9]* 2>/dev/null | wc -l";
+    assert_eq!(cri.exec(&privileged, script).expect_code(0).out(), "1048576\n0\n");
+    assert_eq!(disks(&cri, &plain), "2048 0\n");
+    cri.remove(&privileged);
     // Places are used anew, by whatever disk.
     for round in 0..9 {
         let device = if round % 2 == 0 { &small } else { &large };

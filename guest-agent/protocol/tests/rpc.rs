@@ -57,6 +57,8 @@ impl Agent for Fake {
         resume_container(ResumeContainerRequest) -> Empty;
         stats(StatsRequest) -> StatsResponse;
         configure_network(ConfigureNetworkRequest) -> Empty;
+        plug_disk(DiskRequest) -> Empty;
+        unplug_disk(DiskRequest) -> Empty;
     }
 }
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use mvm_devices::fw_cfg::FwCfg;
 use mvm_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonError};
-use mvm_devices::virtio::block::{Block, BlockConfig, BlockError, Cache};
+use mvm_devices::virtio::block::{Block, BlockConfig, BlockError, BlockStats, Cache};
 use mvm_devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
 use mvm_devices::virtio::fs::{Fs, FsError, Gone};
 use mvm_devices::virtio::net::{Net, NetError};
@@ -429,11 +429,18 @@ impl Devices {
         for transport in self.virtio.transports() {
             let name = transport.device().name();
             let link = transport.link();
+            // Places that never had a disk.
+            if !transport.device().is_present() && link.interrupts() == 0 {
+                continue;
+            }
             counters.push((format!("{name}.interrupts"), link.interrupts()));
             counters.push((format!("{name}.failures"), link.failures()));
         }
         for (index, block) in self.blocks.iter().enumerate() {
             let stats = block.stats();
+            if block.is_empty() && stats == BlockStats::default() {
+                continue;
+            }
             let all = [
                 ("reads", stats.reads),
                 ("writes", stats.writes),

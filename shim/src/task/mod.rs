@@ -5,6 +5,8 @@
 //! container's first one, an end by a memory limit before the end itself, and the deletion last.
 
 mod container;
+mod control;
+mod ends;
 mod process;
 #[cfg(test)]
 mod tests;
@@ -13,15 +15,12 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused,
-    TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageField;
-use mvm_agent_protocol::messages::{ProcessInfo, StatsResponse};
 
 use crate::backend::{Backend, Exit, NewContainer, NewExec};
 use crate::error::{Error, Result};
@@ -32,10 +31,6 @@ pub use container::Container;
 pub use process::{Phase, Process};
 
 const SIGKILL: i32 = 9;
-
-/// How long exec'ed processes may outlive the container's first one, which took the namespace of
-/// their process ids with it.
-const EXECS_END: Duration = Duration::from_secs(10);
 
 /// All containers of this shim.
 pub struct Tasks {
@@ -231,73 +226,6 @@ impl Tasks {
         Ok(container.pid)
     }
 
-    /// Hears of the end of a process, from now on.
-    fn watch(self: &Arc<Self>, container: &Arc<Container>, process: Arc<Process>) -> Result<()> {
-        let pid = container.pid;
-        let (tasks, container) = (Arc::clone(self), Arc::clone(container));
-        let name = if process.exec.is_empty() { "wait init" } else { "wait exec" };
-        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
-            let exit = tasks.backend.wait(container.target(&process));
-            tracing::info!(container = container.id, exec = process.exec, pid, ?exit, "ended");
-            tasks.end(&container, &process, exit);
-        });
-        thread.map(drop).map_err(Error::failed_to("cannot wait for the process"))
-    }
-
-    /// A process could not be started: it has ended.
-    fn fail_start(&self, container: &Container, process: &Process, why: &Error) {
-        process.io.finish();
-        self.end(container, process, Exit::now(why.exit_status()));
-    }
-
-    fn end(&self, container: &Container, process: &Process, exit: Exit) {
-        if process.exec.is_empty() {
-            self.end_execs(container, &exit);
-        }
-        let _telling = container.telling();
-        if process.ended(exit.clone()) {
-            self.tell_end(container, process, &exit);
-        }
-    }
-
-    /// The namespace of their process ids is gone, and they with it.
-    fn end_execs(&self, container: &Container, exit: &Exit) {
-        for process in container.execs() {
-            if !matches!(process.phase(), Phase::Running | Phase::Starting) {
-                continue;
-            }
-            if process.wait_for(Duration::ZERO).is_none() {
-                // Without such a namespace they are not.
-                let _ = self.backend.signal(container.target(&process), SIGKILL);
-            }
-            let over = process.wait_for(EXECS_END).is_some();
-            // Who saw it end may be about to tell.
-            let _telling = container.telling();
-            if !over {
-                let exit = Exit { status: 128 + SIGKILL.unsigned_abs(), ..exit.clone() };
-                if process.ended(exit.clone()) {
-                    self.tell_end(container, &process, &exit);
-                }
-            }
-        }
-    }
-
-    fn tell_end(&self, container: &Container, process: &Process, exit: &Exit) {
-        if exit.oom_killed {
-            let container_id = container.id.clone();
-            self.events.publish(Event::Oom(TaskOOM { container_id, ..TaskOOM::default() }));
-        }
-        let first = process.exec.is_empty();
-        self.events.publish(Event::Exit(TaskExit {
-            container_id: container.id.clone(),
-            id: if first { container.id.clone() } else { process.exec.clone() },
-            pid: container.pid,
-            exit_status: exit.status,
-            exited_at: MessageField::some(crate::timestamp(exit.at)),
-            ..TaskExit::default()
-        }));
-    }
-
     /// Forgets a process that has ended or was never started; with the first one, the container.
     ///
     /// # Errors
@@ -342,168 +270,6 @@ impl Tasks {
             ..TaskDelete::default()
         }));
         Ok(deleted)
-    }
-
-    /// Sends a signal to a process, or to all of the container.
-    ///
-    /// # Errors
-    /// The process has ended, or is an exec'ed one that was not started.
-    pub fn kill(&self, id: &str, exec: &str, signal: i32, all: bool) -> Result<()> {
-        let (container, process) = self.process(id, exec)?;
-        let finished = || Error::NotFound(format!("process already finished: {id} {exec}"));
-        if !(0..=64).contains(&signal) {
-            return Err(Error::InvalidArgument(format!("there is no signal {signal}")));
-        }
-        loop {
-            match process.phase() {
-                Phase::Ended(_) => return Err(finished()),
-                Phase::Created if !exec.is_empty() => {
-                    return Err(Error::FailedPrecondition(format!(
-                        "process {exec} is not started"
-                    )));
-                }
-                Phase::Created => {
-                    // Nothing is there yet that could do other with a signal than end.
-                    let exit = Exit::now(128 + signal.unsigned_abs());
-                    if signal == 0 {
-                        return Ok(());
-                    }
-                    if process.end_unstarted(exit.clone()) {
-                        process.io.finish();
-                        self.tell_end(&container, &process, &exit);
-                        return Ok(());
-                    }
-                }
-                // A machine may take its time to come up; a further process does not.
-                Phase::Starting if exec.is_empty() => {
-                    if signal != 0 {
-                        self.backend.interrupt_start(id);
-                    }
-                    return Ok(());
-                }
-                Phase::Starting => drop(container.turn()),
-                Phase::Running => break,
-            }
-        }
-        if signal == 0 {
-            return Ok(());
-        }
-        let sent = match all && exec.is_empty() {
-            true => self.backend.signal_all(id, signal),
-            false => self.backend.signal(container.target(&process), signal),
-        };
-        match sent {
-            // It ended a moment ago.
-            Err(Error::FailedPrecondition(_) | Error::NotFound(_)) => Err(finished()),
-            other => other,
-        }
-    }
-
-    /// Sets the size of a process's terminal, now or when it is started.
-    ///
-    /// # Errors
-    /// It has no terminal, or the backend refuses.
-    pub fn resize(&self, id: &str, exec: &str, columns: u32, rows: u32) -> Result<()> {
-        let (container, process) = self.process(id, exec)?;
-        if !process.paths.terminal {
-            return Err(Error::FailedPrecondition("the process has no terminal".into()));
-        }
-        let clamp = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
-        let size = (clamp(columns), clamp(rows));
-        match process.resize(size) {
-            true => self.backend.resize(container.target(&process), size.0, size.1),
-            false => Ok(()),
-        }
-    }
-
-    /// Ends a process's standard input once its other writers have closed theirs.
-    ///
-    /// # Errors
-    /// There is no such process.
-    pub fn close_stdin(&self, id: &str, exec: &str) -> Result<()> {
-        let (_, process) = self.process(id, exec)?;
-        process.io.close_stdin();
-        Ok(())
-    }
-
-    /// Freezes a container.
-    ///
-    /// # Errors
-    /// It does not run, or the backend refuses.
-    pub fn pause(&self, id: &str) -> Result<()> {
-        let container = self.container(id)?;
-        let _turn = container.turn();
-        container.require_running("pause")?;
-        self.backend.pause(id)?;
-        container.set_paused(true);
-        let container_id = id.to_owned();
-        self.events.publish(Event::Paused(TaskPaused { container_id, ..TaskPaused::default() }));
-        Ok(())
-    }
-
-    /// Lets it go on.
-    ///
-    /// # Errors
-    /// It is not frozen, or the backend refuses.
-    pub fn resume(&self, id: &str) -> Result<()> {
-        let container = self.container(id)?;
-        let _turn = container.turn();
-        if container.word() != "paused" {
-            let word = container.word();
-            return Err(Error::FailedPrecondition(format!("cannot resume a {word} container")));
-        }
-        self.backend.resume(id)?;
-        container.set_paused(false);
-        let container_id = id.to_owned();
-        self.events.publish(Event::Resumed(TaskResumed { container_id, ..TaskResumed::default() }));
-        Ok(())
-    }
-
-    /// Changes a container's limits.
-    ///
-    /// # Errors
-    /// It has ended, or the backend refuses.
-    pub fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
-        let container = self.container(id)?;
-        let _turn = container.turn();
-        if container.word() == "stopped" {
-            return Err(Error::FailedPrecondition("cannot update a stopped container".into()));
-        }
-        self.backend.update(id, resources)
-    }
-
-    /// Figures of a container.
-    ///
-    /// # Errors
-    /// It has ended, or the backend refuses.
-    pub fn stats(&self, id: &str) -> Result<StatsResponse> {
-        let container = self.container(id)?;
-        match container.init.phase() {
-            Phase::Ended(_) => Err(Error::NotFound(format!("container {id} has stopped"))),
-            _ => Ok(self.backend.stats(id)?.unwrap_or_default()),
-        }
-    }
-
-    /// The processes of a container, the first one with the id of the host's process that stands
-    /// for it, the others with theirs in the guest.
-    ///
-    /// # Errors
-    /// It does not run, or the backend refuses.
-    pub fn processes(&self, id: &str) -> Result<Vec<ProcessInfo>> {
-        let container = self.container(id)?;
-        match container.init.phase() {
-            Phase::Running => {
-                let mut processes = self.backend.processes(id)?;
-                if let Some(first) = processes.first_mut() {
-                    first.pid = container.pid;
-                }
-                Ok(processes)
-            }
-            Phase::Ended(_) => Ok(Vec::new()),
-            Phase::Created | Phase::Starting => {
-                Ok(vec![ProcessInfo { pid: container.pid, ..ProcessInfo::default() }])
-            }
-        }
     }
 
     /// Waits for the end of a process.

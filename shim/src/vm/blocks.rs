@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use mvm_sandbox::Disk;
 use mvm_sandbox::spec::GivenDevice;
-use oci_spec::runtime::{LinuxDeviceType, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 
 use super::spec::linux;
 
@@ -73,25 +73,64 @@ impl Wanted {
     }
 }
 
-/// The block devices that a container is given, each of which its rules allow by its own numbers. A privileged
-/// container's specification lists whatever the host has, which is nobody's wish, and allows it all at once.
+/// The block devices that a container is given: each that its rules allow by its own numbers, and of a privileged
+/// container, which is allowed everything at once, those that are asked for. Its specification lists whatever the host
+/// has besides, by the host's names, which is nobody's wish.
 pub fn wanted(spec: &Spec) -> Vec<Wanted> {
+    wanted_beside(spec, is_hosts_name)
+}
+
+fn wanted_beside(spec: &Spec, is_hosts_name: impl Fn(&Path, Number) -> bool) -> Vec<Wanted> {
     let linux = linux(spec);
     let rules = linux.resources().as_ref().and_then(|r| r.devices().clone()).unwrap_or_default();
-    let mut found = Vec::new();
-    for device in linux.devices().iter().flatten().filter(|d| d.typ() == LinuxDeviceType::B) {
+    let everything = rules.iter().any(allows_everything);
+    let devices = linux.devices().as_deref().unwrap_or_default();
+    let mut found: Vec<Wanted> = Vec::new();
+    for device in devices.iter().filter(|d| d.typ() == LinuxDeviceType::B) {
+        let (Ok(major), Ok(minor)) = (device.major().try_into(), device.minor().try_into()) else {
+            continue;
+        };
+        let number = (major, minor);
         let own = rules.iter().rfind(|rule| {
             rule.typ() == Some(LinuxDeviceType::B)
                 && (rule.major(), rule.minor()) == (Some(device.major()), Some(device.minor()))
         });
-        let Some(rule) = own.filter(|rule| rule.allow()) else { continue };
-        let (Ok(major), Ok(minor)) = (device.major().try_into(), device.minor().try_into()) else {
-            continue;
+        let read_only = match own {
+            Some(rule) if rule.allow() => {
+                rule.access().as_ref().is_some_and(|access| !access.contains('w'))
+            }
+            None if everything => {
+                // What is asked for by the host's name is there twice.
+                let named = devices.iter().filter(|other| other.path() == device.path()).count();
+                if named < 2 && is_hosts_name(device.path(), number) {
+                    continue;
+                }
+                false
+            }
+            _ => continue,
         };
-        let read_only = rule.access().as_ref().is_some_and(|access| !access.contains('w'));
-        found.push(Wanted { path: device.path().clone(), number: (major, minor), read_only });
+        let wish = Wanted { path: device.path().clone(), number, read_only };
+        if !found.contains(&wish) {
+            found.push(wish);
+        }
     }
     found
+}
+
+fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
+    let all = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    rule.allow()
+        && matches!(rule.typ(), None | Some(LinuxDeviceType::A))
+        && all(rule.major())
+        && all(rule.minor())
+}
+
+fn is_hosts_name(path: &Path, number: Number) -> bool {
+    let about = std::fs::metadata(path);
+    about.is_ok_and(|a| {
+        a.file_type().is_block_device()
+            && (rustix::fs::major(a.rdev()), rustix::fs::minor(a.rdev())) == number
+    })
 }
 
 /// Each device once, whatever names it has.
@@ -113,14 +152,14 @@ pub fn check(wanted: &[Wanted], most: u32) -> Result<(), Error> {
 pub fn keep_given(spec: &mut Spec, wanted: &[Wanted]) {
     let mut linux = linux(spec);
     let Some(devices) = linux.devices() else { return };
-    let given = |major: i64, minor: i64| {
-        wanted.iter().any(|w| (i64::from(w.number.0), i64::from(w.number.1)) == (major, minor))
+    let given = |device: &LinuxDevice| {
+        let is = |w: &Wanted| {
+            (i64::from(w.number.0), i64::from(w.number.1)) == (device.major(), device.minor())
+        };
+        wanted.iter().any(|w| w.path == *device.path() && is(w))
     };
-    let kept: Vec<_> = devices
-        .iter()
-        .filter(|d| d.typ() != LinuxDeviceType::B || given(d.major(), d.minor()))
-        .cloned()
-        .collect();
+    let kept: Vec<_> =
+        devices.iter().filter(|d| d.typ() != LinuxDeviceType::B || given(d)).cloned().collect();
     linux.set_devices(Some(kept));
     spec.set_linux(Some(linux));
 }
@@ -201,6 +240,41 @@ mod tests {
         assert!(matches!(check(&found, 1), Err(Error::TooMany { found: 2, most: 1 })));
         let twice: Vec<_> = found.iter().chain(&found).cloned().collect();
         assert_eq!(distinct(&twice).len(), 2);
+    }
+
+    #[test]
+    fn who_is_allowed_everything_gets_what_is_asked_for_and_not_what_the_host_has() {
+        let devices = json!([
+            device("/dev/data", "b", 8, 0),
+            device("/dev/sdb", "b", 8, 16),
+            device("/dev/sda", "b", 8, 0),
+            device("/dev/sdb", "b", 8, 16),
+            device("/dev/sdc", "b", 8, 32),
+        ]);
+        let everything = json!([{ "allow": true, "access": "rwm" }]);
+        let hosts = |path: &Path, _| path.starts_with("/dev") && !path.ends_with("data");
+        let mut asked = spec(&devices, &everything);
+        let found = wanted_beside(&asked, hosts);
+        let told: Vec<_> = found.iter().map(|w| (w.path.to_str().unwrap(), w.number)).collect();
+        assert_eq!(told, [("/dev/data", (8, 0)), ("/dev/sdb", (8, 16))]);
+        keep_given(&mut asked, &found);
+        let kept = linux(&asked).devices().clone().unwrap();
+        assert!(
+            kept.iter()
+                .all(|d| ["/dev/data", "/dev/sdb"].map(Path::new).contains(&d.path().as_path()))
+        );
+        // Rules for one kind, or against it, are none for everything.
+        for rules in [
+            json!([{ "allow": true, "type": "b", "access": "rwm" }]),
+            json!([{ "allow": false, "access": "rwm" }]),
+            json!([{ "allow": true, "major": 8, "access": "rwm" }]),
+        ] {
+            assert_eq!(wanted_beside(&spec(&devices, &rules), hosts), []);
+        }
+        assert!(
+            !is_hosts_name(Path::new("/dev/null"), (1, 3))
+                && !is_hosts_name(Path::new("/no"), (8, 0))
+        );
     }
 
     #[test]

@@ -251,6 +251,9 @@ fn disks_come_and_go_in_places_that_the_guest_gives_back() {
     assert_eq!(machine.plug(disk(1024), true).unwrap(), 1);
     assert_eq!(machine.plug(disk(1024), false).unwrap(), 2);
     assert_eq!(ids(), [2; 3]);
+    let listed =
+        |name: &str| machine.device_counters().iter().any(|(key, _)| key.starts_with(name));
+    assert!(listed("mvm-block-2."));
     let full = machine.plug(disk(1024), false).unwrap_err();
     assert!(matches!(full, SlotError::Full { places: 3, lost: 0 }), "{full}");
     // A driver takes one of them and keeps it.
@@ -260,6 +263,7 @@ fn disks_come_and_go_in_places_that_the_guest_gives_back() {
     machine.unplug(1).unwrap();
     machine.unplug(2).unwrap();
     assert_eq!(ids(), [2, 0, 0]);
+    assert!(listed("mvm-block-0.") && !listed("mvm-block-2."));
     assert_eq!(machine.plug(disk(1024), false).unwrap(), 2);
     let lost = machine.plug(disk(1024), false).unwrap_err();
     assert!(matches!(lost, SlotError::Full { places: 3, lost: 1 }), "{lost}");

@@ -1,7 +1,9 @@
 //! A container's root on the host: what containerd's snapshotter hands over, mounted at the bundle's
 //! `rootfs`.
 
-use std::ffi::OsStr;
+mod options;
+mod overlay;
+
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
@@ -12,6 +14,8 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::backend::RootMount;
+use options::options;
+use overlay::mount_from_near;
 
 /// mount(2) takes one page of data, the terminating zero included.
 const MAX_DATA: usize = 4095;
@@ -166,77 +170,6 @@ pub fn unmount(path: &Path) {
     }
 }
 
-/// What the options of a mount mean to mount(2).
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Options {
-    flags: MsFlagsValue,
-    propagation: Option<MsFlags>,
-    data: Vec<String>,
-}
-
-/// Flags with a default.
-#[derive(Debug, PartialEq, Eq)]
-struct MsFlagsValue(MsFlags);
-
-impl Default for MsFlagsValue {
-    fn default() -> Self {
-        Self(MsFlags::empty())
-    }
-}
-
-fn options(words: &[String]) -> Options {
-    let mut options = Options::default();
-    for word in words {
-        let (flag, on) = match word.as_str() {
-            "ro" => (MsFlags::MS_RDONLY, true),
-            "rw" => (MsFlags::MS_RDONLY, false),
-            "nosuid" => (MsFlags::MS_NOSUID, true),
-            "suid" => (MsFlags::MS_NOSUID, false),
-            "nodev" => (MsFlags::MS_NODEV, true),
-            "dev" => (MsFlags::MS_NODEV, false),
-            "noexec" => (MsFlags::MS_NOEXEC, true),
-            "exec" => (MsFlags::MS_NOEXEC, false),
-            "sync" => (MsFlags::MS_SYNCHRONOUS, true),
-            "async" => (MsFlags::MS_SYNCHRONOUS, false),
-            "dirsync" => (MsFlags::MS_DIRSYNC, true),
-            "noatime" => (MsFlags::MS_NOATIME, true),
-            "atime" => (MsFlags::MS_NOATIME, false),
-            "nodiratime" => (MsFlags::MS_NODIRATIME, true),
-            "diratime" => (MsFlags::MS_NODIRATIME, false),
-            "relatime" => (MsFlags::MS_RELATIME, true),
-            "norelatime" => (MsFlags::MS_RELATIME, false),
-            "strictatime" => (MsFlags::MS_STRICTATIME, true),
-            "bind" => (MsFlags::MS_BIND, true),
-            "rbind" => (MsFlags::MS_BIND | MsFlags::MS_REC, true),
-            "defaults" | "" => continue,
-            "private" | "rprivate" | "slave" | "rslave" | "shared" | "rshared" | "unbindable"
-            | "runbindable" => {
-                options.propagation = Some(propagation(word));
-                continue;
-            }
-            _ => {
-                options.data.push(word.clone());
-                continue;
-            }
-        };
-        options.flags.0.set(flag, on);
-    }
-    options
-}
-
-fn propagation(word: &str) -> MsFlags {
-    let (deep, kind) = match word.strip_prefix('r') {
-        Some(kind) => (MsFlags::MS_REC, kind),
-        None => (MsFlags::empty(), word),
-    };
-    deep | match kind {
-        "slave" => MsFlags::MS_SLAVE,
-        "shared" => MsFlags::MS_SHARED,
-        "unbindable" => MsFlags::MS_UNBINDABLE,
-        _ => MsFlags::MS_PRIVATE,
-    }
-}
-
 /// Has mount(8) do what it takes to mount an image: a loop device, which goes with the mount.
 fn mount_image(one: &RootMount, at: &Path) -> Result<(), Error> {
     let image = |reason: String| Error::Image {
@@ -307,75 +240,12 @@ fn target(root: &Path, below: &str) -> Result<PathBuf, Error> {
     if plain && !links() { Ok(path) } else { Err(Error::Target(below.display().to_string())) }
 }
 
-/// Mounts from the directory that all layers share, so that their paths are short.
-fn mount_from_near(
-    one: &RootMount,
-    at: &Path,
-    flags: MsFlags,
-    data: &[String],
-) -> Result<(), Error> {
-    let long = data.join(",");
-    let too_long = || Error::TooLong { kind: one.kind.clone(), len: long.len() };
-    let (dir, near) = shortened(data).ok_or_else(too_long)?;
-    if near.len() > MAX_DATA {
-        return Err(too_long());
-    }
-    let work = || -> Result<(), Errno> {
-        // A directory of this thread's own.
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
-        nix::unistd::chdir(&dir)?;
-        let (source, kind) = (Some(one.source.as_str()), Some(one.kind.as_str()));
-        mount(source, at, kind, flags, Some(near.as_str()))
-    };
-    let mounted = std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("mount".into()).spawn_scoped(scope, work);
-        thread.map(|t| t.join().unwrap_or(Err(Errno::EIO)))
-    });
-    let (kind, from) = (one.kind.clone(), one.source.clone());
-    mounted.map_err(Error::Thread)?.map_err(|source| Error::Mount {
-        kind,
-        from,
-        at: at.to_owned(),
-        source,
-    })
-}
-
-/// An overlay's options with the layers' paths relative to the directory that they share.
-fn shortened(data: &[String]) -> Option<(PathBuf, String)> {
-    const LOWER: &str = "lowerdir=";
-    let layers: Vec<&Path> =
-        data.iter().find_map(|o| o.strip_prefix(LOWER))?.split(':').map(Path::new).collect();
-    let mut dir = layers.first()?.parent()?;
-    while !layers.iter().all(|layer| layer.starts_with(dir)) {
-        dir = dir.parent()?;
-    }
-    let relative: Option<Vec<&str>> =
-        layers.iter().map(|l| l.strip_prefix(dir).ok()?.to_str()).collect();
-    let lower = format!("{LOWER}{}", relative?.join(":"));
-    let words: Vec<&str> = data
-        .iter()
-        .map(|o| if o.starts_with(LOWER) { lower.as_str() } else { o.as_str() })
-        .collect();
-    let absolute = dir.as_os_str() != OsStr::new("") && dir.is_absolute();
-    absolute.then(|| (dir.to_owned(), words.join(",")))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn words(text: &str) -> Vec<String> {
         text.split(',').map(String::from).collect()
-    }
-
-    #[test]
-    fn options_are_flags_propagation_and_data() {
-        let found = options(&words("ro,nosuid,rslave,lowerdir=/a:/b,index=off,rw"));
-        assert_eq!(found.flags.0, MsFlags::MS_NOSUID);
-        assert_eq!(found.propagation, Some(MsFlags::MS_SLAVE | MsFlags::MS_REC));
-        assert_eq!(found.data, ["lowerdir=/a:/b", "index=off"]);
-        let found = options(&words("rbind,ro"));
-        assert_eq!(found.flags.0, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY);
     }
 
     #[test]
@@ -411,15 +281,6 @@ mod tests {
         for bad in ["../x", "a/../../x", "link/x", "link"] {
             assert!(matches!(target(dir.path(), bad), Err(Error::Target(_))), "{bad}");
         }
-    }
-
-    #[test]
-    fn paths_of_many_layers_are_shortened() {
-        let data = words("workdir=/s/9/work,upperdir=/s/9/fs,lowerdir=/s/1/fs:/s/2/fs");
-        let (dir, short) = shortened(&data).unwrap();
-        assert_eq!(dir, Path::new("/s"));
-        assert_eq!(short, "workdir=/s/9/work,upperdir=/s/9/fs,lowerdir=1/fs:2/fs");
-        assert!(shortened(&words("workdir=/w")).is_none());
     }
 
     #[test]
