@@ -5,9 +5,9 @@ use std::io;
 use crate::host::arena::map_twice;
 
 /// Bytes of address space for the code of one vCPU. Pages are touched as code is made.
-pub const SIZE: usize = 32 << 20;
+pub const SIZE: usize = 64 << 20;
 /// Where the part for code starts that seldom runs. What runs often is packed more closely without it.
-pub const COLD: usize = 13 << 20;
+pub const COLD: usize = 26 << 20;
 
 /// The code memory of one vCPU.
 #[derive(Debug)]
