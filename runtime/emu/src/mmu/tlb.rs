@@ -19,7 +19,7 @@ use super::phys::PageRef;
 use super::raw::HostAddr;
 
 /// Entries of each table.
-pub const ENTRIES: usize = 2048;
+pub const ENTRIES: usize = 4096;
 const PAGE: u64 = !0xfff;
 /// Context numbers fit the low bits of a tag; 0 is never current.
 const CONTEXTS: u64 = 0x1000;
