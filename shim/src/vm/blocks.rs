@@ -222,7 +222,6 @@ mod tests {
         ]);
         let rules = json!([
             { "allow": false, "access": "rwm" },
-            { "allow": true, "access": "rwm" },
             { "allow": true, "type": "b", "major": 7, "minor": 1, "access": "rwm" },
             { "allow": true, "type": "b", "major": 7, "minor": 2, "access": "r" },
             { "allow": true, "type": "b", "major": 8, "access": "rwm" },
