@@ -180,7 +180,7 @@ fn has_last_byte(insn: &Instruction) -> bool {
 /// Is this an instruction on vectors, or a general one that goes with them, that does nothing but compute?
 fn in_place(insn: &Instruction, features: &HostFeatures) -> bool {
     use Mnemonic as M;
-    if matches!(insn.mnemonic(), M::Vzeroupper | M::Vzeroall) {
+    if uses_vectors(insn) {
         return true;
     }
     // Their alignment is a matter of its own.

@@ -25,6 +25,9 @@ pub struct Jump {
     pub code: u32,
 }
 
+/// Pages that are known by number. A guest may map its code at ever new ones; with more, every page counts as jumped to.
+const MOST_PAGES: usize = 1 << 15;
+
 /// Where the code of an entry comes from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Origin {
@@ -156,7 +159,9 @@ impl JitEnv {
 
     /// Enters a place, whose code is at `host`. What had its slot may still be found by [`JitEnv::find`].
     pub(super) fn insert(&mut self, address: u64, tag: u32, host: u64, code: u32) {
-        self.pages.insert(address >> 12);
+        if self.pages.len() < MOST_PAGES {
+            self.pages.insert(address >> 12);
+        }
         let slot = Self::slot(address);
         let Some(&before) = self.jumps.get(slot) else { return };
         if before.tag != NO_JUMP && (before.address, before.tag) != (address, tag) {
@@ -211,7 +216,7 @@ impl JitEnv {
 
     /// Does anything jump to the page of `address`?
     pub(crate) fn jumps_to_page(&self, address: u64) -> bool {
-        self.pages.contains(&(address >> 12))
+        self.pages.len() >= MOST_PAGES || self.pages.contains(&(address >> 12))
     }
 
     /// The tags have changed: nothing that is here counts any more.
@@ -223,6 +228,16 @@ impl JitEnv {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn there_is_no_end_of_pages_but_of_what_is_kept_of_them() {
+        let mut env = JitEnv::with_jumps(0x1000);
+        (0..2 * MOST_PAGES as u64).for_each(|page| env.insert(page << 12, 5, 0, 0));
+        assert_eq!(env.pages.len(), MOST_PAGES);
+        assert!(env.jumps_to_page((MOST_PAGES as u64 + 1) << 12), "it is not known any more");
+        env.forget_pages();
+        assert!(!env.jumps_to_page(0));
+    }
 
     #[test]
     fn jumps_are_found_until_their_tags_change_and_their_pages_are_known() {
