@@ -226,6 +226,16 @@ mod tests {
         }
     }
 
+    /// Serves whoever asks, until `done` is set.
+    fn serve_until(server: &mut Server, done: &AtomicBool) {
+        while !done.load(Ordering::Acquire) {
+            let mut waits = Vec::new();
+            server.waits(&mut waits);
+            nix::poll::poll(&mut waits, 20u8).unwrap();
+            server.serve(&Long);
+        }
+    }
+
     #[test]
     fn clients_get_answers_however_long() {
         let (mut server, address, _dir) = server();
@@ -243,12 +253,7 @@ mod tests {
                 assert!(client.stop().unwrap_err().to_string().contains("refused: no"));
                 done.store(true, Ordering::Release);
             });
-            while !done.load(Ordering::Acquire) {
-                let mut waits = Vec::new();
-                server.waits(&mut waits);
-                nix::poll::poll(&mut waits, 20u8).unwrap();
-                server.serve(&Long);
-            }
+            serve_until(&mut server, &done);
         });
         turn(&mut server);
         assert!(server.clients.is_empty());
@@ -276,12 +281,7 @@ mod tests {
                 assert!(refused.contains("descriptor: false"), "{refused}");
                 done.store(true, Ordering::Release);
             });
-            while !done.load(Ordering::Acquire) {
-                let mut waits = Vec::new();
-                server.waits(&mut waits);
-                nix::poll::poll(&mut waits, 20u8).unwrap();
-                server.serve(&Long);
-            }
+            serve_until(&mut server, &done);
         });
     }
 
