@@ -4,6 +4,6 @@ begin
 redis-benchmark -n 6000 -q -t set,get,incr,lpush,hset >out
 finish
 tr '\r' '\n' <out | grep -c 'requests per second'
-redis-cli get counter:__rand_int__
-redis-cli llen mylist
+redis-cli --raw get counter:__rand_int__
+redis-cli --raw llen mylist
 redis-cli shutdown nosave || true

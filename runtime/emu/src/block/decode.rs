@@ -16,6 +16,8 @@ use crate::{interp, sys};
 
 /// Instructions in a block, at most: bounds the time to the next look at events.
 const MAX_OPS: usize = 64;
+/// Rounds of a loop that a block has, at most.
+const MAX_ROUNDS: usize = 4;
 /// Bytes looked at for one block.
 const WINDOW: usize = 320;
 /// Longest instruction (SDM vol. 2, 2.3.11).
@@ -34,6 +36,8 @@ pub struct BlockDecoder {
     translating: bool,
     /// The last op ends its block.
     ends: bool,
+    /// It is a conditional jump to the first one.
+    loops: bool,
     /// The bytes of the run decoded last.
     source: Source,
     /// Lines about unknown instructions that may still be written.
@@ -102,15 +106,23 @@ impl BlockDecoder {
             inline: None,
             translating: false,
             ends: false,
+            loops: false,
             source: Source { bytes: [0; WINDOW], len: 0, host: None, second: None },
             log_budget: 100,
         }
     }
 
     /// Decodes the run of 64-bit code at `host`, linear address `linear`, for translation: what lies in its page, or
-    /// the instruction that crosses into the next one. Offsets are from the page's start. None: that is for
-    /// the interpreter to look at (a page that cannot be fetched, an instruction that is too long).
-    pub fn decode_run(&mut self, cpu: &mut Cpu, linear: u64, host: HostAddr) -> Option<Run<'_>> {
+    /// the instruction that crosses into the next one. Offsets are from the page's start. A loop is there several times, if
+    /// that is to be `unrolled`. None: that is for the interpreter to look at (a page that cannot be fetched, an
+    /// instruction that is too long).
+    pub fn decode_run(
+        &mut self,
+        cpu: &mut Cpu,
+        linear: u64,
+        host: HostAddr,
+        unrolled: bool,
+    ) -> Option<Run<'_>> {
         let offset = host.addr() & 0xfff;
         let mut source = Source::first_page(host);
         let mut limit = MAX_OPS;
@@ -139,6 +151,9 @@ impl BlockDecoder {
             }
         };
         self.source = source;
+        if unrolled && self.loops {
+            self.unroll();
+        }
         Some(Run {
             ops: &self.ops,
             valid: &self.valid,
@@ -148,6 +163,16 @@ impl BlockDecoder {
             stamp,
             second,
         })
+    }
+
+    /// Several rounds of the loop that the run is.
+    fn unroll(&mut self) {
+        let len = self.ops.len();
+        for _ in 1..(MAX_OPS / len).min(MAX_ROUNDS) {
+            self.ops.extend_from_within(..len);
+            self.valid.extend_from_within(..len);
+            self.inlines.extend_from_within(..len);
+        }
     }
 
     /// Decodes the block at `host`, which is at linear address `linear`.
@@ -217,7 +242,7 @@ impl BlockDecoder {
         self.ops.clear();
         self.valid.clear();
         self.inlines.clear();
-        self.ends = false;
+        (self.ends, self.loops) = (false, false);
         let bits = match mode {
             Mode::Code64 => 64,
             Mode::Code32 => 32,
@@ -238,6 +263,7 @@ impl BlockDecoder {
             (op.start, op.end) = (base as u16 + used as u16, base as u16 + end as u16);
             self.ends = self.select(&insn, mode, &mut op, &bytes[used..end]);
             sti = insn.mnemonic() == Mnemonic::Sti;
+            self.loops = insn.is_jcc_short_or_near() && insn.near_branch_target() == base;
             self.ops.push(op);
             self.valid.push(!insn.is_invalid());
             self.inlines.push(self.inline.take());

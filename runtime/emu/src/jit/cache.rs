@@ -39,6 +39,8 @@ pub struct Link {
     pub native: bool,
     /// The target goes without spans.
     pub plain: bool,
+    /// It goes forward.
+    pub ahead: bool,
     /// Which life of the page it belongs to.
     pub life: u32,
 }

@@ -23,12 +23,13 @@ impl Translator {
             Kind::Jump => self.go_to(target),
             Kind::Branch { condition } => {
                 self.need_flags(ALL);
-                let jump = self.asm.jcc(condition);
-                match in_page(target) {
-                    Some(target) => self.link(jump, target),
-                    None => self.far_later(jump, target),
+                if self.current < self.last {
+                    // Back to where the block starts, which follows here as well.
+                    self.branch(condition ^ 1, op.end.into());
+                } else {
+                    self.branch(condition, target);
+                    self.go_to(op.end.into());
                 }
-                self.go_to(op.end.into());
             }
             Kind::CallNear => {
                 self.keep_flags(ALL);
@@ -52,6 +53,15 @@ impl Translator {
                 self.go_back(op, place);
             }
             _ => {}
+        }
+    }
+
+    /// Goes to `target`, relative to the page, on `condition`. Flags are native.
+    fn branch(&mut self, condition: u8, target: i64) {
+        let jump = self.asm.jcc(condition);
+        match in_page(target) {
+            Some(target) => self.link(jump, target),
+            None => self.far_later(jump, target),
         }
     }
 

@@ -53,7 +53,7 @@ impl Translator {
         match in_page(target) {
             Some(target) => {
                 let call = self.asm.call();
-                self.link(call, target);
+                self.link_call(call, target);
                 self.return_here(op);
             }
             None => {

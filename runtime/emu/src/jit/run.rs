@@ -12,7 +12,7 @@ use super::cache::{Block, Cache, FarLink, Found, Link, PLAIN};
 use super::counters::Counters;
 use super::env::{CalledOp, JitEnv};
 use super::stubs::{Enter, Exit, Stubs, exit};
-use super::translate::{Input, MAX_BLOCK, Translator};
+use super::translate::{Input, LOOK, MAX_BLOCK, Translator};
 use crate::apic::NEVER;
 use crate::block::{BlockDecoder, Stop};
 use crate::cpu::Cpu;
@@ -331,7 +331,7 @@ impl Jit {
         if self.used + MAX_BLOCK > self.limit || self.used_cold + MAX_BLOCK > SIZE {
             self.clear(cpu);
         }
-        let run = decoder.decode_run(cpu, cpu.rip, host)?;
+        let run = decoder.decode_run(cpu, cpu.rip, host, !plain)?;
         let life = self.cache.life(host.addr());
         let input = Input {
             ops: run.ops,
@@ -354,6 +354,7 @@ impl Jit {
             target: l.target,
             native: l.native,
             plain: l.plain,
+            ahead: l.ahead,
             life,
         }));
         self.cache.far_links.extend(self.translator.far_links.iter().map(|l| FarLink {
@@ -403,7 +404,9 @@ impl Jit {
         if link.life != block.life || u64::from(link.target) != rip & !PAGE {
             return;
         }
-        let target = if link.native { block.native } else { block.memory };
+        let entry = if link.native { block.native } else { block.memory };
+        // A bridge looks behind other things.
+        let target = entry + if link.ahead && !block.bridge { LOOK } else { 0 };
         let distance = i64::from(target) - (i64::from(link.site) + 4);
         self.arena.write(link.site as usize, &(distance as i32).to_le_bytes());
         self.counters.links += 1;

@@ -217,6 +217,12 @@ impl Spans {
                     (0x81 | 0x83, Field::Digit(5), Operand::Reg(register, ..)) => {
                         self.set(register, register, immediate.wrapping_neg());
                     }
+                    (0xff, Field::Digit(0), Operand::Reg(register, ..)) => {
+                        self.set(register, register, 1);
+                    }
+                    (0xff, Field::Digit(1), Operand::Reg(register, ..)) => {
+                        self.set(register, register, -1);
+                    }
                     _ => self.written(field, operand),
                 }
             }

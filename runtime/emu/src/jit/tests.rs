@@ -234,8 +234,9 @@ fn general_registers_that_vector_instructions_imply() {
     );
     let (exception, _, counters) = both(&[(CODE, &code)]);
     assert_eq!(exception.vector, vector::UD);
-    // One that has more operands than there are places for, in the three blocks that overlap; UD2; HLT where that ends.
-    assert_eq!(counters.called_instructions, 5, "{counters:?}");
+    // One that has more operands than there are places for, in the three blocks that overlap, three times in the loop; UD2; HLT
+    // where that ends.
+    assert_eq!(counters.called_instructions, 7, "{counters:?}");
 }
 
 #[test]
@@ -299,10 +300,13 @@ fn a_full_cache_is_emptied() {
     assert!(counters.emptied > 30, "{counters:?}");
 }
 
-#[test]
-fn a_loop_without_end_can_be_left() {
+/// Code that would run for ever, or for as good as that, is left for another thread's sake.
+fn is_left(code: &[u8]) {
     let mut machine = machine(Tier::Translator);
-    start(&mut machine, &[(CODE, &[0xeb, 0xfe])], CODE);
+    if let Some(jit) = machine.dispatcher().jit_mut() {
+        jit.set_trials(0);
+    }
+    start(&mut machine, &[(CODE, code)], CODE);
     let platform = machine.attention();
     let other = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(50));
@@ -310,6 +314,56 @@ fn a_loop_without_end_can_be_left() {
     });
     assert!(machine.run(None).is_none());
     other.join().unwrap();
+}
+
+#[test]
+fn a_loop_without_end_can_be_left() {
+    is_left(&[0xeb, 0xfe]);
+}
+
+#[test]
+fn loops_in_rounds_without_end_can_be_left() {
+    is_left(&asm!(64 at CODE, [again]; xor(eax, eax); set_label(&mut again); inc(rcx); test(eax, eax); jz(again);));
+}
+
+#[test]
+fn calls_that_go_forward_alone_can_be_left() {
+    // Each calls the next one twice, and jumps over a byte: 2^60 of them.
+    let mut code = Vec::new();
+    for _ in 0..60 {
+        code.extend([0xe8, 9, 0, 0, 0, 0xe8, 4, 0, 0, 0, 0xeb, 1, 0x90, 0xc3]);
+    }
+    code.push(0xc3);
+    is_left(&code);
+}
+
+#[test]
+fn loops_are_there_in_several_rounds() {
+    // Down to the end of what is mapped, up to it, across the pages, with an end in each of the rounds.
+    let places = [0x100, 0xf80, 0xff0, 0x1f00, 0x1fb0, 0x1fe8];
+    for (place, rounds) in places.into_iter().flat_map(|place| (1..=9).map(move |n| (place, n))) {
+        let code = asm!(64 at CODE, [up, down, out];
+            mov(rdi, DATA + place); mov(rsi, DATA + 0x40u64); mov(ecx, rounds); mov(rbp, rdi); xor(eax, eax);
+            set_label(&mut up); adc(rax, qword_ptr(rsi)); movups(xmm1, xmmword_ptr(rsi + 8)); add(qword_ptr(rdi), rax); paddb(xmm1, xmm2);
+            movups(xmmword_ptr(rdi + 8), xmm1); lea(rsi, ptr(rsi + 16)); add(rdi, 24i32); dec(ecx); jnz(up); pushfq();
+            mov(ecx, rounds + 5); set_label(&mut down); dec(rdi); mov(al, byte_ptr(rdi)); inc(r9); mov(byte_ptr(rdi + r9), al);
+            cmp(rdi, rbp); jz(out); dec(ecx); jnz(down); set_label(&mut out); pushfq(); ud2();
+        );
+        let (_, _, counters) = both(&[(CODE, &code)]);
+        assert!(rounds < 3 || counters.spared_probes > 9, "{counters:?}");
+    }
+}
+
+#[test]
+fn a_round_changes_the_one_after_it() {
+    // The third round makes the addition a subtraction.
+    let code = asm!(64 at CODE, [again, patched];
+        mov(ecx, 10i32); lea(rdi, ptr(patched)); xor(eax, eax); mov(dl, 0x29i32); jmp(again); nop(); nop(); set_label(&mut again);
+        mov(ebx, 1i32); set_label(&mut patched); add(eax, ebx); cmp(ecx, 8i32); mov(r9, rdi); cmovne(r9, rsp);
+        mov(byte_ptr(r9), dl); dec(ecx); jnz(again); ud2();
+    );
+    let (_, state, _) = both(&[(CODE, &code)]);
+    assert_eq!(state.gpr[0] as i32, 3 - 7);
 }
 
 #[test]

@@ -31,6 +31,8 @@ pub struct LinkSite {
     pub native: bool,
     /// The target goes without spans (J14).
     pub plain: bool,
+    /// It goes forward, and without a look at the run word (J9).
+    pub ahead: bool,
 }
 
 /// A direct jump to another page (J18).
@@ -152,8 +154,11 @@ pub struct Translator {
     pub(super) cold: Vec<Cold>,
     /// Places that refer to ops: position of the distance, index.
     references: Vec<(usize, usize)>,
-    /// The op being translated.
+    /// Where the block starts, from the start of its page.
+    start: u16,
+    /// The op being translated, and the last one.
     pub(super) current: usize,
+    pub(super) last: usize,
     pub(super) misses: Vec<Miss>,
     pub(super) spans: Spans,
 }
@@ -164,6 +169,8 @@ impl std::fmt::Debug for Translator {
     }
 }
 
+/// Bytes of the look at the run word, by which the entries of blocks begin, but for bridges.
+pub const LOOK: u32 = 11;
 /// Bytes of code that a block takes at most.
 pub const MAX_BLOCK: usize = 48 << 10;
 
@@ -199,7 +206,9 @@ impl Translator {
         self.plain = input.plain;
         self.known = Known::default();
         self.aligned = [None; SLOTS];
+        self.last = input.ops.len().saturating_sub(1);
         let start = input.ops.first().map_or(0, |op| op.start);
+        self.start = start;
         let live = self.make_plans(input, start);
         self.find_spans(input, start);
         let entries = match input.next {
@@ -369,11 +378,13 @@ impl Translator {
 
     /// Leaves if the run word is zero. Keeps the flags.
     fn check_run(&mut self, leave: usize) {
+        let start = self.asm.here();
         self.asm.load(RCX, Ea::cpu(layout::RUN));
         self.asm.op(Code::one(0x8b), RCX, Rm::Mem(Ea::at(RCX, 0)));
         // jrcxz
         let distance = leave as i64 - (self.asm.here() as i64 + 2);
         self.asm.bytes(&[0xe3, distance as i8 as u8]);
+        debug_assert_eq!(self.asm.here() - start, LOOK as usize);
     }
 
     fn op(&mut self, op: &Op, plan: &Plan, after: Flags, bytes: &[u8]) {
@@ -695,22 +706,34 @@ impl Translator {
 
     /// A direct jump (position of its distance: `jump`) inside the page.
     pub(super) fn link(&mut self, jump: usize, target: u16) {
+        self.link_flags(jump, target, target > self.start);
+    }
+
+    /// The same for a call. What it calls always looks at the run word: by calls that go forward alone a guest could be busy
+    /// for ever.
+    pub(super) fn link_call(&mut self, jump: usize, target: u16) {
+        self.link_flags(jump, target, false);
+    }
+
+    fn link_flags(&mut self, jump: usize, target: u16, ahead: bool) {
         let at = self.at();
-        let link = self.add_link(jump, target, at != At::Memory, false);
+        let site = self.asm.place(jump) as u32;
+        let native = at != At::Memory;
+        let link = self.add_link(LinkSite { site, target, native, plain: false, ahead });
         self.cold.push(Cold::Link { jump, link, save: at == At::Native });
     }
 
-    fn add_link(&mut self, jump: usize, target: u16, native: bool, plain: bool) -> u32 {
-        let link = self.first_link + self.links.len() as u32;
-        let site = self.asm.place(jump) as u32;
-        self.links.push(LinkSite { site, target, native, plain });
-        link
+    fn add_link(&mut self, link: LinkSite) -> u32 {
+        self.links.push(link);
+        self.first_link + self.links.len() as u32 - 1
     }
 
     /// Goes on at `target` in the page without spans. Flags are in memory.
     pub(super) fn leave_spans(&mut self, target: u16) {
         let jump = self.asm.jmp();
-        let link = self.add_link(jump, target, false, true);
+        let site = self.asm.place(jump) as u32;
+        let ahead = target > self.start;
+        let link = self.add_link(LinkSite { site, target, native: false, plain: true, ahead });
         self.asm.land(jump);
         self.exit_link(link);
     }
