@@ -10,8 +10,11 @@ use crate::block::KeyHasher;
 use crate::mmu::NO_JUMP;
 use crate::op::Op;
 
-/// Entries of the jump cache: a Linux kernel that does anything at all jumps to some thousands of places.
+/// Entries of the jump cache, at first: a Linux kernel that does anything at all jumps to some thousands of places. And at most.
 pub const JUMPS: usize = 8192;
+const MOST_JUMPS: usize = 8 * JUMPS;
+/// So many places for each entry have taken that of another one that counted before the cache becomes larger.
+const LOSSES: usize = 8;
 
 /// An entry of the jump cache (J7).
 #[derive(Debug, Clone, Copy)]
@@ -105,6 +108,8 @@ pub struct JitEnv {
     origins: Box<[Origin]>,
     /// Changes when translated code dies.
     life: u64,
+    /// Entries that counted and were lost to others.
+    losses: usize,
     /// Address of `jumps`.
     pub(super) table: u64,
     /// Address of the arena's code.
@@ -135,10 +140,9 @@ pub struct JitEnv {
 impl JitEnv {
     /// For an arena whose code is at `code`.
     pub(super) fn with_jumps(code: u64) -> Self {
-        let jumps = vec![NONE; JUMPS].into_boxed_slice();
-        let table = jumps.as_ptr() as u64;
-        let origins = vec![Origin::default(); JUMPS].into_boxed_slice();
-        Self { jumps, origins, life: 1, table, code, calls: Calls::new(), ..Self::default() }
+        let mut env = Self { life: 1, code, calls: Calls::new(), ..Self::default() };
+        env.make(JUMPS);
+        env
     }
 
     /// Bytes of memory for the jump cache.
@@ -151,10 +155,34 @@ impl JitEnv {
         self.calls.clone()
     }
 
-    /// The slot of `address`: what `flow::lookup` computes.
-    fn slot(address: u64) -> usize {
+    /// Bits of the number of a slot. Changes by [`JitEnv::grow`] alone.
+    pub(super) fn slot_bits(&self) -> u32 {
+        self.jumps.len().ilog2()
+    }
+
+    /// The slot of `address`: what [`Translator::jump_slot`](super::translate::Translator::jump_slot) computes.
+    fn slot(&self, address: u64) -> usize {
         let low = address as u32;
-        (low ^ low >> JUMPS.ilog2()) as usize & (JUMPS - 1)
+        (low ^ low >> self.slot_bits()) as usize & (self.jumps.len() - 1)
+    }
+
+    /// Has it lost so many places for want of room that a larger one is worth it?
+    pub(super) fn is_tight(&self) -> bool {
+        self.losses > self.jumps.len() * LOSSES
+    }
+
+    /// Takes twice as many entries, up to a bound, all empty. Translated code from before does not know them.
+    pub(super) fn grow(&mut self) {
+        self.losses = 0;
+        if self.jumps.len() < MOST_JUMPS {
+            self.make(self.jumps.len() * 2);
+        }
+    }
+
+    fn make(&mut self, entries: usize) {
+        self.jumps = vec![NONE; entries].into_boxed_slice();
+        self.origins = vec![Origin::default(); entries].into_boxed_slice();
+        self.table = self.jumps.as_ptr() as u64;
     }
 
     /// Enters a place, whose code is at `host`. What had its slot may still be found by [`JitEnv::find`].
@@ -162,9 +190,15 @@ impl JitEnv {
         if self.pages.len() < MOST_PAGES {
             self.pages.insert(address >> 12);
         }
-        let slot = Self::slot(address);
-        let Some(&before) = self.jumps.get(slot) else { return };
+        if self.jumps.is_empty() {
+            return;
+        }
+        let slot = self.slot(address);
+        let before = self.jumps[slot];
         if before.tag != NO_JUMP && (before.address, before.tag) != (address, tag) {
+            if before.tag == tag && self.jumps[slot ^ 1].tag == tag {
+                self.losses += 1;
+            }
             self.jumps[slot ^ 1] = before;
             self.origins[slot ^ 1] = self.origins[slot];
         }
@@ -174,10 +208,13 @@ impl JitEnv {
 
     /// The address of the code for `address` if it is there with `tag`; translated code finds it then, too.
     pub(super) fn find(&mut self, address: u64, tag: u32) -> Option<u64> {
-        let slot = Self::slot(address);
+        if self.jumps.is_empty() {
+            return None;
+        }
+        let slot = self.slot(address);
         let fits = |jump: &Jump| jump.address == address && jump.tag == tag;
-        if !fits(self.jumps.get(slot)?) {
-            if !fits(self.jumps.get(slot ^ 1)?) {
+        if !fits(&self.jumps[slot]) {
+            if !fits(&self.jumps[slot ^ 1]) {
                 return None;
             }
             // Of two that share their slot the one that was looked for last has it.
@@ -190,7 +227,7 @@ impl JitEnv {
     /// The same for an entry that has another tag, or had one before a flush, if its code is what is at `host`, where
     /// `address` is mapped to now. It has `tag` then.
     pub(super) fn find_again(&mut self, address: u64, tag: u32, host: u64) -> Option<u64> {
-        let slot = Self::slot(address);
+        let slot = self.slot(address);
         let origin = Origin { host, life: self.life };
         let fits = |slot: &usize| {
             self.jumps.get(*slot).is_some_and(|jump| jump.address == address)
@@ -237,6 +274,27 @@ mod tests {
         assert!(env.jumps_to_page((MOST_PAGES as u64 + 1) << 12), "it is not known any more");
         env.forget_pages();
         assert!(!env.jumps_to_page(0));
+    }
+
+    #[test]
+    fn more_room_for_those_that_take_each_others() {
+        let mut env = JitEnv::with_jumps(0x1000);
+        // Four addresses with the same slot, but for the larger cache.
+        let at = |n: u64| 0x7000_0000 + (n << (2 * JUMPS.ilog2())) + 2 * JUMPS as u64;
+        let mut rounds = 0;
+        while !env.is_tight() {
+            (0..4).for_each(|n| env.insert(at(n), 7, 0, n as u32));
+            rounds += 1;
+        }
+        assert!(rounds > JUMPS && (0..4).filter(|n| env.find(at(*n), 7).is_some()).count() == 2);
+        env.grow();
+        assert!(!env.is_tight() && (0..4).all(|n| env.find(at(n), 7).is_none()));
+        (0..100_000).for_each(|n| env.insert(at(n % 2), 7, 0, 1));
+        assert!(!env.is_tight(), "they have got room");
+        for _ in 0..10 {
+            env.grow();
+        }
+        assert_eq!(env.jumps.len(), MOST_JUMPS);
     }
 
     #[test]

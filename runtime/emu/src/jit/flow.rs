@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Code, Ea, Rm};
-use super::env::{JUMPS as ENTRIES, Jump};
+use super::env::Jump;
 use super::layout::{self, JUMPS, PAGE, RIP};
 use super::plan::{ALL, Kind, Plan};
 use super::translate::Translator;
@@ -84,10 +84,10 @@ impl Translator {
     /// The entry of the jump cache for the address in rcx, in rax.
     pub(super) fn jump_slot(&mut self) {
         self.asm.mov32(RAX, RCX);
-        self.asm.bytes(&[0xc1, 0xe8, ENTRIES.ilog2() as u8]); // shr eax, bits of a number
+        self.asm.bytes(&[0xc1, 0xe8, self.tables.jump_bits as u8]); // shr eax, bits of a number
         self.asm.op(Code::one(0x31), RCX, Rm::Reg(RAX)); // xor eax, ecx
         self.asm.code.push(0x25); // and eax, mask
-        self.asm.imm32(ENTRIES as i32 - 1);
+        self.asm.imm32((1 << self.tables.jump_bits) - 1);
         const { assert!(size_of::<Jump>() == 1 << 4) };
         self.asm.bytes(&[0xc1, 0xe0, 4]); // shl eax, 4
         self.asm.op(Code::wide(0x03), RAX, Rm::Mem(Ea::cpu(JUMPS)));

@@ -87,7 +87,7 @@ impl Translator {
     /// fits after all.
     fn compare_tags(&mut self, write: bool, bytes: i32) -> (usize, Option<(usize, bool)>) {
         let tag = if write { TlbLayout::ENTRY_WRITE } else { TlbLayout::ENTRY_READ };
-        self.asm.tlb_slot(TlbLayout::SLOT_MASK, TABLE);
+        self.asm.tlb_slot(self.tables.slot_mask, TABLE);
         self.asm.last_page(bytes);
         self.asm.op(Code::wide(0x33), RDX, Rm::Mem(Ea::at(RAX, tag)));
         let context = layout::context(write, usize::from(self.upper));
@@ -101,7 +101,7 @@ impl Translator {
     pub(super) fn compare_next_page(&mut self, next: u64) -> [usize; 2] {
         self.asm.load(RCX, Ea::cpu(layout::PAGE));
         self.asm.lea(RCX, Ea::at(RCX, 4096));
-        self.asm.tlb_slot(TlbLayout::SLOT_MASK, TABLE);
+        self.asm.tlb_slot(self.tables.slot_mask, TABLE);
         self.asm.mov(RDX, RCX);
         self.asm.op(Code::wide(0x33), RDX, Rm::Mem(Ea::at(RAX, TlbLayout::ENTRY_EXEC)));
         let context = layout::context(false, usize::from(self.upper));

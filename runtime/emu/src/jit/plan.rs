@@ -471,7 +471,10 @@ fn one_byte(raw: &Raw) -> Option<Plan> {
             raw.copy(Field::Digit(0), Use::Write, by_bit, by_bit, imm_size(by_bit))?
         }
         0xc9 if !raw.p66 => Plan { mem: Mem::Read, size: 8, ..native(Kind::Leave) },
-        0xe8 if !raw.p66 => Plan { mem: Mem::Write, size: 8, reads: ALL, ..native(Kind::CallNear) },
+        // Compilers pad calls to `__tls_get_addr` with 66 and REX.W, which undoes it.
+        0xe8 if size != 2 => {
+            Plan { mem: Mem::Write, size: 8, reads: ALL, ..native(Kind::CallNear) }
+        }
         0xe9 | 0xeb if !raw.p66 => Plan { reads: ALL, ..native(Kind::Jump) },
         0xf5 => Plan { reads: CF, kills: CF, sets: true, ..native(Kind::Flag(op)) },
         0xf8 | 0xf9 => Plan { kills: CF, sets: true, ..native(Kind::Flag(op)) },

@@ -6,13 +6,13 @@ use std::mem::transmute;
 
 use mvm_memory::PageTracker;
 
-use super::arena::{Arena, COLD, SIZE};
+use super::arena::Arena;
 use super::asm::Asm;
 use super::cache::{Block, Cache, FarLink, Found, Link, PLAIN};
 use super::counters::Counters;
 use super::env::{CalledOp, JitEnv};
 use super::stubs::{Enter, Exit, Stubs, exit};
-use super::translate::{Input, LOOK, MAX_BLOCK, Translator};
+use super::translate::{Input, LOOK, MAX_BLOCK, Tables, Translator};
 use crate::apic::NEVER;
 use crate::block::{BlockDecoder, Stop};
 use crate::cpu::Cpu;
@@ -27,6 +27,9 @@ pub(super) const TRIALS: u8 = 4;
 const TRIALS_ANEW: u8 = 24;
 /// How many jumps between pages go by the jump cache before one of them is linked anew.
 const PATIENCE: i32 = 64;
+/// Bytes of address space for the code of one vCPU, at least and at most.
+const LEAST_CODE: u64 = 64 << 20;
+const MOST_CODE: u64 = 256 << 20;
 /// Counters of code that is not translated yet, by address; what shares one is translated sooner.
 const SEEN: usize = 1 << 16;
 
@@ -93,7 +96,7 @@ impl Jit {
     /// # Errors
     /// The host refuses executable memory.
     pub fn new(cpu: &mut Cpu) -> io::Result<Self> {
-        let mut arena = Arena::new()?;
+        let mut arena = Arena::new(code_size(cpu))?;
         let block = Box::new(crate::block::Block::nothing());
         let mut asm = Asm::default();
         let stubs = Stubs::make(&mut asm, &raw const *block);
@@ -103,14 +106,18 @@ impl Jit {
         let notices = cpu.mmu.phys().notices();
         cpu.sys.attention().keep_run_word(notices.clone(), cpu.mmu.index);
         Ok(Self {
-            arena,
             stubs,
             floor,
             used: floor,
-            used_cold: COLD,
-            limit: COLD,
+            used_cold: arena.cold(),
+            limit: arena.cold(),
+            arena,
             cache: Cache::default(),
-            translator: Translator::new(stubs, std::env::var_os("MVM_COUNT").is_some()),
+            translator: Translator::new(
+                stubs,
+                tables(cpu),
+                std::env::var_os("MVM_COUNT").is_some(),
+            ),
             trials: TRIALS,
             trials_left: vec![TRIALS; SEEN].into_boxed_slice(),
             pending: None,
@@ -137,6 +144,9 @@ impl Jit {
             self.known_notices = notices;
         }
         self.set_alarm(cpu);
+        if cpu.mmu.tlb.is_tight() || cpu.jit.is_tight() {
+            self.grow(cpu);
+        }
         if cpu.mmu.tlb.jump_tags_era() != self.era {
             // The tags are used again.
             self.era = cpu.mmu.tlb.jump_tags_era();
@@ -328,7 +338,7 @@ impl Jit {
         how: How,
     ) -> Option<Block> {
         let plain = how.plain;
-        if self.used + MAX_BLOCK > self.limit || self.used_cold + MAX_BLOCK > SIZE {
+        if self.used + MAX_BLOCK > self.limit || self.used_cold + MAX_BLOCK > self.arena.size() {
             self.clear(cpu);
         }
         let run = decoder.decode_run(cpu, cpu.rip, host, !plain)?;
@@ -381,7 +391,7 @@ impl Jit {
         self.used_cold += cold.len();
         self.arena.went_on_to(self.used);
         self.arena.went_on_to(self.used_cold);
-        c.used = (self.used + self.used_cold - COLD) as u64;
+        c.used = (self.used + self.used_cold - self.arena.cold()) as u64;
         let name = name(host, plain);
         let mut block = self.cache.insert(name, entries.memory, entries.native, run.stamp);
         if let Some((next, stamp)) = run.second {
@@ -459,9 +469,24 @@ impl Jit {
         self.cache.clear();
         (self.pending, self.pending_far) = (None, None);
         self.trials_left.fill(self.trials);
-        (self.used, self.used_cold) = (self.floor, COLD);
+        (self.used, self.used_cold) = (self.floor, self.arena.cold());
         self.counters.emptied += 1;
         cpu.jit.clear();
+    }
+
+    /// Larger tables for what has been too small, for new code.
+    fn grow(&mut self, cpu: &mut Cpu) {
+        if cpu.mmu.tlb.is_tight() {
+            cpu.mmu.tlb.grow();
+        }
+        if cpu.jit.is_tight() {
+            cpu.jit.grow();
+        }
+        let tables = tables(cpu);
+        if tables != self.translator.tables() {
+            self.clear(cpu);
+            self.translator.set_tables(tables);
+        }
     }
 
     /// An alarm may have gone off: it is set again if the timer has not expired yet.
@@ -499,7 +524,7 @@ impl Jit {
     /// Makes code count what it does from now on.
     #[cfg(test)]
     pub(crate) fn set_counting(&mut self) {
-        self.translator = Translator::new(self.stubs, true);
+        self.translator = Translator::new(self.stubs, self.translator.tables(), true);
     }
 
     /// Room for `bytes` of code (and the largest block there can be).
@@ -517,6 +542,18 @@ impl Jit {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// The tables of `cpu`.
+fn tables(cpu: &Cpu) -> Tables {
+    Tables { slot_mask: cpu.mmu.tlb.slot_mask(), jump_bits: cpu.jit.slot_bits() }
+}
+
+/// Bytes of address space for the code of one vCPU: of all of them an eighth of the guest's memory at most.
+fn code_size(cpu: &Cpu) -> usize {
+    let ram: u64 = cpu.mmu.phys().ram().regions().iter().map(|region| region.size).sum();
+    let share = ram / 8 / u64::from(cpu.sys.platform.vcpus.max(1));
+    share.next_power_of_two().clamp(LEAST_CODE, MOST_CODE) as usize
 }
 
 /// The counter for code at host address `host`.

@@ -323,7 +323,9 @@ fn a_loop_without_end_can_be_left() {
 
 #[test]
 fn loops_in_rounds_without_end_can_be_left() {
-    is_left(&asm!(64 at CODE, [again]; xor(eax, eax); set_label(&mut again); inc(rcx); test(eax, eax); jz(again);));
+    is_left(
+        &asm!(64 at CODE, [again]; xor(eax, eax); set_label(&mut again); inc(rcx); test(eax, eax); jz(again);),
+    );
 }
 
 #[test]
@@ -352,6 +354,39 @@ fn loops_are_there_in_several_rounds() {
         let (_, _, counters) = both(&[(CODE, &code)]);
         assert!(rounds < 3 || counters.spared_probes > 9, "{counters:?}");
     }
+}
+
+#[test]
+fn tables_that_are_too_small_become_larger() {
+    // Two pages that want the same entry of the TLB. POPF leaves for the dispatcher.
+    let far = DATA + (4096 << 12);
+    let page = |linear, physical| UserPage { linear, physical, write: true, execute: true };
+    let run = |tier| {
+        let pages = [
+            page(CODE, 0x2_0000),
+            page(DATA + 0x1000, 0x3_4000),
+            page(DATA, 0x3_0000),
+            page(far, 0x3_6000),
+        ];
+        let mut machine = UserMachine::with_tier(&pages, tier);
+        let code = asm!(64 at CODE, [again];
+            mov(rsi, far); mov(ecx, 120_000i32); set_label(&mut again);
+            add(dword_ptr(rdi), ecx); xor(dword_ptr(rsi), ecx); pushfq(); popfq(); dec(ecx); jnz(again); ud2();
+        );
+        start(&mut machine, &[(CODE, &code)], CODE);
+        let (exception, state) = machine.run(None).expect("an end");
+        let emptied = machine.dispatcher().jit().map(|jit| jit.counters.emptied);
+        let mut data = [[0; 4]; 2];
+        machine.read(0x3_0000, &mut data[0]);
+        machine.read(0x3_6000, &mut data[1]);
+        (exception, state.gpr, data, emptied)
+    };
+    let (interpreted, translated) = (run(Tier::Interpreter), run(Tier::Translator));
+    assert_eq!(
+        (interpreted.0, interpreted.1, interpreted.2),
+        (translated.0, translated.1, translated.2)
+    );
+    assert_eq!(translated.3, Some(1), "once, and then there is room");
 }
 
 #[test]

@@ -104,6 +104,15 @@ pub struct Entries {
     pub checked: u32,
 }
 
+/// Sizes of the tables that code looks into.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tables {
+    /// [`Tlb::slot_mask`](crate::mmu::Tlb::slot_mask).
+    pub slot_mask: u32,
+    /// Bits of the number of an entry of the jump cache.
+    pub jump_bits: u32,
+}
+
 /// What a block is made of.
 pub struct Input<'a> {
     pub ops: &'a [Op],
@@ -141,6 +150,7 @@ pub struct Translator {
     pub(super) noted_next: bool,
     pub(super) page: u64,
     pub(super) stubs: Stubs,
+    pub(super) tables: Tables,
     /// Code counts what it does ([`Counted`](super::env::Counted)).
     counting: bool,
     /// The number of the first link of this block.
@@ -175,8 +185,18 @@ pub const LOOK: u32 = 11;
 pub const MAX_BLOCK: usize = 48 << 10;
 
 impl Translator {
-    pub fn new(stubs: Stubs, counting: bool) -> Self {
-        Self { stubs, counting, ..Self::default() }
+    pub fn new(stubs: Stubs, tables: Tables, counting: bool) -> Self {
+        Self { stubs, tables, counting, ..Self::default() }
+    }
+
+    /// The tables that code is made for.
+    pub fn tables(&self) -> Tables {
+        self.tables
+    }
+
+    /// The tables have other sizes from now on. All code from before must have gone.
+    pub fn set_tables(&mut self, tables: Tables) {
+        self.tables = tables;
     }
 
     /// Does code count what it does?

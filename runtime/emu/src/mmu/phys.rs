@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use mvm_engine::IoBus;
 use mvm_memory::{CodePage, GuestRam, PAGE_SHIFT, PageTracker, RamRegion};
 
-use super::raw::HostAddr;
+use super::raw::{HostAddr, zeros};
 
 /// A page of RAM: which region, and which page of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,7 +127,7 @@ impl fmt::Debug for PhysMemory {
 impl PhysMemory {
     /// Memory for `vcpus` vCPUs.
     pub fn new(ram: GuestRam, io: Arc<dyn IoBus>, vcpus: u32) -> Self {
-        let pages = |r: &RamRegion| (0..r.size >> PAGE_SHIFT).map(|_| AtomicU32::new(0)).collect();
+        let pages = |r: &RamRegion| zeros((r.size >> PAGE_SHIFT) as usize);
         let writers = ram.regions().iter().map(pages).collect();
         let guards: Vec<Arc<Guard>> = (0..vcpus).map(|_| Arc::default()).collect();
         let lists = (0..vcpus).map(|_| Changed::default()).collect();

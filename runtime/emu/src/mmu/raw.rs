@@ -5,9 +5,15 @@
 //! and as ordered as the guest's (invariant 13).
 
 use std::arch::asm;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::int::Int;
+
+/// So many zeros, of memory that is not touched before they are.
+pub fn zeros(count: usize) -> Box<[AtomicU32]> {
+    // SAFETY: four bytes of zero are an `AtomicU32` of zero.
+    unsafe { Box::new_zeroed_slice(count).assume_init() }
+}
 
 /// An address inside the mapping of guest RAM.
 ///

@@ -127,6 +127,39 @@ fn smap_and_smep_keep_the_supervisor_off_user_pages() {
 }
 
 #[test]
+fn a_table_that_has_become_larger() {
+    // SAFETY: the address is looked at, and nothing else.
+    let host = unsafe { HostAddr::new(0x7000_0123) };
+    let rights = Rights { read: true, write: true, exec: false, global: false, shift: 12 };
+    let mut tlb = Tlb::default();
+    tlb.select(Who::User);
+    let far = PAGE + (4096 << 12);
+    for count in 1.. {
+        tlb.insert(PAGE, host, rights);
+        tlb.insert(far, host, rights);
+        assert!(tlb.probe_read(PAGE, 8).is_none() && tlb.probe_write(far, 8).is_some());
+        if tlb.is_tight() {
+            assert!(count > 4096);
+            break;
+        }
+    }
+    let mask = tlb.slot_mask();
+    tlb.grow();
+    assert!(tlb.slot_mask() > mask && !tlb.is_tight() && tlb.selected() == Who::User);
+    assert!(tlb.probe_read(PAGE, 8).is_none() && tlb.probe_read(far, 8).is_none());
+    tlb.insert(PAGE, host, rights);
+    tlb.insert(far, host, rights);
+    assert!(tlb.probe_read(PAGE, 8).is_some() && tlb.probe_write(far, 8).is_some());
+    tlb.select(Who::Supervisor);
+    assert!(tlb.probe_read(PAGE, 8).is_none());
+    tlb.select(Who::User);
+    tlb.flush_page(far);
+    assert!(tlb.probe_read(PAGE, 8).is_some() && tlb.probe_read(far, 8).is_none());
+    (0..20).for_each(|_| tlb.grow());
+    assert_eq!(tlb.slot_mask() >> mask.ilog2(), 15, "there is a bound");
+}
+
+#[test]
 fn a_supervisor_that_may_reach_user_pages_finds_what_others_found() {
     // SAFETY: the address is looked at, and nothing else.
     let host = unsafe { HostAddr::new(0x7000_0123) };

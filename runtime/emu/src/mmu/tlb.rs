@@ -18,8 +18,11 @@ use std::mem::offset_of;
 use super::phys::PageRef;
 use super::raw::HostAddr;
 
-/// Entries of each table.
+/// Entries of each table, at first and at most.
 pub const ENTRIES: usize = 4096;
+const MOST_ENTRIES: usize = 8 * ENTRIES;
+/// So many translations for each entry have taken the place of ones that counted before the tables become larger.
+const LOSSES: usize = 16;
 const PAGE: u64 = !0xfff;
 /// Context numbers fit the low bits of a tag; 0 is never current.
 const CONTEXTS: u64 = 0x1000;
@@ -54,8 +57,6 @@ pub enum Who {
 
 /// Tables: the values of [`Who`].
 const TABLES: usize = 4;
-/// Start of the table of [`Who::UserAligned`].
-const ALIGNED: usize = Who::UserAligned as usize * ENTRIES;
 
 /// Kind of access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,8 +112,11 @@ const SLOW_WRITES: usize = 8;
 #[derive(Debug)]
 pub struct Tlb {
     entries: Box<[Entry]>,
+    /// Entries of each table, less one.
+    mask: usize,
     slow_writes: [Option<SlowWrite>; SLOW_WRITES],
-    /// Start of the current table.
+    /// Whose table is the current one, and where it starts.
+    who: Who,
     active: usize,
     /// Its address, for translated code.
     table: u64,
@@ -136,14 +140,18 @@ pub struct Tlb {
     pub wipes: u64,
     /// Goes up whenever all jumps are to be found anew.
     jump_generation: u64,
+    /// Entries that counted and were lost to others.
+    losses: usize,
 }
 
 impl Default for Tlb {
     fn default() -> Self {
         let mut tlb = Self {
             entries: vec![Entry::default(); TABLES * ENTRIES].into_boxed_slice(),
+            mask: ENTRIES - 1,
             slow_writes: [None; SLOW_WRITES],
-            active: Who::Supervisor as usize * ENTRIES,
+            who: Who::Supervisor,
+            active: 0,
             table: 0,
             jump_tags: [0; 2],
             read: [0; 2],
@@ -157,6 +165,7 @@ impl Default for Tlb {
             huge: 0,
             wipes: 0,
             jump_generation: 0,
+            losses: 0,
         };
         tlb.flush_all();
         tlb.select(Who::Supervisor);
@@ -181,8 +190,6 @@ impl TlbLayout {
     pub const ENTRY_WRITE: i32 = offset_of!(Entry, write) as i32;
     pub const ENTRY_EXEC: i32 = offset_of!(Entry, exec) as i32;
     pub const ENTRY_ADDEND: i32 = offset_of!(Entry, addend) as i32;
-    /// What `linear >> 7` is masked with to get an entry's offset in its table.
-    pub const SLOT_MASK: u32 = ((ENTRIES - 1) * size_of::<Entry>()) as u32;
 }
 
 const _: () = assert!(size_of::<Entry>() == 1 << (12 - 7));
@@ -194,13 +201,39 @@ fn slow_slot(linear: u64) -> usize {
 impl Tlb {
     #[inline(always)]
     fn slot(&self, linear: u64) -> usize {
-        self.active + ((linear >> 12) as usize & (ENTRIES - 1))
+        self.active + self.index(linear)
+    }
+
+    #[inline(always)]
+    fn index(&self, linear: u64) -> usize {
+        (linear >> 12) as usize & self.mask
+    }
+
+    /// What `linear >> 7` is masked with to get an entry's offset in its table. Changes by [`Tlb::grow`] alone.
+    pub fn slot_mask(&self) -> u32 {
+        (self.mask * size_of::<Entry>()) as u32
+    }
+
+    /// Has it lost so many translations for want of room that larger tables are worth it?
+    #[inline(always)]
+    pub fn is_tight(&self) -> bool {
+        self.losses > self.mask * LOSSES
+    }
+
+    /// Takes twice as many entries, up to a bound, all empty. Translated code from before does not know them.
+    pub fn grow(&mut self) {
+        self.losses = 0;
+        if self.mask + 1 < MOST_ENTRIES {
+            self.mask = self.mask * 2 + 1;
+            self.entries = vec![Entry::default(); TABLES * (self.mask + 1)].into_boxed_slice();
+            self.select(self.who);
+        }
     }
 
     #[inline(always)]
     fn entry(&self, linear: u64) -> &Entry {
-        // SAFETY: `active` is one of the table starts (`select` alone sets it), and the rest
-        // is below ENTRIES: the sum is below the box's length.
+        // SAFETY: `active` is one of the table starts (`select` alone sets it, `grow` calls it), and the rest
+        // is not above `mask`: the sum is below the box's length.
         unsafe { self.entries.get_unchecked(self.slot(linear)) }
     }
 
@@ -279,9 +312,9 @@ impl Tlb {
             return None;
         }
         let (page, half) = (linear & PAGE, (linear >> 63) as usize);
-        let index = (linear >> 12) as usize & (ENTRIES - 1);
+        let index = self.index(linear);
         for who in [Who::User, Who::Supervisor] {
-            let mut entry = self.entries[who as usize * ENTRIES + index];
+            let mut entry = self.entries[who as usize * (self.mask + 1) + index];
             let fits = match access {
                 Access::Read => entry.read == page | self.read[half],
                 Access::Write => entry.write == page | self.write[half],
@@ -314,6 +347,11 @@ impl Tlb {
             addend: (host.addr() & PAGE).wrapping_sub(page),
         };
         let slot = self.slot(linear);
+        let lost = self.entries[slot];
+        // What cannot be read is not looked at: it is rare.
+        if lost.read & PAGE != page && lost.read & !PAGE == self.read[(lost.read >> 63) as usize] {
+            self.losses += 1;
+        }
         self.entries[slot] = entry;
         if half == 1 && !rights.global {
             self.upper_private = true;
@@ -328,7 +366,8 @@ impl Tlb {
 
     /// Looks through the eyes of `who` from now on.
     pub fn select(&mut self, who: Who) {
-        self.active = who as usize * ENTRIES;
+        self.who = who;
+        self.active = who as usize * (self.mask + 1);
         self.table = self.entries.as_ptr().wrapping_add(self.active) as u64;
         self.tag_jumps();
     }
@@ -360,18 +399,13 @@ impl Tlb {
 
     /// Who looks.
     pub fn selected(&self) -> Who {
-        match self.active / ENTRIES {
-            0 => Who::User,
-            1 => Who::Supervisor,
-            2 => Who::SupervisorAc,
-            _ => Who::UserAligned,
-        }
+        self.who
     }
 
     /// Whether accesses to data must be aligned.
     #[inline(always)]
     pub fn checks_alignment(&self) -> bool {
-        self.active == ALIGNED
+        self.who == Who::UserAligned
     }
 
     /// Goes to the address space `pcid`.
@@ -428,9 +462,9 @@ impl Tlb {
             self.flush_all();
             return;
         }
-        let index = (linear >> 12) as usize & (ENTRIES - 1);
+        let index = self.index(linear);
         for table in 0..TABLES {
-            self.entries[table * ENTRIES + index] = Entry::default();
+            self.entries[table * (self.mask + 1) + index] = Entry::default();
         }
         self.slow_writes[slow_slot(linear)] = None;
     }
