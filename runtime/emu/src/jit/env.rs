@@ -108,7 +108,7 @@ pub struct JitEnv {
     origins: Box<[Origin]>,
     /// Changes when translated code dies.
     life: u64,
-    /// Entries that counted and were lost to others.
+    /// Entries whose code lives, and that were lost to others.
     losses: usize,
     /// Address of `jumps`.
     pub(super) table: u64,
@@ -196,9 +196,10 @@ impl JitEnv {
         let slot = self.slot(address);
         let before = self.jumps[slot];
         if before.tag != NO_JUMP && (before.address, before.tag) != (address, tag) {
-            if before.tag == tag && self.jumps[slot ^ 1].tag == tag {
-                self.losses += 1;
-            }
+            // Whatever its tag is: it may be found again.
+            let lost =
+                self.jumps[slot ^ 1].tag != NO_JUMP && self.origins[slot ^ 1].life == self.life;
+            self.losses += usize::from(lost);
             self.jumps[slot ^ 1] = before;
             self.origins[slot ^ 1] = self.origins[slot];
         }
@@ -289,7 +290,7 @@ mod tests {
         assert!(rounds > JUMPS && (0..4).filter(|n| env.find(at(*n), 7).is_some()).count() == 2);
         env.grow();
         assert!(!env.is_tight() && (0..4).all(|n| env.find(at(n), 7).is_none()));
-        (0..100_000).for_each(|n| env.insert(at(n % 2), 7, 0, 1));
+        (0..100_000).for_each(|n| env.insert(at(n % 4), 7, 0, 1));
         assert!(!env.is_tight(), "they have got room");
         for _ in 0..10 {
             env.grow();

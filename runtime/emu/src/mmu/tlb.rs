@@ -140,7 +140,7 @@ pub struct Tlb {
     pub wipes: u64,
     /// Goes up whenever all jumps are to be found anew.
     jump_generation: u64,
-    /// Entries that counted and were lost to others.
+    /// Entries that counted, whoever's they were, and were lost to others.
     losses: usize,
 }
 
@@ -348,10 +348,7 @@ impl Tlb {
         };
         let slot = self.slot(linear);
         let lost = self.entries[slot];
-        // What cannot be read is not looked at: it is rare.
-        if lost.read & PAGE != page && lost.read & !PAGE == self.read[(lost.read >> 63) as usize] {
-            self.losses += 1;
-        }
+        self.losses += usize::from(lost.read & PAGE != page && self.counts(lost.read));
         self.entries[slot] = entry;
         if half == 1 && !rights.global {
             self.upper_private = true;
@@ -361,6 +358,15 @@ impl Tlb {
             self.large[region / 64] |= 1 << (region % 64);
         } else if rights.shift == 30 {
             self.huge |= 1 << (linear >> 30 & 63);
+        }
+    }
+
+    /// Does an entry with this tag for reading count, now or once its address space is the current one again?
+    fn counts(&self, read: u64) -> bool {
+        let context = read & !PAGE;
+        match read >> 63 {
+            0 => context != 0 && self.spaces.iter().any(|space| space.read == context),
+            _ => context == self.read[1],
         }
     }
 
