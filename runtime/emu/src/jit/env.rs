@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::spans::SLOTS;
 use crate::block::KeyHasher;
-use crate::mmu::NO_JUMP;
+use crate::mmu::{JumpKey, NO_JUMP};
 use crate::op::Op;
 
 /// Entries of the jump cache, at first: a Linux kernel that does anything at all jumps to some thousands of places. And at most.
@@ -161,9 +161,9 @@ impl JitEnv {
     }
 
     /// The slot of `address`: what [`Translator::jump_slot`](super::translate::Translator::jump_slot) computes.
-    fn slot(&self, address: u64) -> usize {
+    fn slot(&self, address: u64, salt: u32) -> usize {
         let low = address as u32;
-        (low ^ low >> self.slot_bits()) as usize & (self.jumps.len() - 1)
+        (low ^ low >> self.slot_bits() ^ salt) as usize & (self.jumps.len() - 1)
     }
 
     /// Has it lost so many places for want of room that a larger one is worth it?
@@ -186,16 +186,16 @@ impl JitEnv {
     }
 
     /// Enters a place, whose code is at `host`. What had its slot may still be found by [`JitEnv::find`].
-    pub(super) fn insert(&mut self, address: u64, tag: u32, host: u64, code: u32) {
+    pub(super) fn insert(&mut self, address: u64, key: JumpKey, host: u64, code: u32) {
         if self.pages.len() < MOST_PAGES {
             self.pages.insert(address >> 12);
         }
         if self.jumps.is_empty() {
             return;
         }
-        let slot = self.slot(address);
+        let slot = self.slot(address, key.salt);
         let before = self.jumps[slot];
-        if before.tag != NO_JUMP && (before.address, before.tag) != (address, tag) {
+        if before.tag != NO_JUMP && (before.address, before.tag) != (address, key.tag) {
             // Whatever its tag is: it may be found again.
             let lost =
                 self.jumps[slot ^ 1].tag != NO_JUMP && self.origins[slot ^ 1].life == self.life;
@@ -203,17 +203,17 @@ impl JitEnv {
             self.jumps[slot ^ 1] = before;
             self.origins[slot ^ 1] = self.origins[slot];
         }
-        self.jumps[slot] = Jump { address, tag, code };
+        self.jumps[slot] = Jump { address, tag: key.tag, code };
         self.origins[slot] = Origin { host, life: self.life };
     }
 
-    /// The address of the code for `address` if it is there with `tag`; translated code finds it then, too.
-    pub(super) fn find(&mut self, address: u64, tag: u32) -> Option<u64> {
+    /// The address of the code for `address` if it is there with that tag; translated code finds it then, too.
+    pub(super) fn find(&mut self, address: u64, key: JumpKey) -> Option<u64> {
         if self.jumps.is_empty() {
             return None;
         }
-        let slot = self.slot(address);
-        let fits = |jump: &Jump| jump.address == address && jump.tag == tag;
+        let slot = self.slot(address, key.salt);
+        let fits = |jump: &Jump| jump.address == address && jump.tag == key.tag;
         if !fits(&self.jumps[slot]) {
             if !fits(&self.jumps[slot ^ 1]) {
                 return None;
@@ -226,9 +226,9 @@ impl JitEnv {
     }
 
     /// The same for an entry that has another tag, or had one before a flush, if its code is what is at `host`, where
-    /// `address` is mapped to now. It has `tag` then.
-    pub(super) fn find_again(&mut self, address: u64, tag: u32, host: u64) -> Option<u64> {
-        let slot = self.slot(address);
+    /// `address` is mapped to now. It has that tag then.
+    pub(super) fn find_again(&mut self, address: u64, key: JumpKey, host: u64) -> Option<u64> {
+        let slot = self.slot(address, key.salt);
         let origin = Origin { host, life: self.life };
         let fits = |slot: &usize| {
             self.jumps.get(*slot).is_some_and(|jump| jump.address == address)
@@ -236,7 +236,7 @@ impl JitEnv {
         };
         let found = [slot, slot ^ 1].into_iter().find(fits)?;
         let code = self.jumps[found].code;
-        self.insert(address, tag, host, code);
+        self.insert(address, key, host, code);
         Some(self.code + u64::from(code))
     }
 
@@ -267,10 +267,14 @@ impl JitEnv {
 mod tests {
     use super::*;
 
+    const fn key(tag: u32) -> JumpKey {
+        JumpKey { tag, salt: 77 }
+    }
+
     #[test]
     fn there_is_no_end_of_pages_but_of_what_is_kept_of_them() {
         let mut env = JitEnv::with_jumps(0x1000);
-        (0..2 * MOST_PAGES as u64).for_each(|page| env.insert(page << 12, 5, 0, 0));
+        (0..2 * MOST_PAGES as u64).for_each(|page| env.insert(page << 12, key(5), 0, 0));
         assert_eq!(env.pages.len(), MOST_PAGES);
         assert!(env.jumps_to_page((MOST_PAGES as u64 + 1) << 12), "it is not known any more");
         env.forget_pages();
@@ -284,13 +288,15 @@ mod tests {
         let at = |n: u64| 0x7000_0000 + (n << (2 * JUMPS.ilog2())) + 2 * JUMPS as u64;
         let mut rounds = 0;
         while !env.is_tight() {
-            (0..4).for_each(|n| env.insert(at(n), 7, 0, n as u32));
+            (0..4).for_each(|n| env.insert(at(n), key(7), 0, n as u32));
             rounds += 1;
         }
-        assert!(rounds > JUMPS && (0..4).filter(|n| env.find(at(*n), 7).is_some()).count() == 2);
+        assert!(
+            rounds > JUMPS && (0..4).filter(|n| env.find(at(*n), key(7)).is_some()).count() == 2
+        );
         env.grow();
-        assert!(!env.is_tight() && (0..4).all(|n| env.find(at(n), 7).is_none()));
-        (0..100_000).for_each(|n| env.insert(at(n % 4), 7, 0, 1));
+        assert!(!env.is_tight() && (0..4).all(|n| env.find(at(n), key(7)).is_none()));
+        (0..100_000).for_each(|n| env.insert(at(n % 4), key(7), 0, 1));
         assert!(!env.is_tight(), "they have got room");
         for _ in 0..10 {
             env.grow();
@@ -303,25 +309,27 @@ mod tests {
         let mut env = JitEnv::with_jumps(0x1000);
         let at = |n: u64| 0x7000_0000 + (n % 3) * 0x100_1000 + n * 5;
         for n in 0..500 {
-            env.insert(at(n), 7, 0x5000 + n, n as u32 + 1);
-            assert_eq!(env.find(at(n), 7), Some(0x1000 + n + 1));
-            assert_eq!(env.find(at(n), 8), None);
+            env.insert(at(n), key(7), 0x5000 + n, n as u32 + 1);
+            assert_eq!(env.find(at(n), key(7)), Some(0x1000 + n + 1));
+            assert_eq!(env.find(at(n), key(8)), None);
         }
         assert!((0..500).all(|n| env.jumps_to_page(at(n))));
         assert!(!env.jumps_to_page(0x7001_0000));
         env.forget_pages();
         assert!(!env.jumps_to_page(at(1)));
-        env.insert(at(1), 8, 0x5001, 9);
-        assert!(env.jumps_to_page(at(1)) && env.find(at(1), 8) == Some(0x1009));
+        env.insert(at(1), key(8), 0x5001, 9);
+        assert!(env.jumps_to_page(at(1)) && env.find(at(1), key(8)) == Some(0x1009));
         // In another address space, where it is mapped to the same place, or is not, or after the code has died.
-        assert!(env.find(at(1), 9).is_none() && env.find_again(at(1), 9, 0x5002).is_none());
-        assert_eq!(env.find_again(at(1), 9, 0x5001), Some(0x1009));
-        assert_eq!(env.find(at(1), 9), Some(0x1009));
+        assert!(
+            env.find(at(1), key(9)).is_none() && env.find_again(at(1), key(9), 0x5002).is_none()
+        );
+        assert_eq!(env.find_again(at(1), key(9), 0x5001), Some(0x1009));
+        assert_eq!(env.find(at(1), key(9)), Some(0x1009));
         env.forget_code();
-        assert!(env.find_again(at(1), 8, 0x5001).is_none());
-        env.insert(at(1), 8, 0x5001, 9);
+        assert!(env.find_again(at(1), key(8), 0x5001).is_none());
+        env.insert(at(1), key(8), 0x5001, 9);
         env.clear();
-        assert!(env.find(at(1), 8).is_none() && !env.jumps_to_page(at(1)));
-        assert!(env.find_again(at(1), 8, 0x5001).is_none());
+        assert!(env.find(at(1), key(8)).is_none() && !env.jumps_to_page(at(1)));
+        assert!(env.find_again(at(1), key(8), 0x5001).is_none());
     }
 }

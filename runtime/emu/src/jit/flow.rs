@@ -86,6 +86,9 @@ impl Translator {
         self.asm.mov32(RAX, RCX);
         self.asm.bytes(&[0xc1, 0xe8, self.tables.jump_bits as u8]); // shr eax, bits of a number
         self.asm.op(Code::one(0x31), RCX, Rm::Reg(RAX)); // xor eax, ecx
+        if !self.upper {
+            self.asm.op(Code::one(0x33), RAX, Rm::Mem(Ea::cpu(layout::JUMP_SALT)));
+        }
         self.asm.code.push(0x25); // and eax, mask
         self.asm.imm32((1 << self.tables.jump_bits) - 1);
         const { assert!(size_of::<Jump>() == 1 << 4) };

@@ -71,6 +71,9 @@ pub const fn jump_tag(half: usize) -> i32 {
     (TLB + TlbLayout::JUMP_TAGS + half * 4) as i32
 }
 
+/// What moves addresses of the lower half in the jump cache.
+pub const JUMP_SALT: i32 = (TLB + TlbLayout::JUMP_SALT) as i32;
+
 const VEC: usize = offset_of!(Cpu, vec);
 /// The bits that keep vector instructions from simply running.
 pub const GUARD: i32 = (VEC + offset_of!(VectorState, guard)) as i32;

@@ -161,15 +161,15 @@ impl Jit {
         };
         let (pending, far) = (self.pending.take(), self.pending_far.take());
         let look = std::mem::take(&mut self.at_bridge) || pending.is_some();
-        let tag = cpu.mmu.tlb.jump_tag(cpu.rip);
+        let key = cpu.mmu.tlb.jump_key(cpu.rip);
         let known = if look {
             None
         } else {
             let jumps = &mut cpu.jit;
-            jumps.find(cpu.rip, tag).or_else(|| jumps.find_again(cpu.rip, tag, host.addr()))
+            jumps.find(cpu.rip, key).or_else(|| jumps.find_again(cpu.rip, key, host.addr()))
         };
         if let (Some(code), Some(link)) = (known, far) {
-            self.link_far(link, cpu.rip, tag, (code - self.arena.entry(0)) as u32);
+            self.link_far(link, cpu.rip, key.tag, (code - self.arena.entry(0)) as u32);
         }
         let Some(code) = known.or_else(|| self.look_up(cpu, decoder, host, pending, far)) else {
             self.counters.interpreted_blocks += 1;
@@ -210,10 +210,10 @@ impl Jit {
             self.link(link, cpu.rip, &block);
         }
         if !plain {
-            let tag = cpu.mmu.tlb.jump_tag(cpu.rip);
-            cpu.jit.insert(cpu.rip, tag, host.addr(), block.memory);
+            let key = cpu.mmu.tlb.jump_key(cpu.rip);
+            cpu.jit.insert(cpu.rip, key, host.addr(), block.memory);
             if let Some(link) = far {
-                self.link_far(link, cpu.rip, tag, block.memory);
+                self.link_far(link, cpu.rip, key.tag, block.memory);
             }
         }
         Some(self.arena.entry(entry))

@@ -86,7 +86,7 @@ unsafe extern "sysv64" fn call_handler(
         && cpu.mode == Mode::Code64
         && !cpu.shadow
         && !cpu.stepping()
-        && let Some(code) = cpu.jit.find(cpu.rip, cpu.mmu.tlb.jump_tag(cpu.rip))
+        && let Some(code) = cpu.jit.find(cpu.rip, cpu.mmu.tlb.jump_key(cpu.rip))
     {
         cpu.gpr[usize::from(reg::BLOCK)] = cpu.rip & !0xfff;
         return code;

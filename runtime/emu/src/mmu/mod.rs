@@ -23,7 +23,7 @@ pub(crate) use access::segment_holds;
 pub use phys::{Guard, PageRef, PhysMemory};
 pub use raw::HostAddr;
 pub use span::Span;
-pub use tlb::{Access, NO_JUMP, TlbLayout, Who};
+pub use tlb::{Access, JumpKey, NO_JUMP, TlbLayout, Who};
 pub use walk::{PHYSICAL_BITS, Paging, code};
 
 use tlb::Tlb;

@@ -9,9 +9,17 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::int::Int;
 
+/// What bytes of zero are a value of.
+///
+/// # Safety
+/// They are.
+pub unsafe trait Zero {}
+// SAFETY: an integer.
+unsafe impl Zero for AtomicU32 {}
+
 /// So many zeros, of memory that is not touched before they are.
-pub fn zeros(count: usize) -> Box<[AtomicU32]> {
-    // SAFETY: four bytes of zero are an `AtomicU32` of zero.
+pub fn zeros<T: Zero>(count: usize) -> Box<[T]> {
+    // SAFETY: as the trait promises.
     unsafe { Box::new_zeroed_slice(count).assume_init() }
 }
 

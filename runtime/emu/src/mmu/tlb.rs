@@ -1,4 +1,5 @@
-//! The software TLB: direct-mapped tables, one per way to look at memory.
+//! The software TLB: direct-mapped tables, one per way to look at memory, and some for users, one for each of several address
+//! spaces.
 //!
 //! An entry's tag is the linear page address with a *context* number in its low bits. One compare of
 //! `page of the access's last byte + context` covers a miss, a missing right, a page crossing and a stale entry at
@@ -16,7 +17,7 @@
 use std::mem::offset_of;
 
 use super::phys::PageRef;
-use super::raw::HostAddr;
+use super::raw::{HostAddr, Zero, zeros};
 
 /// Entries of each table, at first and at most.
 pub const ENTRIES: usize = 4096;
@@ -30,6 +31,10 @@ const CONTEXTS: u64 = 0x1000;
 pub const NO_JUMP: u32 = 0;
 /// PCIDs remembered at a time (Linux uses seven).
 const SPACES: usize = 12;
+/// Tables for users, by number of the address space: programs are often at the same addresses.
+const USER_TABLES: usize = 4;
+/// All tables.
+const TABLES: usize = USER_TABLES + 3;
 
 /// A translation: tags per kind of access, and what turns the linear into the host address.
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,9 +46,11 @@ pub struct Entry {
     addend: u64,
 }
 
+// SAFETY: integers.
+unsafe impl Zero for Entry {}
+
 /// Who accesses: selects the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
 pub enum Who {
     /// CPL 3.
     User,
@@ -54,9 +61,6 @@ pub enum Who {
     /// CPL 3 with alignment checks on (CR0.AM, EFLAGS.AC).
     UserAligned,
 }
-
-/// Tables: the values of [`Who`].
-const TABLES: usize = 4;
 
 /// Kind of access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +80,15 @@ struct Space {
     /// 0: none yet.
     read: u64,
     write: u64,
+}
+
+/// How an entry of the jump cache is found, and whether it counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JumpKey {
+    /// Changes with whatever makes jumps wrong.
+    pub tag: u32,
+    /// Of the address space: keeps those of several programs at the same addresses apart.
+    pub salt: u32,
 }
 
 /// What a page walk found, for [`Tlb::insert`].
@@ -122,6 +135,8 @@ pub struct Tlb {
     table: u64,
     /// What entries of the jump cache must be tagged with to count, lower and upper half: context and privilege.
     jump_tags: [u32; 2],
+    /// [`JumpKey::salt`] of the lower half. The upper one has none.
+    jump_salt: u32,
     /// Current contexts for reading and fetching: lower half, upper half.
     read: [u64; 2],
     /// Current contexts for writing.
@@ -147,13 +162,14 @@ pub struct Tlb {
 impl Default for Tlb {
     fn default() -> Self {
         let mut tlb = Self {
-            entries: vec![Entry::default(); TABLES * ENTRIES].into_boxed_slice(),
+            entries: zeros(TABLES * ENTRIES),
             mask: ENTRIES - 1,
             slow_writes: [None; SLOW_WRITES],
             who: Who::Supervisor,
             active: 0,
             table: 0,
             jump_tags: [0; 2],
+            jump_salt: 0,
             read: [0; 2],
             write: [0; 2],
             next_context: 1,
@@ -185,6 +201,7 @@ impl TlbLayout {
     pub const READ: usize = offset_of!(Tlb, read);
     pub const WRITE: usize = offset_of!(Tlb, write);
     pub const JUMP_TAGS: usize = offset_of!(Tlb, jump_tags);
+    pub const JUMP_SALT: usize = offset_of!(Tlb, jump_salt);
     /// Fields of an entry.
     pub const ENTRY_READ: i32 = offset_of!(Entry, read) as i32;
     pub const ENTRY_WRITE: i32 = offset_of!(Entry, write) as i32;
@@ -225,9 +242,20 @@ impl Tlb {
         self.losses = 0;
         if self.mask + 1 < MOST_ENTRIES {
             self.mask = self.mask * 2 + 1;
-            self.entries = vec![Entry::default(); TABLES * (self.mask + 1)].into_boxed_slice();
+            self.entries = zeros(TABLES * (self.mask + 1));
             self.select(self.who);
         }
+    }
+
+    /// Where the table of `who` starts.
+    fn start(&self, who: Who) -> usize {
+        let table = match who {
+            Who::User => self.current % USER_TABLES,
+            Who::Supervisor => USER_TABLES,
+            Who::SupervisorAc => USER_TABLES + 1,
+            Who::UserAligned => USER_TABLES + 2,
+        };
+        table * (self.mask + 1)
     }
 
     #[inline(always)]
@@ -314,7 +342,7 @@ impl Tlb {
         let (page, half) = (linear & PAGE, (linear >> 63) as usize);
         let index = self.index(linear);
         for who in [Who::User, Who::Supervisor] {
-            let mut entry = self.entries[who as usize * (self.mask + 1) + index];
+            let mut entry = self.entries[self.start(who) + index];
             let fits = match access {
                 Access::Read => entry.read == page | self.read[half],
                 Access::Write => entry.write == page | self.write[half],
@@ -373,7 +401,7 @@ impl Tlb {
     /// Looks through the eyes of `who` from now on.
     pub fn select(&mut self, who: Who) {
         self.who = who;
-        self.active = who as usize * (self.mask + 1);
+        self.active = self.start(who);
         self.table = self.entries.as_ptr().wrapping_add(self.active) as u64;
         self.tag_jumps();
     }
@@ -387,9 +415,10 @@ impl Tlb {
         self.jump_tags = self.read.map(tag);
     }
 
-    /// The tag that a jump to `linear` must have to count now.
-    pub fn jump_tag(&self, linear: u64) -> u32 {
-        self.jump_tags[(linear >> 63) as usize]
+    /// How a jump to `linear` is found now.
+    pub fn jump_key(&self, linear: u64) -> JumpKey {
+        let half = (linear >> 63) as usize;
+        JumpKey { tag: self.jump_tags[half], salt: [self.jump_salt, 0][half] }
     }
 
     /// Changes whenever tags for jumps may be used again.
@@ -427,6 +456,8 @@ impl Tlb {
             self.current = self.victim;
             self.spaces[self.current] = Space { pcid, read: 0, write: 0 };
         }
+        self.jump_salt = (self.current as u32).wrapping_mul(0x9e37_79b9) >> 8;
+        self.select(self.who);
         self.load_space();
     }
 
@@ -518,7 +549,9 @@ impl Tlb {
     /// A number that no entry carries.
     fn new_context(&mut self) -> u64 {
         if self.next_context == CONTEXTS {
-            self.entries.fill(Entry::default());
+            // Of new memory, lest tables that nobody uses take some.
+            self.entries = zeros(self.entries.len());
+            self.select(self.who);
             self.slow_writes = [None; SLOW_WRITES];
             self.wipes += 1;
             self.jump_generation += 1;
