@@ -20,6 +20,8 @@ pub enum Shown {
     Always,
     /// If the host has it: its instructions run on the host, or hardware virtualization needs it.
     WithHost,
+    /// If the engine has it, which the emulation engine does by itself. It is worth that two engines do not show the same.
+    WithEngine,
     /// If the host has it and its kernel saves AVX state.
     WithHostAvx,
     /// On AMD only.
@@ -83,7 +85,7 @@ const fn v3(
 }
 
 use Reg::{Eax, Ebx, Ecx, Edx};
-use Shown::{Always, OnAmd, WithHost, WithHostAvx, WithSmp};
+use Shown::{Always, OnAmd, WithEngine, WithHost, WithHostAvx, WithSmp};
 
 const EXT: u32 = 0x8000_0001;
 
@@ -112,7 +114,7 @@ pub const FEATURES: &[Feature] = &[
     feature("ssse3", 1, Ecx, 9, WithHost, "feature_ssse3"),
     v3("fma", (1, 0), Ecx, 12, WithHostAvx, "feature_fma"),
     feature("cx16", 1, Ecx, 13, WithHost, "feature_cx16"),
-    feature("pcid", 1, Ecx, 17, WithHost, "pcid_and_invpcid"),
+    feature("pcid", 1, Ecx, 17, WithEngine, "pcid_and_invpcid"),
     feature("sse4_1", 1, Ecx, 19, WithHost, "feature_sse4_1"),
     feature("sse4_2", 1, Ecx, 20, WithHost, "feature_sse4_2"),
     feature("x2apic", 1, Ecx, 21, Always, "x2apic_self_ipi_interrupts"),
@@ -133,7 +135,7 @@ pub const FEATURES: &[Feature] = &[
     feature("smep", 7, Ebx, 7, WithHost, "feature_smep"),
     v3("bmi2", (7, 0), Ebx, 8, WithHost, "feature_bmi2"),
     feature("erms", 7, Ebx, 9, WithHost, "feature_erms"),
-    feature("invpcid", 7, Ebx, 10, WithHost, "pcid_and_invpcid"),
+    feature("invpcid", 7, Ebx, 10, WithEngine, "pcid_and_invpcid"),
     feature("rdseed", 7, Ebx, 18, Always, "feature_rdseed"),
     feature("smap", 7, Ebx, 20, WithHost, "feature_smap"),
     v3("adx", (7, 0), Ebx, 19, WithHost, "feature_adx"),

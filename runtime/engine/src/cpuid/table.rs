@@ -294,7 +294,7 @@ impl Builder<'_> {
 
     fn shows(&self, feature: &Feature) -> bool {
         let by_table = match feature.shown {
-            Shown::Always => true,
+            Shown::Always | Shown::WithEngine => true,
             Shown::WithHost => host_has(feature),
             Shown::WithHostAvx => host_has(feature) && host::avx_usable(),
             Shown::OnAmd => self.vendor == Vendor::Amd,
