@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
+use super::translate::FarLink;
 use crate::block::{CodeStamp, KeyHasher};
 
 type Map<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
@@ -43,16 +44,6 @@ pub struct Link {
     pub ahead: bool,
     /// Which life of the page it belongs to.
     pub life: u32,
-}
-
-/// A direct jump to another page (J18).
-#[derive(Debug, Clone, Copy)]
-pub struct FarLink {
-    /// Positions of its distance and of the tag that it compares.
-    pub site: u32,
-    pub tag: u32,
-    /// Virtual address.
-    pub target: u64,
 }
 
 /// Added to the addresses of blocks without spans (J14), which host addresses of user space leave free.

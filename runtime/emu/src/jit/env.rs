@@ -135,6 +135,8 @@ pub struct JitEnv {
     /// How many jumps between pages that are linked to another place may still go by the jump cache before
     /// one of them is linked anew.
     pub(super) patience: i32,
+    /// The far link that is to go where the handler being called goes, plus 1.
+    pub(super) linking: u32,
 }
 
 impl JitEnv {

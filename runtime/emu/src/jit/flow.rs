@@ -5,10 +5,11 @@ use std::mem::offset_of;
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Code, Ea, Rm};
 use super::env::Jump;
+use super::far::JUMP;
 use super::layout::{self, JUMPS, PAGE, RIP};
 use super::plan::{ALL, Kind, Plan};
 use super::translate::Translator;
-use crate::op::Op;
+use crate::op::{Op, reg};
 
 const PAGE_SIZE: i64 = 4096;
 /// Fields of an entry of the jump cache.
@@ -39,6 +40,12 @@ impl Translator {
             Kind::JumpIndirect { register } => {
                 self.keep_flags(ALL);
                 self.load_target(op, plan, register);
+                // A pointer at a fixed place is seldom changed: that is how functions of libraries are called.
+                if register.is_none() && op.base == reg::BLOCK && op.index == reg::ZERO {
+                    let before = self.goes_as_before();
+                    self.enter_page();
+                    return self.go_as_before(before, JUMP);
+                }
                 self.look_up();
                 self.enter_page();
                 self.jump_rax();

@@ -103,6 +103,8 @@ pub const TARGET: i32 = (ENV + offset_of!(JitEnv, target)) as i32;
 pub const PUSHED: i32 = (ENV + offset_of!(JitEnv, pushed)) as i32;
 /// How often jumps between pages may still be slow.
 pub const PATIENCE: i32 = (ENV + offset_of!(JitEnv, patience)) as i32;
+/// Which far link is to be linked to where a handler goes, plus 1.
+pub const LINKING: i32 = (ENV + offset_of!(JitEnv, linking)) as i32;
 pub const STACK: i32 = (ENV + offset_of!(JitEnv, stack)) as i32;
 pub const STACK_FLOOR: i32 = (ENV + offset_of!(JitEnv, stack_floor)) as i32;
 /// What the span in `slot` adds to addresses of the guest.

@@ -6,6 +6,7 @@
 
 use super::asm::host::{RAX, RCX, RDX, RSP};
 use super::asm::{Asm, Code, Ea, Rm};
+use super::far::CALL;
 use super::flow::in_page;
 use super::layout::{self, GUEST_SP, PAGE, PUSHED, STACK, STACK_FLOOR, TARGET};
 use super::plan::{ALL, Mem, Plan};
@@ -33,7 +34,7 @@ pub fn make_bottom(asm: &mut Asm) -> usize {
 }
 
 /// The jump to be taken if there is no room for a pair, and where to go on when there is.
-struct Room {
+pub(super) struct Room {
     full: usize,
     resume: usize,
 }
@@ -49,7 +50,10 @@ impl Translator {
             // Whoever wants to know where it is. It will not return.
             return self.go_to(target);
         }
-        let Some(room) = self.note_return(op, RAX) else { return self.go_to(target) };
+        if in_page(op.end.into()).is_none() {
+            return self.go_to(target);
+        }
+        let room = self.note_return(RAX);
         match in_page(target) {
             Some(target) => {
                 let call = self.asm.call();
@@ -81,17 +85,32 @@ impl Translator {
                 self.asm.load(RCX, Ea::cpu(TARGET));
             }
         }
-        self.look_up();
+        if in_page(op.end.into()).is_none() {
+            self.look_up();
+            self.push(op);
+            return self.jump_rax();
+        }
+        let before = self.goes_as_before();
+        let room = self.push_return(op);
+        self.go_as_before(before, CALL);
+        self.return_here(op);
+        self.make_room(room);
+    }
+
+    /// Pushes the return address of `op`, which goes to the address in rcx; it is in rdx then. Keeps rax.
+    fn push(&mut self, op: &Op) {
         self.asm.load(RDX, Ea::cpu(PAGE));
         self.asm.lea(RDX, Ea::at(RDX, op.end.into()));
         self.enter_page();
         self.asm.load(RCX, Ea::cpu(PUSHED));
         self.asm.store(Ea::at(RCX, 0), RDX);
         self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
-        let Some(room) = self.note_return(op, RDX) else { return self.jump_rax() };
-        self.call_rax();
-        self.return_here(op);
-        self.make_room(room);
+    }
+
+    /// The same, for a call that leaves a pair.
+    pub(super) fn push_return(&mut self, op: &Op) -> Room {
+        self.push(op);
+        self.note_return(RDX)
     }
 
     /// Returns to the address at `place`. Flags are in memory.
@@ -112,18 +131,17 @@ impl Translator {
         self.jump_rax();
     }
 
-    /// Half of the pair: the guest's return address, in `address`. None: it is in another page, and there is no pair.
-    fn note_return(&mut self, op: &Op, address: u8) -> Option<Room> {
-        in_page(op.end.into())?;
+    /// Half of the pair: the guest's return address, in `address`. If that is in another page there is to be no pair.
+    fn note_return(&mut self, address: u8) -> Room {
         self.asm.op(Code::wide(0x3b), RSP, Rm::Mem(Ea::cpu(STACK_FLOOR)));
         let full = self.asm.jcc(6);
         let resume = self.asm.here();
         self.asm.bytes(&[0x50 | address]);
-        Some(Room { full, resume })
+        Room { full, resume }
     }
 
     /// Drops all pairs, out of the way, if there is no room for one more.
-    fn make_room(&mut self, room: Room) {
+    pub(super) fn make_room(&mut self, room: Room) {
         self.asm.land(room.full);
         self.asm.load(RSP, Ea::cpu(STACK));
         self.asm.jmp_to(room.resume);

@@ -8,11 +8,11 @@ use mvm_memory::PageTracker;
 
 use super::arena::Arena;
 use super::asm::Asm;
-use super::cache::{Block, Cache, FarLink, Found, Link, PLAIN};
+use super::cache::{Block, Cache, Found, Link, PLAIN};
 use super::counters::Counters;
 use super::env::{CalledOp, JitEnv};
 use super::stubs::{Enter, Exit, Stubs, exit};
-use super::translate::{Input, LOOK, MAX_BLOCK, Tables, Translator};
+use super::translate::{Goes, Input, LOOK, MAX_BLOCK, Tables, Translator};
 use crate::apic::NEVER;
 use crate::block::{BlockDecoder, Stop};
 use crate::cpu::Cpu;
@@ -221,6 +221,7 @@ impl Jit {
 
     fn left(&mut self, cpu: &mut Cpu, exit: Exit) -> Option<Stop> {
         let page = cpu.gpr[BLOCK];
+        let linking = std::mem::take(&mut cpu.jit.linking);
         match exit.kind {
             exit::LINK => {
                 self.counters.left_unlinked += 1;
@@ -262,6 +263,7 @@ impl Jit {
                     *count += 1;
                 }
                 if flow == Flow::Jump as u8 {
+                    self.pending_far = linking.checked_sub(1);
                     None
                 } else if flow == Flow::Break as u8 {
                     cpu.rip = page.wrapping_add(end);
@@ -367,11 +369,7 @@ impl Jit {
             ahead: l.ahead,
             life,
         }));
-        self.cache.far_links.extend(self.translator.far_links.iter().map(|l| FarLink {
-            site: l.site,
-            tag: l.tag,
-            target: l.target,
-        }));
+        self.cache.far_links.extend(&self.translator.far_links);
         let c = &mut self.counters;
         c.blocks += 1;
         c.instructions += run.ops.len() as u64;
@@ -422,12 +420,14 @@ impl Jit {
         self.counters.links += 1;
     }
 
-    /// Makes link `number` to another page go to `code`, which is that for `rip`, as long as `tag` counts.
+    /// Makes far link `number` go to `code`, which is that for `rip`, as long as `tag` counts.
     fn link_far(&mut self, number: u32, rip: u64, tag: u32, code: u32) {
         let Some(link) = self.cache.far_links.get(number as usize) else { return };
-        // It is elsewhere than when it was made, or what came in between has taken us elsewhere.
-        if link.target != rip {
-            return;
+        match link.goes {
+            // It is elsewhere than when it was made, or what came in between has taken us elsewhere.
+            Goes::To(target) if target != rip => return,
+            Goes::To(_) => {}
+            Goes::Anywhere { address } => self.arena.write(address as usize, &rip.to_le_bytes()),
         }
         let distance = i64::from(code) - (i64::from(link.site) + 4);
         self.arena.write(link.site as usize, &(distance as i32).to_le_bytes());

@@ -89,6 +89,7 @@ unsafe extern "sysv64" fn call_handler(
         && let Some(code) = cpu.jit.find(cpu.rip, cpu.mmu.tlb.jump_key(cpu.rip))
     {
         cpu.gpr[usize::from(reg::BLOCK)] = cpu.rip & !0xfff;
+        cpu.jit.linking = 0;
         return code;
     }
     flow as u64

@@ -3,7 +3,7 @@
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Asm, Code, Copies, Ea, Rm};
 use super::env::CalledOp;
-use super::far::Unlinked;
+use super::far::{Elsewhere, Unlinked};
 use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_CX, GUEST_DX, GUEST_SP, host_of};
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Operand, Plan};
 use super::spans::{Address, SLOTS, Spans};
@@ -35,14 +35,22 @@ pub struct LinkSite {
     pub ahead: bool,
 }
 
-/// A direct jump to another page (J18).
+/// A jump that is linked to what is at an address, as long as a tag counts (J18, J20).
 #[derive(Debug, Clone, Copy)]
-pub struct FarSite {
+pub struct FarLink {
     /// Positions of the distance and of the tag to patch, from the start of the arena.
     pub site: u32,
     pub tag: u32,
-    /// Virtual address of the target, if the block is where it was when it was made.
-    pub target: u64,
+    pub goes: Goes,
+}
+
+/// Where such a jump goes.
+#[derive(Debug, Clone, Copy)]
+pub enum Goes {
+    /// To this virtual address in another page, if the block is where it was when it was made.
+    To(u64),
+    /// Wherever it will: the address that it is linked for is patched here as well.
+    Anywhere { address: u32 },
 }
 
 /// A jump out of the way of an op.
@@ -88,6 +96,8 @@ pub(super) enum Cold {
     },
     /// A jump to another page that is not linked, or to a place that is not what it was.
     Unlinked(Unlinked),
+    /// An indirect one that goes elsewhere than it did.
+    Elsewhere(Elsewhere),
     /// To the dispatcher: the bridge at `start` goes to another page than the one that follows. Flags are in memory.
     Bridge {
         jump: usize,
@@ -158,7 +168,7 @@ pub struct Translator {
     first_far_link: u32,
     /// Links of the block.
     pub links: Vec<LinkSite>,
-    pub far_links: Vec<FarSite>,
+    pub far_links: Vec<FarLink>,
     plans: Vec<Plan>,
     after: Vec<Flags>,
     pub(super) cold: Vec<Cold>,
@@ -768,11 +778,11 @@ impl Translator {
         self.cold.push(Cold::Far { jump, target, save: self.at() == At::Native });
     }
 
-    /// A direct jump to another page, at `target` relative to this one, whose distance and tag are at `site` and `tag`.
-    pub(super) fn add_far_link(&mut self, site: usize, tag: usize, target: i64) -> u32 {
+    /// A jump whose distance and tag are at `site` and `tag`. Returns its number.
+    pub(super) fn add_far_link(&mut self, site: usize, tag: usize, goes: Goes) -> u32 {
         let number = self.first_far_link + self.far_links.len() as u32;
         let [site, tag] = [site, tag].map(|position| self.asm.place(position) as u32);
-        self.far_links.push(FarSite { site, tag, target: self.page.wrapping_add(target as u64) });
+        self.far_links.push(FarLink { site, tag, goes });
         number
     }
 
@@ -860,6 +870,10 @@ impl Translator {
                 self.asm.far(0xe9, self.stubs.exit_bridge);
             }
             Cold::Unlinked(unlinked) => self.unlinked(unlinked),
+            Cold::Elsewhere(elsewhere) => {
+                let op = &input.ops[elsewhere.op];
+                self.elsewhere(elsewhere, op);
+            }
         }
     }
 
