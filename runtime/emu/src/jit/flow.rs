@@ -40,8 +40,7 @@ impl Translator {
             Kind::JumpIndirect { register } => {
                 self.keep_flags(ALL);
                 self.load_target(op, plan, register);
-                // A pointer at a fixed place is seldom changed: that is how functions of libraries are called.
-                if register.is_none() && op.base == reg::BLOCK && op.index == reg::ZERO {
+                if at_fixed_place(op, register) {
                     let before = self.goes_as_before();
                     self.enter_page();
                     return self.go_as_before(before, JUMP);
@@ -180,6 +179,12 @@ impl Translator {
             }
         }
     }
+}
+
+/// Does the op go where a pointer at a fixed place points to? Such are seldom changed: that is how functions of libraries are
+/// called.
+pub(super) fn at_fixed_place(op: &Op, register: Option<u8>) -> bool {
+    register.is_none() && op.base == reg::BLOCK && op.index == reg::ZERO
 }
 
 /// The offset in the page, if `target` lies in it.

@@ -7,7 +7,7 @@
 use super::asm::host::{RAX, RCX, RDX, RSP};
 use super::asm::{Asm, Code, Ea, Rm};
 use super::far::CALL;
-use super::flow::in_page;
+use super::flow::{at_fixed_place, in_page};
 use super::layout::{self, GUEST_SP, PAGE, PUSHED, STACK, STACK_FLOOR, TARGET};
 use super::plan::{ALL, Mem, Plan};
 use super::spans::Address;
@@ -89,6 +89,13 @@ impl Translator {
             self.look_up();
             self.push(op);
             return self.jump_rax();
+        }
+        if !at_fixed_place(op, register) {
+            self.look_up();
+            let room = self.push_return(op);
+            self.call_rax();
+            self.return_here(op);
+            return self.make_room(room);
         }
         let before = self.goes_as_before();
         let room = self.push_return(op);

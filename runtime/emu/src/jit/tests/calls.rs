@@ -76,10 +76,10 @@ fn indirect_calls_off_the_stack_pointer_and_through_memory() {
 
 #[test]
 fn indirect_calls_and_jumps_that_go_elsewhere_now_and_then() {
-    // By a register, by memory, and by a function that jumps through a pointer at a fixed place, which all change.
+    // By a register, by memory, through a pointer at a fixed place, and by a function that jumps through it, which all change.
     let code = asm!(64 at CODE, [again, f, same, kept];
         mov(ecx, 300i32); xor(r8d, r8d); xor(r9d, r9d); lea(rbx, ptr(f)); mov(r15, CODE2); mov(qword_ptr(rdi + 0x100), rbx); mov(qword_ptr(rdi + 0x108), r15); set_label(&mut again);
-        call(rbx); call(qword_ptr(rdi + 0x108)); call(CODE + 0x800);
+        call(rbx); call(qword_ptr(rdi + 0x108)); call(CODE + 0x800); call(CODE + 0x900);
         test(cl, 7i32); jnz(same); xchg(rbx, r15); set_label(&mut same);
         test(cl, 31i32); jnz(kept); mov(rax, qword_ptr(rdi + 0x100)); xchg(qword_ptr(rdi + 0x108), rax); mov(qword_ptr(rdi + 0x100), rax); set_label(&mut kept);
         dec(ecx); jnz(again); ud2();
@@ -87,9 +87,13 @@ fn indirect_calls_and_jumps_that_go_elsewhere_now_and_then() {
     );
     let mut stub = vec![0xff, 0x25];
     stub.extend(((DATA + 0x100) as i32 - (CODE as i32 + 0x806)).to_le_bytes());
+    let mut other_stub = vec![0xff, 0x15];
+    other_stub.extend(((DATA + 0x108) as i32 - (CODE as i32 + 0x906)).to_le_bytes());
+    other_stub.push(0xc3);
     let other = asm!(64 at CODE2; inc(r9); add(rsi, rsi); ret(););
-    let (_, state, counters) = both(&[(CODE, &code), (CODE + 0x800, &stub), (CODE2, &other)]);
-    assert_eq!(state.gpr[8] + state.gpr[9], 300 * 3);
+    let (_, state, counters) =
+        both(&[(CODE, &code), (CODE + 0x800, &stub), (CODE + 0x900, &other_stub), (CODE2, &other)]);
+    assert_eq!(state.gpr[8] + state.gpr[9], 300 * 4);
     assert!(counters.entered < 150, "{counters:?}");
 }
 
