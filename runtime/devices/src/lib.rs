@@ -28,6 +28,7 @@ mod limit;
 pub mod packets;
 mod pic;
 mod platform;
+pub mod rights;
 mod serial;
 pub mod virtio;
 

@@ -1,17 +1,18 @@
 //! Messages with descriptors between two processes of one sandbox: one packet of JSON each, over a
 //! unix socket of type `SOCK_SEQPACKET` (unix(7)), descriptors beside it.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+use crate::rights::{self, Received, RecvFlags};
 
 /// Longest message in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -120,27 +121,12 @@ impl Packets {
         &self,
     ) -> Result<Option<(T, Vec<OwnedFd>)>, PacketError> {
         let mut buf = vec![0; MAX_PACKET];
-        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-        let mut fds = Vec::new();
-        let mut parts = [IoSliceMut::new(&mut buf)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-        let received = match recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut space), flags)
-        {
-            Ok(received) => received,
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(None),
-            Err(e) => return Err(failed("cannot receive", e)),
+        let received = match rights::receive(&self.0, &mut buf, MAX_FDS, RecvFlags::DONTWAIT) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            received => received.map_err(|e| failed("cannot receive", e))?,
         };
-        let (bytes, flags) = (received.bytes, received.flags);
-        for message in received.cmsgs().map_err(|e| failed("cannot take descriptors", e))? {
-            if let ControlMessageOwned::ScmRights(raw) = message {
-                for fd in raw {
-                    // SAFETY: the kernel has just installed this descriptor for us; nobody else in
-                    // this process knows it.
-                    fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
-                }
-            }
-        }
-        if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+        let Received { bytes, fds, truncated } = received;
+        if truncated {
             return Err(PacketError::TooLong { bytes, fds: fds.len() });
         }
         if bytes == 0 {
@@ -188,10 +174,11 @@ impl AsRawFd for Packets {
     }
 }
 
-fn failed(what: &'static str, source: nix::Error) -> PacketError {
-    match source {
-        nix::Error::EPIPE | nix::Error::ECONNRESET => PacketError::Closed,
-        source => PacketError::Io { what, source: source.into() },
+fn failed(what: &'static str, source: impl Into<io::Error>) -> PacketError {
+    let source = source.into();
+    match source.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => PacketError::Closed,
+        _ => PacketError::Io { what, source },
     }
 }
 

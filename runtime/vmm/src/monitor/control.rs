@@ -286,6 +286,27 @@ mod tests {
     }
 
     #[test]
+    fn descriptors_that_nobody_asked_for_are_closed() {
+        use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+        use std::os::fd::AsRawFd;
+        let (mut server, address, _dir) = server();
+        let client = UnixStream::connect_addr(&address).unwrap();
+        let (ends, begins): (Vec<_>, Vec<_>) = (0..5).map(|_| std::io::pipe().unwrap()).unzip();
+        let raw: Vec<_> = begins.iter().map(AsRawFd::as_raw_fd).collect();
+        let text = [std::io::IoSlice::new(b"{\"request\":\"pause\"}\n")];
+        let rights = [ControlMessage::ScmRights(&raw)];
+        sendmsg::<()>(client.as_raw_fd(), &text, &rights, MsgFlags::empty(), None).unwrap();
+        drop(begins);
+        turn(&mut server);
+        // None of the pipes has somebody who could write.
+        let mut waits: Vec<_> =
+            ends.iter().map(|end| PollFd::new(end.as_fd(), PollFlags::POLLIN)).collect();
+        nix::poll::poll(&mut waits, 0u8).unwrap();
+        assert!(waits.iter().all(|w| w.revents() == Some(PollFlags::POLLHUP)), "{waits:?}");
+        drop(client);
+    }
+
+    #[test]
     fn nonsense_gets_an_error_and_endless_lines_the_door() {
         let (mut server, address, _dir) = server();
         let mut client = UnixStream::connect_addr(&address).unwrap();

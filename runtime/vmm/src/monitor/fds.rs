@@ -3,11 +3,12 @@
 //! A message is a four-byte little-endian length and that many bytes of JSON. Descriptors travel
 //! with the first byte of the message that names them (`SCM_RIGHTS`, unix(7)).
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use mvm_devices::rights::{self, RecvFlags};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -148,29 +149,13 @@ pub fn receive<T: DeserializeOwned>(socket: &UnixStream) -> Result<(T, FdTable),
 
 /// Reads the first bytes of a message, with which the descriptors come.
 fn receive_some(socket: &UnixStream, buf: &mut [u8], fds: &mut FdTable) -> Result<usize, Error> {
-    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-    let mut slices = [IoSliceMut::new(buf)];
-    let received = loop {
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags) {
-            Err(nix::errno::Errno::EINTR) => {}
-            other => {
-                break other.map_err(|e| failed("cannot read from the channel", e.into()))?;
-            }
-        }
-    };
-    let truncated = received.flags.contains(MsgFlags::MSG_CTRUNC);
-    for message in received.cmsgs().map_err(|e| failed("cannot read descriptors", e.into()))? {
-        if let ControlMessageOwned::ScmRights(raw) = message {
-            for fd in raw {
-                // SAFETY: the kernel has just installed this descriptor for us; nobody else in
-                // this process knows it.
-                fds.add(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
-        }
-    }
-    if truncated {
+    let received = rights::receive(socket, buf, MAX_FDS, RecvFlags::empty());
+    let received = received.map_err(|e| failed("cannot read from the channel", e))?;
+    if received.truncated {
         return Err(Error::TooManyFds { count: MAX_FDS + 1 });
+    }
+    for fd in received.fds {
+        fds.add(fd);
     }
     if received.bytes == 0 {
         return Err(Error::Closed);
@@ -196,21 +181,8 @@ pub(super) fn receive_one(
     socket: &UnixStream,
     buf: &mut [u8],
 ) -> io::Result<(usize, Option<OwnedFd>)> {
-    let mut space = nix::cmsg_space!([RawFd; 1]);
-    let mut slices = [IoSliceMut::new(buf)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let received = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
-    let mut found = None;
-    for message in received.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = message {
-            for fd in raw {
-                // SAFETY: as in `receive_some`.
-                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                found.get_or_insert(fd);
-            }
-        }
-    }
-    Ok((received.bytes, found))
+    let received = rights::receive(socket, buf, 1, RecvFlags::empty())?;
+    Ok((received.bytes, received.fds.into_iter().next()))
 }
 
 fn failed(what: &'static str, source: io::Error) -> Error {
