@@ -291,9 +291,9 @@ mod tests {
         use std::os::fd::AsRawFd;
         let (mut server, address, _dir) = server();
         let client = UnixStream::connect_addr(&address).unwrap();
-        let (ends, begins): (Vec<_>, Vec<_>) = (0..5).map(|_| std::io::pipe().unwrap()).unzip();
+        let (ends, begins): (Vec<_>, Vec<_>) = (0..5).map(|_| io::pipe().unwrap()).unzip();
         let raw: Vec<_> = begins.iter().map(AsRawFd::as_raw_fd).collect();
-        let text = [std::io::IoSlice::new(b"{\"request\":\"pause\"}\n")];
+        let text = [io::IoSlice::new(b"{\"request\":\"pause\"}\n")];
         let rights = [ControlMessage::ScmRights(&raw)];
         sendmsg::<()>(client.as_raw_fd(), &text, &rights, MsgFlags::empty(), None).unwrap();
         drop(begins);
