@@ -73,7 +73,7 @@ impl EmuVcpu {
             return exit;
         }
         loop {
-            // An exception that the first instruction of a new task would have.
+            // An exception that the first instruction of a new task would have, or whose delivery takes its time.
             if self.cpu.sys.deferred.is_some()
                 && let Some(fault) = self.cpu.sys.deferred.take()
                 && let Err(exit) = self.deliver(fault)
@@ -105,6 +105,10 @@ impl EmuVcpu {
                     }
                     Service::Exit(exit) => return exit,
                 }
+            }
+            // One that another took the place of.
+            if self.cpu.sys.deferred.is_some() {
+                continue;
             }
             let stepped = if self.cpu.stepping() {
                 self.step_with_traps()

@@ -47,7 +47,7 @@ impl Cpu {
         };
         let debug = DebugRegisters { address: sys.dr, dr6: sys.dr6, dr7: sys.dr7 };
         let events = PendingEvents {
-            exception: self.fault.map(|f| (f.vector(), f.code())),
+            exception: self.fault.or(sys.deferred).map(|f| (f.vector(), f.code())),
             shadow: self.shadow,
             nmis_pending: sys.nmis_pending,
             nmi_masked: sys.nmi_masked,
@@ -88,6 +88,9 @@ impl Cpu {
         self.rip = regs.rip;
         self.set_rflags(regs.rflags);
         self.shadow = state.events.shadow;
+        self.sys.deferred = None;
+        // Where a page fault that waits tells its address from.
+        self.fault_address = state.sregs.cr2;
         self.fault = state.events.exception.map(|(vector, code)| match code {
             Some(code) => crate::fault::Fault::with_code(vector, code),
             None => crate::fault::Fault::new(vector),
@@ -176,8 +179,9 @@ impl Cpu {
         if sregs.efer & !(super::bits::efer::WRITABLE | super::bits::efer::LMA) != 0 {
             return bad(format!("EFER {:#x}: bits that this model does not have", sregs.efer));
         }
-        if state.regs.rflags & rflags::VM != 0 {
-            return bad("virtual-8086 mode is not implemented".into());
+        let protected = sregs.cr0 & cr0::PE != 0 && sregs.efer & super::bits::efer::LMA == 0;
+        if state.regs.rflags & rflags::VM != 0 && !protected {
+            return bad("virtual-8086 mode, which is a mode of protected mode alone".into());
         }
         if state.xcr0 & !self.xcr0_allowed() != 0 {
             return bad(format!(

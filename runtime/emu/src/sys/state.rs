@@ -94,7 +94,8 @@ pub struct SystemState {
     pub step_inhibited: bool,
     /// The op that just ran loaded SS, which holds debug exceptions off until after the next one.
     pub ss_loaded: bool,
-    /// An exception of a task that was just switched to.
+    /// An exception that comes before the next instruction: of a task that was just switched to, or one whose delivery has
+    /// not come to its end yet.
     pub deferred: Option<Fault>,
     /// Debug exceptions that wait, of the op that is running or held off: bits of DR6.
     pub hits: u64,

@@ -11,6 +11,7 @@ use crate::cpu::{Cpu, Mode, seg};
 use crate::fault::{Fault, vector};
 use crate::flags::rflags;
 use crate::op::Flow;
+use crate::sys::attention::reason;
 use crate::sys::bits::dr;
 
 /// What is being delivered: decides privilege checks, the pushed RF, and the EXT bit of error
@@ -56,6 +57,10 @@ impl Event {
 /// The processor shut down: a fault while a double fault was delivered.
 #[derive(Debug)]
 pub struct Shutdown(pub Box<GuestFault>);
+
+/// Exceptions in place of others before whoever waits for the vCPU has a turn. There need not be an end: where alignment is
+/// checked and the handler's stack is not aligned, each delivery of that exception raises it anew, as on processors.
+const ROUNDS: u32 = 8;
 
 /// Classes of SDM vol. 3, table 6-4.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -116,7 +121,8 @@ impl Cpu {
     }
 
     fn deliver_all(&mut self, mut event: Event, mut first: Class) -> Result<(), Shutdown> {
-        loop {
+        let mut last = None;
+        for _ in 0..ROUNDS {
             let Err(fault) = self.enter(event) else {
                 // Watchpoints on the frame would make debug exceptions of debug exceptions without end. What a new task
                 // asks for is another matter.
@@ -142,8 +148,12 @@ impl Cpu {
             } else {
                 mark_external(fault, event.cause)
             };
+            last = Some(next);
             (event, first) = self.exception(next);
         }
+        self.sys.deferred = last;
+        self.sys.attention().raise_self(reason::SYNC);
+        Ok(())
     }
 
     fn shut_down(&mut self, event: Event, fault: Fault) -> Shutdown {

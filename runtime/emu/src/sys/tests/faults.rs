@@ -1,7 +1,10 @@
 //! Exceptions: what they push and what they leave alone, double and triple faults, IST.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use iced_x86::code_asm::*;
-use mvm_engine::VmExit;
+use mvm_engine::{Vcpu as _, VmExit};
 
 use crate::fault::vector;
 use crate::testing::asm::asm;
@@ -345,6 +348,44 @@ fn alignment_checks() {
     // Before the page fault.
     let nowhere = asm!(64 at 0; mov(rbx, NOWHERE + 1); mov(eax, dword_ptr(rbx)); ud2(););
     assert_eq!(aligned(&mut guest, 0, &nowhere), vector::AC);
+}
+
+/// Handlers at level 3 have no stack of their own: with one that is not aligned, each delivery of #AC is an #AC.
+#[test]
+fn a_guest_that_makes_exceptions_without_end_can_be_stopped() {
+    let mut guest = Guest::new_32();
+    let handler = HANDLERS + u64::from(vector::AC) * 16;
+    let gate =
+        handler & 0xffff | u64::from(sel::USER32) << 16 | 0x8e00 << 32 | (handler >> 16) << 48;
+    guest.put64(IDT + u64::from(vector::AC) * 8, gate);
+    guest.put(CODE, &asm!(32 at CODE; mov(eax, dword_ptr(DATA as u32 + 1)); ud2();));
+    guest.user(sel::USER32);
+    let cpu = guest.cpu();
+    (cpu.rip, cpu.gpr[4]) = (CODE, STACK - 3);
+    cpu.sys.cr0 |= 1 << 18;
+    cpu.set_rflags(2 | 1 << 18);
+    cpu.update_mode();
+    let (kick, over) = (guest.vcpu.kicker(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                kick.kick();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        while guest.cpu().sys.deferred.is_none() && guest.run_vcpu() == VmExit::Kicked {}
+        over.store(true, Ordering::SeqCst);
+    });
+    assert!(guest.cpu().sys.deferred.is_some());
+    assert_eq!(guest.cpu().rip, CODE, "nothing has run");
+    // With a better stack it comes to its handler, whose HLT is not for level 3.
+    guest.cpu().gpr[4] = STACK;
+    while guest.cpu().cpl == 3 {
+        guest.run_vcpu();
+    }
+    assert_eq!(guest.get32(STACK - 16), 0, "#AC has an error code");
+    assert_eq!(u64::from(guest.get32(STACK - 12)), CODE);
+    assert_eq!(u64::from(guest.get32(STACK0 - 20)), handler, "of #GP");
 }
 
 #[test]

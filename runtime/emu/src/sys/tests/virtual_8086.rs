@@ -1,7 +1,7 @@
 //! Virtual-8086 mode (SDM vol. 3, chapter 21).
 
 use iced_x86::code_asm::*;
-use mvm_engine::Table;
+use mvm_engine::{Table, Vcpu as _};
 
 use crate::cpu::{Mode, seg};
 use crate::fault::vector;
@@ -55,6 +55,23 @@ fn it_is_entered_by_iret_and_left_by_exceptions() {
     let cpu = guest.cpu();
     assert_eq!((cpu.mode, cpu.cpl, cpu.sysflags & VM), (Mode::Code32, 0, 0));
     assert_eq!([seg::DS, seg::ES, seg::FS, seg::GS].map(|s| cpu.seg[s].selector), [0; 4]);
+}
+
+#[test]
+fn it_goes_on_in_another_machine() {
+    let mut guest = Guest::new_32();
+    let cpu = guest.cpu();
+    cpu.load_8086_segments([0x33, CS, SS, DS, 0x55, 0x66]);
+    (cpu.rip, cpu.gpr[4]) = (0, 0x100);
+    cpu.set_rflags(VM | 2);
+    cpu.update_mode();
+    let state = guest.vcpu.state().expect("a state");
+    let mut other = Guest::new_32();
+    other.vcpu.set_state(&state).expect("it is taken");
+    other.put(AT, &asm!(16 at 0; mov(cx, ss); mov(dx, es); push(ds); ud2();));
+    assert_eq!(fault(other.go()), (vector::UD, None, 5));
+    assert_eq!((other.reg(1), other.reg(2)), (SS.into(), 0x33));
+    assert_eq!(other.get::<2>((u64::from(SS) << 4) + 0xfe), DS.to_le_bytes());
 }
 
 #[test]
