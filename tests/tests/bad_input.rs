@@ -250,6 +250,21 @@ fn a_disk_that_becomes_full_while_importing() {
 }
 
 #[test]
+fn a_container_on_a_disk_that_became_full_can_be_removed() {
+    // Not even its end can be written down.
+    let run = on_small_disk(
+        "8m",
+        "mvm=\"$0\"; root=\"$1\"; archive=\"$2\"; mvm() { \"$mvm\" --root \"$root\" \"$@\"; }
+         mvm image import \"$archive\" >&2 && mvm run -d --name full --engine emu busybox sleep 1000 >&2
+         head -c 9m /dev/zero >\"$root/filler\" 2>/dev/null
+         mvm kill full >&2; mvm wait full >&2
+         mvm rm full; mvm ps -aq; find \"$root/run/sandboxes\" \"$root/run/names\" \"$root/data/logs\" -mindepth 1",
+    )
+    .expect_code(0);
+    assert_eq!(run.out(), "full\n", "{}", run.err());
+}
+
+#[test]
 fn a_disk_that_is_full_before_a_run() {
     let run = on_small_disk(
         "8m",

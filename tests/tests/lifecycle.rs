@@ -79,6 +79,21 @@ fn a_killed_front_door_leaves_a_container_that_can_be_removed() {
 }
 
 #[test]
+fn a_container_whose_state_is_damaged_is_ended_before_it_is_removed() {
+    let world = World::small();
+    start(&world, "odd", "sleep 1000");
+    let monitor = world.monitor("odd");
+    let id = world.mvm(&["ps", "-q"]).expect_code(0).out();
+    fs::write(world.root().join("run/sandboxes").join(id.trim()).join("state.json"), "junk")
+        .unwrap();
+    let kept = world.mvm(&["rm", "odd"]).expect_code(125);
+    assert!(kept.err().contains("state.json is damaged") && mvm_tests::is_running(monitor));
+    world.mvm(&["rm", "-f", "odd"]).expect_code(0);
+    assert!(!mvm_tests::is_running(monitor), "its machine is still there");
+    assert_eq!(world.mvm(&["ps", "-aq"]).expect_code(0).out(), "");
+}
+
+#[test]
 fn four_at_once() {
     let world = World::small();
     thread::scope(|scope| {

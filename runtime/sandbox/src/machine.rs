@@ -192,7 +192,8 @@ impl Launcher for MonitorLauncher {
 pub struct Starting {
     machine: Box<dyn Machine>,
     hello: UnixStream,
-    control: PathBuf,
+    /// The sandbox's directory.
+    dir: PathBuf,
     deadline: Instant,
     limit: Duration,
 }
@@ -347,8 +348,16 @@ pub(crate) fn launch(
         machine = Box::new(Served { machine, server });
     }
     let deadline = Instant::now() + plan.boot_limit;
-    let control = place.dir.join(CONTROL_SOCKET);
-    Ok(Starting { machine, hello, control, deadline, limit: plan.boot_limit })
+    let dir = place.dir.clone();
+    Ok(Starting { machine, hello, dir, deadline, limit: plan.boot_limit })
+}
+
+/// A connection to the monitor of the machine in the sandbox's directory `dir`, which has to answer each request within
+/// `limit`.
+pub(crate) fn control(dir: &Path, limit: Duration) -> Result<ControlClient, Error> {
+    let path = dir.join(CONTROL_SOCKET);
+    let connected = crate::socket::with_short(&path, |p| Ok(ControlClient::connect(p, limit)));
+    Ok(connected.map_err(Error::io(path.display().to_string()))??)
 }
 
 fn listen(place: &Place, name: &str) -> Result<UnixListener, Error> {
@@ -454,9 +463,8 @@ impl Starting {
 
     /// What a guest that still runs wrote last; nothing if the monitor cannot be asked.
     fn console_tail(&self) -> Option<String> {
-        let connected =
-            crate::socket::with_short(&self.control, |p| Ok(ControlClient::connect(p, LAST_WORDS)));
-        match connected.ok()?.ok()?.request(&Request::ConsoleTail).ok()? {
+        let mut monitor = control(&self.dir, LAST_WORDS).ok()?;
+        match monitor.request(&Request::ConsoleTail).ok()? {
             Response::ConsoleTail { text } => Some(text),
             _ => None,
         }

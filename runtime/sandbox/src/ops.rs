@@ -1,15 +1,17 @@
 //! What one front door does to a sandbox that another one owns.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use mvm_vmm::monitor::{ControlClient, Request};
+use mvm_vmm::monitor::{ControlClient, Request, client};
 use nix::libc;
 
 use crate::ending::{Ending, Waited, Waiter};
 use crate::error::Error;
 use crate::guest::Guest;
-use crate::machine::CONTROL_SOCKET;
+use crate::machine;
+use crate::procid::ProcessId;
 use crate::recover::{self, refresh};
 use crate::registry::{Place, Registry};
 use crate::state::{PAUSED_FILE, SPEC_FILE, State, Status};
@@ -53,6 +55,45 @@ pub fn find(registry: &Registry, wanted: &str) -> Result<Found, Error> {
     Ok(Found { place, state })
 }
 
+/// Removes the sandbox that goes by `wanted`; one that runs only with `force`, and so one whose state cannot be read.
+pub fn remove(registry: &Registry, wanted: &str, force: bool) -> Result<(), Error> {
+    match find(registry, wanted) {
+        Ok(found) => found.remove(registry, force),
+        Err(Error::State(why)) if force => {
+            tracing::debug!("{why}");
+            let place = registry.find(wanted)?;
+            end_unknown(&place)?;
+            Ok(registry.remove(&place)?)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Ends the machine of a sandbox of which nothing is known but its place, if there is one: its monitor is asked.
+fn end_unknown(place: &Place) -> Result<(), Error> {
+    let mut client = match machine::control(&place.dir, CONTROL) {
+        Ok(client) => client,
+        Err(Error::Io { source, .. } | Error::Control(client::Error::Io { source, .. }))
+            if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
+        {
+            return Ok(());
+        }
+        Err(e) => return Err(e),
+    };
+    let what = "cannot end the monitor process";
+    let monitor = ProcessId::of(client.status()?.pid).map_err(Error::io(what))?;
+    let owner = monitor.parent();
+    client.stop()?;
+    recover::end_process(monitor)?;
+    // Its owner may be about to write the end down, or to remove all of it.
+    if let Ok(owner) = owner
+        && let Ok(mut waiter) = Waiter::new(&place.dir, owner)
+    {
+        waiter.wait(Some(Instant::now() + OWNER)).map_err(Error::io(what))?;
+    }
+    Ok(())
+}
+
 impl Found {
     /// The agent, if the process runs.
     pub fn guest(&self) -> Result<Guest, Error> {
@@ -86,10 +127,7 @@ impl Found {
 
     /// The machine's control socket.
     pub fn control(&self) -> Result<ControlClient, Error> {
-        let path = self.place.dir.join(CONTROL_SOCKET);
-        let connected =
-            crate::socket::with_short(&path, |p| Ok(ControlClient::connect(p, CONTROL)));
-        Ok(connected.map_err(Error::io("cannot reach the monitor"))??)
+        machine::control(&self.place.dir, CONTROL)
     }
 
     /// Stops the vCPUs.
@@ -182,7 +220,7 @@ impl Found {
         let mut waiter = match Waiter::new(&self.place.dir, self.state.owner) {
             Ok(waiter) => waiter,
             // Removed at its end, a moment before we could watch.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            Err(e) if e.kind() == ErrorKind::NotFound => {
                 self.state.status = Status::Exited;
                 self.state.reason = Some("it was removed".into());
                 return Ok(self.ending());
@@ -238,8 +276,8 @@ impl Found {
         })
     }
 
-    /// Removes the sandbox; one that runs only with `force`.
-    pub fn remove(mut self, registry: &Registry, force: bool) -> Result<(), Error> {
+    /// Removes it; if it runs only with `force`.
+    fn remove(mut self, registry: &Registry, force: bool) -> Result<(), Error> {
         if self.state.is_live() {
             if !force {
                 return Err(self.wrong("stop it first by `mvm stop`, or remove it by `mvm rm -f`"));
@@ -247,5 +285,90 @@ impl Found {
             self.end_by_force()?;
         }
         Ok(registry.remove(&self.place)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+    use std::process::{Child, Command};
+    use std::thread;
+
+    use super::*;
+    use crate::layout::Layout;
+    use crate::state::{STATE_FILE, sample};
+
+    fn sandbox(change: impl FnOnce(&mut State)) -> (tempfile::TempDir, Registry, Place) {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(Layout::at(dir.path())).unwrap();
+        let fill = |place: &Place, name: &str| {
+            let mut state = sample(&place.id, name);
+            change(&mut state);
+            state
+        };
+        let (place, _) = registry.create(Some("web"), fill).unwrap();
+        (dir, registry, place)
+    }
+
+    /// Stands for a monitor: answers what it is asked, and ends the process when it is told to stop.
+    fn serve(listener: &UnixListener, mut process: Child) {
+        let (stream, _) = listener.accept().unwrap();
+        let mut lines = BufReader::new(&stream).lines();
+        let mut answer = |request: &str, json: serde_json::Value| {
+            assert!(lines.next().unwrap().unwrap().contains(request));
+            writeln!(&stream, "{json}").unwrap();
+        };
+        let status = serde_json::json!({
+            "response": "status", "id": "x", "pid": process.id(), "state": "running", "engine": "emu",
+            "engine_reason": null, "boot": "linux", "vcpus": 1, "memory": 1, "phases": [],
+        });
+        answer("status", status);
+        answer("stop", serde_json::json!({ "response": "ok" }));
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+
+    #[test]
+    fn a_machine_whose_state_is_damaged_is_ended_before_it_is_removed() {
+        let (_dir, registry, place) = sandbox(|_| {});
+        fs::write(place.dir.join(STATE_FILE), "junk").unwrap();
+        let listener = UnixListener::bind(place.dir.join(machine::CONTROL_SOCKET)).unwrap();
+        let process = Command::new("sleep").arg("1000").spawn().unwrap();
+        let monitor = ProcessId::of(process.id()).unwrap();
+        thread::scope(|scope| {
+            assert!(matches!(remove(&registry, "web", false), Err(Error::State(_))));
+            let served = scope.spawn(|| serve(&listener, process));
+            remove(&registry, "web", true).unwrap();
+            assert!(!monitor.is_alive() && !place.dir.exists());
+            served.join().unwrap();
+        });
+        assert!(registry.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn without_a_monitor_a_damaged_one_is_only_removed() {
+        let (_dir, registry, place) = sandbox(|_| {});
+        fs::write(place.dir.join(STATE_FILE), "junk").unwrap();
+        // Left by one that was killed.
+        drop(UnixListener::bind(place.dir.join(machine::CONTROL_SOCKET)).unwrap());
+        remove(&registry, "web", true).unwrap();
+        assert!(registry.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn one_whose_end_cannot_be_written_down_can_be_removed() {
+        let me = ProcessId::current().unwrap();
+        // Nobody: this process's id with another start.
+        let (_dir, registry, place) =
+            sandbox(|state| state.owner = ProcessId { start: me.start + 1, ..me });
+        // Stands for a full disk: where the new state is written there is a directory.
+        fs::create_dir(place.dir.join(format!(".state.{}", std::process::id()))).unwrap();
+        let found = find(&registry, "web").unwrap();
+        assert_eq!(found.state.status, Status::Exited);
+        assert_eq!(State::load(&place.dir).unwrap().status, Status::Running);
+        remove(&registry, "web", false).unwrap();
+        assert!(registry.list().unwrap().is_empty());
     }
 }

@@ -36,6 +36,18 @@ impl ProcessId {
         }
     }
 
+    /// The process that started it, or that it was left to.
+    ///
+    /// # Errors
+    /// It, or that one, has ended.
+    pub fn parent(&self) -> io::Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid))?;
+        match parse_stat(&stat) {
+            Some(stat) if stat.start == self.start => Self::of(stat.parent),
+            _ => Err(io::Error::new(io::ErrorKind::NotFound, "the process has ended")),
+        }
+    }
+
     /// Whether this very process still runs.
     pub fn is_alive(&self) -> bool {
         Self::of(self.pid).is_ok_and(|now| now == *self)
@@ -60,6 +72,8 @@ impl ProcessId {
 struct Stat {
     /// The first thread's state letter (field 3).
     state: char,
+    /// The pid of its parent (field 4).
+    parent: u32,
     /// Threads that have not been collected, the first one among them (field 20).
     threads: u32,
     /// Clock ticks between the host's boot and the start (field 22).
@@ -79,9 +93,10 @@ impl Stat {
 fn parse_stat(stat: &str) -> Option<Stat> {
     let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
     let state = fields.next()?.chars().next()?;
-    let threads = fields.nth(16)?.parse().ok()?;
+    let parent = fields.next()?.parse().ok()?;
+    let threads = fields.nth(15)?.parse().ok()?;
     let start = fields.nth(1)?.parse().ok()?;
-    Some(Stat { state, threads, start })
+    Some(Stat { state, parent, threads, start })
 }
 
 /// An open handle to one process, readable when it has ended.
@@ -142,10 +157,20 @@ mod tests {
     #[test]
     fn stat_with_parentheses_in_the_name_is_read() {
         let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 3 18 4711 20";
-        let want = Some(Stat { state: 'S', threads: 3, start: 4711 });
+        let want = Some(Stat { state: 'S', parent: 1, threads: 3, start: 4711 });
         assert_eq!(parse_stat(&format!("12 (a) b) c) {tail}")), want);
         assert_eq!(parse_stat("12 (short) S 1 2"), None);
         assert_eq!(parse_stat(""), None);
+    }
+
+    #[test]
+    fn a_process_is_its_parents_child() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let id = ProcessId::of(child.id()).unwrap();
+        assert_eq!(id.parent().unwrap(), ProcessId::current().unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(id.parent().is_err());
     }
 
     #[test]
@@ -174,7 +199,7 @@ mod tests {
 
     #[test]
     fn process_whose_first_thread_alone_has_ended_is_alive() {
-        let is_gone = |state, threads| Stat { state, threads, start: 1 }.is_gone();
+        let is_gone = |state, threads| Stat { state, parent: 1, threads, start: 1 }.is_gone();
         assert!(is_gone('Z', 1) && is_gone('Z', 0) && is_gone('X', 1));
         assert!(!is_gone('Z', 2) && !is_gone('S', 1) && !is_gone('R', 2));
     }

@@ -13,7 +13,7 @@ use crate::error::{EXIT_FAILURE, Error};
 use crate::guest::Guest;
 use crate::layout;
 use crate::machine::OUTCOME_FILE;
-use crate::procid::boot_id;
+use crate::procid::{ProcessId, boot_id};
 use crate::registry::Place;
 use crate::state::{State, Status};
 
@@ -64,7 +64,7 @@ fn judge(place: &Place, state: &State) -> Verdict {
         return ended(EXIT_UNKNOWN, "the host was restarted while it ran".into());
     }
     let owner = state.owner.pid;
-    let Some(monitor) = state.monitor.filter(crate::procid::ProcessId::is_alive) else {
+    let Some(monitor) = state.monitor.filter(ProcessId::is_alive) else {
         return machine_gone(place, state);
     };
     if state.status == Status::Creating {
@@ -123,18 +123,27 @@ fn record(place: &Place, mut state: State, ending: &Ending) -> Result<State, Err
         tracing::warn!("the socket to the guest of sandbox {}: {e}", state.id);
     }
     state.finish(ending);
-    state.save(&place.dir)?;
-    ending::announce(&place.dir, ending).map_err(Error::io(place.dir.display().to_string()))?;
+    let announced = || ending::announce(&place.dir, ending);
+    let saved = state.save(&place.dir).map_err(Error::from);
+    let what = || place.dir.display().to_string();
+    if let Err(e) = saved.and_then(|()| announced().map_err(Error::io(what()))) {
+        // On a full disk for instance, where it has to be possible to remove it. Whoever looks next finds out the same.
+        tracing::warn!("the end of sandbox {} cannot be written down: {e}", state.id);
+    }
     Ok(state)
 }
 
 /// Kills the sandbox's monitor, and with it the machine, and waits until it is gone.
 pub fn end_monitor(state: &State) -> Result<(), Error> {
-    let what = "cannot end the monitor process";
-    if state.boot_id != boot_id() {
-        return Ok(());
+    match state.monitor {
+        Some(monitor) if state.boot_id == boot_id() => end_process(monitor),
+        _ => Ok(()),
     }
-    let Some(monitor) = state.monitor else { return Ok(()) };
+}
+
+/// The same of the monitor itself.
+pub(crate) fn end_process(monitor: ProcessId) -> Result<(), Error> {
+    let what = "cannot end the monitor process";
     let Some(process) = monitor.open().map_err(Error::io(what))? else { return Ok(()) };
     process.signal(Signal::SIGKILL).map_err(Error::io(what))?;
     if process.wait_ended(END).map_err(Error::io(what))? {
@@ -158,7 +167,6 @@ impl State {
 mod tests {
     use super::*;
     use crate::layout::Layout;
-    use crate::procid::ProcessId;
     use crate::registry::Registry;
     use crate::state::sample;
 

@@ -313,9 +313,7 @@ impl Sandbox {
 
     /// A connection to the monitor of the machine, which has to answer each request within `limit`.
     pub fn monitor_client(&self, limit: Duration) -> Result<ControlClient, Error> {
-        let path = self.place.dir.join(machine::CONTROL_SOCKET);
-        let connected = crate::socket::with_short(&path, |p| Ok(ControlClient::connect(p, limit)));
-        Ok(connected.map_err(Error::io(path.display().to_string()))??)
+        machine::control(&self.place.dir, limit)
     }
 
     /// What the machine costs the host, while it is there.

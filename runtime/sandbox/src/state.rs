@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -169,9 +169,12 @@ impl State {
         let fail = |source| Error::Io { path: path.clone(), source };
         let next = dir.join(format!(".state.{}", std::process::id()));
         let json = serde_json::to_vec_pretty(self).map_err(|e| fail(e.into()))?;
-        let mut file = fs::File::create(&next).map_err(fail)?;
-        file.write_all(&json).map_err(fail)?;
-        fs::rename(&next, &path).map_err(fail)
+        let saved = fs::write(&next, &json).and_then(|()| fs::rename(&next, &path));
+        if saved.is_err() {
+            // On a full disk it would take what little there is.
+            let _ = fs::remove_file(&next);
+        }
+        saved.map_err(fail)
     }
 
     /// Whether a process of the image may be running.
@@ -270,6 +273,14 @@ mod tests {
         let state = sample("0123456789ab", "x");
         state.save(dir.path()).unwrap();
         assert_eq!(State::load(dir.path()).unwrap(), state);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_saved_leaves_no_other_file() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join(STATE_FILE)).unwrap();
+        assert!(sample("0123456789ab", "x").save(dir.path()).is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 

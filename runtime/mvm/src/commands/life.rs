@@ -72,7 +72,7 @@ pub fn rm(context: &Context, args: &RmArgs) -> anyhow::Result<i32> {
     let registry = context.registry()?;
     let mut code = 0;
     for name in &args.containers {
-        match remove(&registry, name, args.force) {
+        match ops::remove(&registry, name, args.force) {
             Ok(()) => line(name)?,
             Err(e) => {
                 complain(&e.to_string());
@@ -81,16 +81,4 @@ pub fn rm(context: &Context, args: &RmArgs) -> anyhow::Result<i32> {
         }
     }
     Ok(code)
-}
-
-/// A sandbox whose state cannot be read can still be removed, by force.
-fn remove(registry: &Registry, name: &str, force: bool) -> Result<(), Error> {
-    match ops::find(registry, name) {
-        Ok(found) => found.remove(registry, force),
-        Err(Error::State(e)) if force => {
-            tracing::warn!("{e}");
-            Ok(registry.remove(&registry.find(name)?)?)
-        }
-        Err(e) => Err(e),
-    }
 }
