@@ -246,6 +246,13 @@ fn the_users_disks_come_after_the_images() {
     assert!(image.refused().contains("/b"));
     image.disks = vec![None];
     assert_eq!(image.plan().cmdline, "");
+    // A place is the user's, if both want it.
+    image.disks = vec![at("/")];
+    let linux = [("unikernelType", "linux"), ("binary", "/k"), ("mountRootfs", "1")];
+    image.labels = urunc(&linux);
+    assert_eq!(image.plan().cmdline, "root=/dev/vdb rw");
+    image.labels = urunc(&[&linux[..], &[("initrd", "/i")]].concat());
+    assert!(image.refused().contains("--disk"), "{}", image.refused());
 }
 
 #[test]

@@ -78,7 +78,13 @@ pub(super) fn recognise(packaging: &Packaging<'_>) -> Result<Option<UnikernelPla
         command => command,
     };
     let mut mounts = packaging.mounts(kind, usize::from(disk.is_some()))?;
-    mounts.extend(mount.clone());
+    if let (Kind::Linux, Some(_), Some(users)) = (kind, &initrd, mounts.first()) {
+        let what = format!("the mount point {} of --disk", users.at);
+        return Err(Error::Word { what, reason: "the image's initrd is its root" });
+    }
+    // Where the user wants something, what the image wants there is not.
+    let own = mount.clone().filter(|own| mounts.iter().all(|users| users.at != own.at));
+    mounts.extend(own);
     let takes_environment = kind.takes_environment() && !old_unikraft;
     let cmdline = Words {
         kernel: &kernel,
