@@ -9,6 +9,7 @@ use mvm_registry::PullOptions;
 use mvm_sandbox::layout::Layout;
 
 use crate::cli::Pull;
+use crate::output::causes;
 use crate::progress::Bar;
 
 /// The store of this layout.
@@ -54,7 +55,7 @@ fn prepare(store: &Store, name: &str, policy: Pull, bar: &Bar) -> anyhow::Result
         Pull::Missing => match store.resolve(name) {
             Err(missing @ StoreError::NotFound { .. }) if !name.starts_with("sha256:") => {
                 if let Err(error) = pull(store, name, PullOptions::default(), bar) {
-                    bail!("{error:#}; {missing}");
+                    bail!("{}; {missing}", causes(&error));
                 }
                 store.resolve(name)?
             }

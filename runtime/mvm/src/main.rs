@@ -21,7 +21,7 @@ mod terminal;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use mvm_sandbox::EXIT_FAILURE;
 
 fn main() -> ExitCode {
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     }
     let code = match cli::Cli::try_parse() {
         Ok(cli) => dispatch(&cli),
-        Err(error) => refuse(&error),
+        Err(error) => refuse(&error, &command_of(std::env::args_os().skip(1))),
     };
     // Only the low byte reaches the parent, as with any process.
     ExitCode::from(code.to_le_bytes()[0])
@@ -55,7 +55,7 @@ fn dispatch(cli: &cli::Cli) -> i32 {
         Ok(code) => code,
         Err(error) if output::is_closed(&error) => output::EXIT_CLOSED,
         Err(error) => {
-            output::complain(&format!("{error:#}"));
+            output::complain(&output::causes(&error));
             if let Some(interrupt::Interrupted(signal)) = error.downcast_ref() {
                 return 128 + signal;
             }
@@ -67,7 +67,7 @@ fn dispatch(cli: &cli::Cli) -> i32 {
 }
 
 /// Help and version go to standard output with success; a wrong command line is our own failure.
-fn refuse(error: &clap::Error) -> i32 {
+fn refuse(error: &clap::Error, command: &str) -> i32 {
     use clap::error::ErrorKind::{DisplayHelpOnMissingArgumentOrSubcommand, MissingSubcommand};
     if !error.use_stderr()
         || matches!(error.kind(), DisplayHelpOnMissingArgumentOrSubcommand | MissingSubcommand)
@@ -76,7 +76,7 @@ fn refuse(error: &clap::Error) -> i32 {
         let _ = error.print();
         return if error.use_stderr() { EXIT_FAILURE } else { 0 };
     }
-    let mut line = one_line(&error.render().to_string());
+    let mut line = one_line(&error.render().to_string(), command);
     if let Some(instead) = docker_word(error).and_then(|word| instead_of(&word)) {
         line = format!("{line}; {instead}");
     }
@@ -107,23 +107,36 @@ fn instead_of(word: &str) -> Option<&'static str> {
         "rmi" => "images are removed by `mvm image rm`",
         "load" => "images come in by `mvm image import FILE`",
         "info" => "the host is looked at by `mvm doctor`",
+        "create" | "start" | "restart" => {
+            "a container is made and started by `mvm run`, and runs once"
+        }
+        "attach" => "what a container writes is followed by `mvm logs -f`",
+        "cp" => "files go in and out by --volume, or through `mvm exec -i CONTAINER tar`",
+        "build" => "images are built by other tools, and come in by `mvm image import FILE`",
         _ => return None,
     })
 }
 
-/// Clap's message without its paragraphs: what is wrong, its tip, and where the help is.
-fn one_line(message: &str) -> String {
-    let (about, usage) = message.split_once("Usage:").unwrap_or((message, ""));
+/// The command that `args` begin with, as far as it is known.
+fn command_of(args: impl Iterator<Item = std::ffi::OsString>) -> String {
+    let (mut command, mut words) = (cli::Cli::command(), "mvm".to_owned());
+    for arg in args.filter(|arg| !arg.as_encoded_bytes().starts_with(b"-")) {
+        let Some(next) = command.find_subcommand(&arg).cloned() else { break };
+        words = format!("{words} {}", next.get_name());
+        command = next;
+    }
+    words
+}
+
+/// Clap's message without its paragraphs: what is wrong, its tip, and where the help on `command` is.
+fn one_line(message: &str, command: &str) -> String {
+    let about = message.split("Usage:").next().unwrap_or(message);
     let about: Vec<&str> = about.split_whitespace().collect();
     let about = about.join(" ");
     let about = about.strip_prefix("error: ").unwrap_or(&about);
     let about = about.strip_suffix("For more information, try '--help'.").unwrap_or(about);
     // Clap's last resort, which never helps here; its other tips name what was meant.
     let about = about.split(" tip: to pass ").next().unwrap_or(about).replace(" tip: ", "; ");
-    // The subcommand's words stand before the first placeholder.
-    let words = usage.split_whitespace().take_while(|w| w.bytes().all(|b| b.is_ascii_lowercase()));
-    let command: Vec<&str> = words.collect();
-    let command = if command.is_empty() { "mvm".to_owned() } else { command.join(" ") };
     format!("{}; see `{command} --help`", about.trim().trim_end_matches('.'))
 }
 
@@ -139,6 +152,7 @@ mod tests {
             (&["mvm", "run", "--volumes-from", "x", "i"][..], "no named volumes"),
             (&["mvm", "run", "--dns=10.0.0.1", "i"], "the network's configuration"),
             (&["mvm", "load"], "mvm image import"),
+            (&["mvm", "restart", "x"], "runs once"),
         ] {
             let error = cli::Cli::try_parse_from(args).unwrap_err();
             let instead = docker_word(&error).and_then(|word| instead_of(&word));
@@ -161,12 +175,13 @@ mod tests {
             (
                 &["run", "--engine", "tcg", "i"],
                 "invalid value 'tcg' for '--engine <ENGINE>' [possible values: auto, kvm, emu, \
-                 emu:jit, emu:interp]; see `mvm --help`",
+                 emu:jit, emu:interp]; see `mvm run --help`",
             ),
         ] {
             let all = ["mvm"].iter().chain(args);
             let error = cli::Cli::try_parse_from(all).unwrap_err();
-            assert_eq!(one_line(&error.render().to_string()), want);
+            let command = command_of(args.iter().map(Into::into));
+            assert_eq!(one_line(&error.render().to_string(), &command), want);
         }
     }
 }

@@ -28,6 +28,19 @@ pub fn complain(text: &str) {
     let _ = io::stderr().write_all(line.as_bytes());
 }
 
+/// An error and what it comes from, in one line. What is said already is not said again.
+pub fn causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// Whether an error only says that nobody reads our output any more.
 pub fn is_closed(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
@@ -80,6 +93,18 @@ pub fn size(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let source = || io::Error::other("no room");
+        let told = |error: anyhow::Error| causes(&error);
+        let file = mvm_sandbox::state::Error::Io { path: "/a".into(), source: source() };
+        assert_eq!(told(file.into()), "/a: no room");
+        assert_eq!(
+            told(anyhow::Error::from(source()).context("cannot write")),
+            "cannot write: no room"
+        );
+    }
 
     #[test]
     fn columns_line_up() {

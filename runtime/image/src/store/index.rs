@@ -122,15 +122,14 @@ impl Store {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Records::default()),
             Err(e) => return Err(StoreError::io("read", &path)(e)),
         };
-        Records::parse(&bytes).map_err(|reason| StoreError::Damaged { path, reason })
+        Records::parse(&bytes).map_err(|reason| StoreError::Index { path, reason })
     }
 
     /// Replaces the index. `_lock` has been held since the records were read.
     pub(super) fn write_records(&self, records: &Records, _lock: &Held) -> Result<(), StoreError> {
         let path = self.root.join("index.json");
-        let bytes = records
-            .to_json()
-            .map_err(|reason| StoreError::Damaged { path: path.clone(), reason })?;
+        let bytes =
+            records.to_json().map_err(|reason| StoreError::Index { path: path.clone(), reason })?;
         let mut file = self.temporary()?;
         file.write_all(&bytes).map_err(StoreError::io("write", &path))?;
         self.keep(file, &path)

@@ -110,7 +110,18 @@ pub enum StoreError {
         /// The blob.
         digest: Digest,
     },
-    /// A blob or the index is not what it was.
+    /// The list of images is not what it was.
+    #[error(
+        "the store's list of images is damaged: {path}: {reason}; move that file away and import or pull the images \
+         again, of which all that is still there is used"
+    )]
+    Index {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A blob is not what it was.
     #[error("the store is damaged: {path}: {reason}; remove and import the image again")]
     Damaged {
         /// The file.

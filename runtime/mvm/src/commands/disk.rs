@@ -7,6 +7,9 @@ use anyhow::{Context as _, anyhow, bail};
 use mvm_sandbox::Disk;
 use mvm_sandbox::unikernel::{Kind, Mount, MountPoint};
 
+/// The least that a disk has, in bytes.
+const SECTOR: u64 = 512;
+
 /// What a flag says.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Asked<'a> {
@@ -63,9 +66,13 @@ impl<'a> Asked<'a> {
             .write(!read_only)
             .open(path)
             .with_context(|| format!("cannot open the disk {path}"))?;
-        let kind = file.metadata()?.file_type();
+        let about = file.metadata()?;
+        let kind = about.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             bail!("the disk {path} is neither a file nor a block device");
+        }
+        if kind.is_file() && about.len() < SECTOR {
+            bail!("the disk {path} has {} bytes; a disk has sectors of {SECTOR}", about.len());
         }
         Ok(Disk { file, read_only })
     }
@@ -118,6 +125,9 @@ mod tests {
         assert!(open(&format!("{path}:ro")).unwrap().read_only);
         assert!(open(&format!("{path}:/data:ro")).unwrap().read_only);
         assert!(open("/").is_err());
+        std::fs::write(dir.path().join("small"), [0; 511]).unwrap();
+        let small = open(dir.path().join("small").to_str().unwrap()).unwrap_err().to_string();
+        assert!(small.contains("511 bytes"), "{small}");
         assert!(open("/no/such").unwrap_err().to_string().contains("/no/such"));
     }
 }

@@ -55,7 +55,7 @@ fn options(text: &mut String, command: &Command, root: bool) {
             .iter()
             .filter(|v| !v.is_hide_set())
             .map(|v| match v.get_help() {
-                Some(help) => format!("`{}` ({})", v.get_name(), help.to_string().to_lowercase()),
+                Some(help) => format!("`{}` ({help})", v.get_name()),
                 None => format!("`{}`", v.get_name()),
             })
             .collect();

@@ -10,7 +10,7 @@ use super::Context;
 use crate::cli::{Format, ImageCommand, Pull, PullArgs};
 use crate::images;
 use crate::interrupt::Interrupted;
-use crate::output::{complain, line, print, size, table};
+use crate::output::{causes, complain, line, print, size, table};
 use crate::progress::Bar;
 
 pub fn image(context: &Context, command: &ImageCommand) -> anyhow::Result<i32> {
@@ -57,7 +57,7 @@ pub fn pull(context: &Context, args: &PullArgs) -> anyhow::Result<i32> {
             Ok(images) => tell(&images)?,
             Err(error) if error.is::<Interrupted>() => return Err(error),
             Err(error) => {
-                complain(&format!("{error:#}"));
+                complain(&causes(&error));
                 code = EXIT_FAILURE;
             }
         }

@@ -31,6 +31,10 @@ pub fn recognise(
         Some("") => (Vec::new(), Vec::new()),
         Some(program) => (vec![program.to_owned()], Vec::new()),
     };
+    let tree = ErofsTree::open(ready.rootfs.file()).map_err(Error::from).with_context(|| {
+        let name = args.image();
+        format!("the root file system of image {name} in the store is damaged; `mvm image rm {name}`, and get it again")
+    })?;
     let packaging = Packaging {
         annotations: &options.annotations,
         manifest: ready.image.annotations(),
@@ -43,7 +47,7 @@ pub fn recognise(
         kernel_args: args.cmdline.as_deref().unwrap_or_default(),
         disks: &disk::mount_points(&disk::read(&args.disk)?),
         unikernel_platform: ready.image.platform().is_unikernel(),
-        tree: &ErofsTree::open(ready.rootfs.file()).map_err(Error::from)?,
+        tree: &tree,
     };
     let recognised = unikernel::recognise(&packaging).map_err(Error::from);
     recognised.with_context(|| format!("cannot run image {}", args.image()))

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::Context;
 use crate::cli::DoctorArgs;
 use crate::embedded;
-use crate::output::{line, print, size};
+use crate::output::{causes, line, print, size};
 
 /// Guest memory that a container has if nothing is said.
 const USUAL_MEMORY: u64 = 512 << 20;
@@ -139,7 +139,7 @@ fn images(context: &Context) -> Check {
     let store = match crate::images::store(&context.layout) {
         Ok(store) => store,
         Err(e) => {
-            return not("images", Verdict::Bad, format!("{e:#}"), "give a directory by --root DIR");
+            return not("images", Verdict::Bad, causes(&e), "give a directory by --root DIR");
         }
     };
     let space = nix::sys::statvfs::statvfs(&dir)
