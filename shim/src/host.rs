@@ -24,6 +24,8 @@ pub struct Hardware {
     pub vcpus: u32,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// Guest memory that it can grow to, in bytes; not more than `memory` where it cannot.
+    pub memory_max: u64,
     /// The pages of the host that it is made of.
     pub hugepages: HugePages,
     /// What runs it.

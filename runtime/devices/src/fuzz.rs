@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
-use mvm_memory::GuestRam;
+use mvm_memory::{Backing, GuestRam};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::fw_cfg::{self, FwCfg};
@@ -16,6 +16,7 @@ use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::{Balloon, BalloonConfig};
 use crate::virtio::block::{Block, BlockConfig, Cache};
 use crate::virtio::console::{Console, ConsoleConfig};
+use crate::virtio::mem::{self, Mem, MemConfig};
 use crate::virtio::net::{Net, NetBackend, NetConfig, PacketSocket};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockConfig};
@@ -26,9 +27,15 @@ use crate::{
 
 const RAM: u64 = 2 << 20;
 
+/// Where memory grows, if it does: among the first 2^32 that an input's words often are.
+const REGION: u64 = 1 << 30;
+
 /// Lets `data` choose mischief on all queues and registers of the device.
 fn run(data: &[u8], device: Arc<dyn VirtioDevice>) {
-    let mut guest = Guest::new(RAM, device);
+    run_in(data, Guest::new(RAM, device));
+}
+
+fn run_in(data: &[u8], mut guest: Guest) {
     let mut queues = guest.start();
     let mut choices = Bytewise(data);
     let plain = |draw: &mut dyn FnMut() -> Option<u64>| {
@@ -269,6 +276,23 @@ pub fn fuzz_balloon(data: &[u8]) {
     }
 }
 
+/// The queue of the memory device, with a host that changes its mind.
+///
+/// # Panics
+/// More is plugged than was ever asked for.
+pub fn fuzz_mem(data: &[u8]) {
+    let growth = (REGION, 32 * mem::BLOCK);
+    let Ok(ram) = GuestRam::growing(&[(0, RAM)], Some(growth), Backing::Small) else { return };
+    let Some(events) = events() else { return };
+    let config = MemConfig { name: "fuzz-mem".into(), ram: ram.clone(), step: 8 * mem::BLOCK };
+    let Ok(device) = Mem::new(config, &events) else { return };
+    // By the input's length: the input itself is the guest's.
+    let most = (data.len() as u64 % 33) * mem::BLOCK;
+    let _ = device.make_usable(most).and_then(|()| device.request(most));
+    run_in(data, Guest::over(ram, device.clone()));
+    assert!(device.stats().plugged <= most, "{:?}", device.stats());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -278,13 +302,14 @@ mod tests {
 
     #[test]
     fn random_inputs_find_nothing() {
-        let targets: [(&str, Fuzz); 6] = [
+        let targets: [(&str, Fuzz); 7] = [
             ("block", fuzz_block),
             ("vsock", fuzz_vsock),
             ("net", fuzz_net),
             ("console", fuzz_console),
             ("rng", fuzz_rng),
             ("balloon", fuzz_balloon),
+            ("mem", fuzz_mem),
         ];
         for (name, target) in targets {
             for seed in 0..20 {

@@ -87,6 +87,15 @@ pub trait Vm: Send + Sync + fmt::Debug {
         Ok(false)
     }
 
+    /// More of a [growing](mvm_memory::RamRegion::growing) region may be used than before: for engines that do not look
+    /// by themselves.
+    ///
+    /// # Errors
+    /// The host failed; what was there before is there still.
+    fn ram_grew(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Starts or stops logging what vCPUs write to guest RAM, for engines whose stores do not pass the
     /// RAM's [`PageTracker`](mvm_memory::PageTracker). What was written before it stops is in the tracker.
     ///

@@ -10,12 +10,14 @@
 mod huge;
 mod notices;
 mod ram;
+mod region;
 mod shared;
 mod tracker;
 
 pub use huge::{HUGE_PAGE, Pool as HugePagePool};
 pub use notices::{Notices, RUN_WORDS};
 pub use ram::{Backing, Error, GuestRam, Loan, RamRegion};
+pub use region::Region;
 pub use tracker::{CodePage, LINE_SIZE, PageTracker};
 
 /// Bytes in a guest page, the granule of tracking and mapping.
@@ -25,4 +27,4 @@ pub const PAGE_SIZE: usize = 4096;
 pub const PAGE_SHIFT: u32 = 12;
 
 /// The `vm-memory` view that devices and loaders use.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<PageTracker>;
+pub type GuestMemory = vm_memory::GuestRegionCollection<Region>;

@@ -11,7 +11,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemory as _, GuestMemoryRegion, G
 
 use crate::huge::{self, HUGE_PAGE};
 use crate::shared::{check_sealed, memory_file};
-use crate::{GuestMemory, PAGE_SIZE, PageTracker};
+use crate::{GuestMemory, PAGE_SIZE, PageTracker, Region};
 
 /// Why guest RAM could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +91,17 @@ pub struct RamRegion {
     pub host: *mut u8,
     /// Who cached what of each page.
     pub tracker: PageTracker,
+    /// Nothing of it is there at the start: it comes piece by piece while the guest runs ([`RamRegion::usable`]), and
+    /// kernels are not told of it.
+    pub growing: bool,
+}
+
+impl RamRegion {
+    /// Bytes from its start that the guest may use. Only ever becomes more.
+    #[inline]
+    pub fn usable(&self) -> u64 {
+        if self.growing { self.tracker.usable().min(self.size) } else { self.size }
+    }
 }
 
 // SAFETY: the pointer is only a number here; every dereference is an engine's own unsafe block, and
@@ -136,10 +147,23 @@ impl GuestRam {
     /// # Errors
     /// Also if the host has no such pages, or not enough of them.
     pub fn backed(ranges: &[(u64, u64)], backing: Backing) -> Result<Self, Error> {
+        Self::growing(ranges, None, backing)
+    }
+
+    /// The same, and with `growth` a range after them all of which nothing may be used at first. Its pages are never
+    /// those of the host's pool, which would have to be reserved at once.
+    ///
+    /// # Errors
+    /// As [`GuestRam::backed`].
+    pub fn growing(
+        ranges: &[(u64, u64)],
+        growth: Option<(u64, u64)>,
+        backing: Backing,
+    ) -> Result<Self, Error> {
         if backing == Backing::Transparent {
             huge::check_transparent().map_err(|found| Error::NoTransparent { found })?;
         }
-        let regions = ranges.iter().map(|&(start, size)| {
+        let make = |(start, size), backing| {
             let len = check_range(start, size)?;
             let file = reserve(start, size, backing)?;
             let tracker = PageTracker::shared(len);
@@ -150,8 +174,18 @@ impl GuestRam {
                 len,
                 backing,
             )
-        });
-        Self::from_mapped(regions.collect::<Result<_, _>>()?)
+        };
+        let mut regions = Vec::new();
+        for &range in ranges {
+            regions.push(make(range, backing)?);
+        }
+        if let Some(range) = growth {
+            let backing = if backing == Backing::Huge { Backing::Small } else { backing };
+            let region = make(range, backing)?;
+            region.tracker.withhold();
+            regions.push(Mapped { growing: true, ..region });
+        }
+        Self::from_mapped(regions)
     }
 
     /// Maps the RAM that another process has lent by [`GuestRam::lend`]. Writes of either are seen by
@@ -178,10 +212,10 @@ impl GuestRam {
 
     fn from_mapped(all: Vec<Mapped>) -> Result<Self, Error> {
         let (mut regions, mut mapped) = (Vec::new(), Vec::new());
-        for Mapped { region, host, tracker } in all {
+        for Mapped { region, host, tracker, growing } in all {
             let (start, size) = (region.start_addr().0, region.len());
-            regions.push(RamRegion { start, size, host, tracker });
-            mapped.push(region);
+            regions.push(RamRegion { start, size, host, tracker, growing });
+            mapped.push(Region::new(region));
         }
         let memory = GuestMemory::from_regions(mapped).map_err(Error::Layout)?;
         Ok(Self { memory, regions })
@@ -211,9 +245,19 @@ impl GuestRam {
         &self.regions
     }
 
-    /// Total size in bytes.
+    /// Bytes that are there from the start.
     pub fn size(&self) -> u64 {
-        self.memory.iter().map(|r| r.len()).sum()
+        self.boot_regions().map(|r| r.size).sum()
+    }
+
+    /// The ranges that are there from the start, in ascending order.
+    pub fn boot_regions(&self) -> impl Iterator<Item = &RamRegion> {
+        self.regions.iter().filter(|r| !r.growing)
+    }
+
+    /// The range that grows, if there is one.
+    pub fn growing_region(&self) -> Option<&RamRegion> {
+        self.regions.iter().find(|r| r.growing)
     }
 
     /// Gives pages `[gpa, gpa + len)` back to the host; the guest reads zeros there afterwards.
@@ -259,6 +303,7 @@ struct Mapped {
     region: GuestRegionMmap<PageTracker>,
     host: *mut u8,
     tracker: PageTracker,
+    growing: bool,
 }
 
 /// The length of a range that can be RAM.
@@ -299,7 +344,8 @@ fn map(
         huge::advise(&mapping).map_err(|e| Error::NoTransparent { found: e.to_string() })?;
     }
     let region = GuestRegionMmap::new(mapping, GuestAddress(start));
-    Ok(Mapped { region: region.ok_or(Error::Range { start, size })?, host, tracker })
+    let region = region.ok_or(Error::Range { start, size })?;
+    Ok(Mapped { region, host, tracker, growing: false })
 }
 
 /// The memory file of a range.
@@ -342,6 +388,44 @@ mod tests {
         assert_eq!(page, [0; 0x1000]);
         assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0x2000)).unwrap(), 0xaa);
         assert_eq!(ram.regions()[0].tracker.take_dirty(), [0b10]);
+    }
+
+    #[test]
+    fn of_a_growing_range_nobody_uses_what_is_withheld() {
+        let ram = GuestRam::growing(&[(0, 0x4000)], Some((0x1_0000, 0x4000)), Backing::Small);
+        let ram = ram.unwrap();
+        let memory = ram.memory();
+        let readable = |at, len| memory.check_range(GuestAddress(at), len);
+        assert_eq!((ram.size(), ram.boot_regions().count(), ram.regions().len()), (0x4000, 1, 2));
+        let growing = ram.growing_region().unwrap();
+        assert_eq!(growing.usable(), 0);
+        for at in [0x1_0000, 0x1_0001, 0x1_3fff] {
+            assert!(!readable(at, 1));
+            assert!(memory.write_obj(7u8, GuestAddress(at)).is_err());
+            assert!(memory.read_obj::<u8>(GuestAddress(at)).is_err());
+            assert!(memory.get_host_address(GuestAddress(at)).is_err());
+        }
+        growing.tracker.make_usable(0x2000);
+        assert_eq!(growing.usable(), 0x2000);
+        assert!(
+            readable(0x1_0000, 0x2000) && !readable(0x1_0000, 0x2001) && !readable(0x1_2000, 1)
+        );
+        memory.write_obj(7u8, GuestAddress(0x1_1fff)).unwrap();
+        assert!(memory.write_obj(7u16, GuestAddress(0x1_1fff)).is_err());
+        // Those who borrow it are bound by the same limit.
+        let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
+        let loans = ram.lend().into_iter().map(|l| Loan {
+            start: l.start,
+            size: l.size,
+            ram: own(l.ram),
+            tracker: own(l.tracker),
+        });
+        let borrower = GuestRam::attach(loans.collect()).unwrap();
+        assert!(borrower.memory().write_obj(1u8, GuestAddress(0x1_2000)).is_err());
+        growing.tracker.make_usable(0x4000);
+        borrower.memory().write_obj(1u8, GuestAddress(0x1_2000)).unwrap();
+        assert_eq!(ram.discard(0x1_0000, 0x4000), 0x4000);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x1_2000)).unwrap(), 0);
     }
 
     #[test]

@@ -94,7 +94,8 @@ fn line_mask(offset: usize, len: usize) -> u64 {
 /// Hears of pages whose cached code went stale.
 type Listener = Arc<dyn Fn(usize) + Send + Sync>;
 
-/// The records of all pages, in one mapping: those about code, then the dirty log, then the notices.
+/// The records of all pages, in one mapping: those about code, then the dirty log, then the notices, then how many
+/// bytes at the region's end are withheld.
 struct Pages {
     mapping: Mapping,
     count: usize,
@@ -117,6 +118,10 @@ impl Pages {
 
     /// Bytes of the mapping for `count` pages.
     fn bytes(count: usize) -> usize {
+        Self::start_of_withheld(count) + size_of::<AtomicU64>()
+    }
+
+    fn start_of_withheld(count: usize) -> usize {
         Self::start_of_notices(count) + size_of::<Notices>()
     }
 
@@ -150,9 +155,19 @@ impl Pages {
             &*start.cast()
         }
     }
+
+    #[inline]
+    fn withheld(&self) -> &AtomicU64 {
+        // SAFETY: as above; the notices before it are aligned to more than it is.
+        unsafe {
+            let start = self.mapping.start().as_ptr().add(Self::start_of_withheld(self.count));
+            &*start.cast()
+        }
+    }
 }
 
 const _: () = assert!(size_of::<CodePage>().is_multiple_of(align_of::<AtomicU64>()));
+const _: () = assert!(size_of::<Notices>().is_multiple_of(align_of::<AtomicU64>()));
 
 /// The page tracker of one RAM region: the `vm-memory` bitmap of everything written.
 ///
@@ -201,6 +216,27 @@ impl PageTracker {
     /// Number of pages tracked.
     pub fn pages(&self) -> usize {
         self.0.count
+    }
+
+    /// Bytes of the region, from its start, that the guest may use; all of them unless some are
+    /// [withheld](PageTracker::make_usable).
+    #[inline]
+    pub fn usable(&self) -> u64 {
+        let all = (self.0.count as u64) << PAGE_SHIFT;
+        all.saturating_sub(self.0.withheld().load(Ordering::Acquire))
+    }
+
+    /// Withholds everything, before anybody uses the region.
+    pub(crate) fn withhold(&self) {
+        let all = (self.0.count as u64) << PAGE_SHIFT;
+        self.0.withheld().store(all, Ordering::Release);
+    }
+
+    /// Lets the guest use the region's first `bytes` from now on, for good: it never becomes less. Who has the records
+    /// in common hears of it; an engine may have to be told besides.
+    pub fn make_usable(&self, bytes: u64) {
+        let all = (self.0.count as u64) << PAGE_SHIFT;
+        self.0.withheld().fetch_min(all.saturating_sub(bytes), Ordering::AcqRel);
     }
 
     /// Marks page `index` as written, for the dirty log alone (a vCPU's fast path has told the
@@ -379,6 +415,21 @@ mod tests {
         assert_eq!(here.notices().run_word(3).unwrap().load(Ordering::SeqCst), 0);
         assert_eq!(here.take_dirty(), [0b110]);
         assert_eq!(there.take_dirty(), [0]);
+    }
+
+    #[test]
+    fn what_is_withheld_only_becomes_less_and_all_hear_of_it() {
+        let all = 4 * PAGE_SIZE as u64;
+        let here = PageTracker::shared(4 * PAGE_SIZE).unwrap();
+        let file = here.file().unwrap().try_clone().unwrap();
+        let there = PageTracker::attach(file, 4 * PAGE_SIZE).unwrap();
+        assert_eq!(there.usable(), all, "as a rule nothing is withheld");
+        here.withhold();
+        assert_eq!(there.usable(), 0);
+        for (asked, usable) in [(0x2000, 0x2000), (0x1000, 0x2000), (u64::MAX, all)] {
+            here.make_usable(asked);
+            assert_eq!(there.usable(), usable);
+        }
     }
 
     #[test]

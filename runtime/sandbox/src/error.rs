@@ -114,6 +114,18 @@ pub enum Error {
         /// What to do.
         advice: &'static str,
     },
+    /// The guest did not take the memory that it was offered.
+    #[error(
+        "the guest has {} MiB of memory and does not take more, of {} MiB that it could have: its kernel cannot plug memory \
+         (a virtio-mem driver does), or has no room left for the tables that more memory needs",
+        now >> 20, wanted >> 20
+    )]
+    NotGrown {
+        /// Bytes that it has.
+        now: u64,
+        /// Bytes that it was to have.
+        wanted: u64,
+    },
     /// There is no agent in the guest that could do this.
     #[error(
         "container {name} is a machine without mvm's agent (a unikernel or a system of its own): \

@@ -8,6 +8,7 @@
 //! * [`registry`], [`state`] and [`layout`] are what is on disk; [`recover`] repairs it.
 //! * [`engine`] chooses what runs the machine, [`network`] what it is connected to.
 //! * [`unikernel`] recognises images that are kernels of their own.
+//! * [`memory`] makes a machine that runs larger and smaller.
 //! * [`machine`] starts the monitor process, [`guest`] talks to the agent, [`pump`] moves streams.
 //!
 //! Not in scope: flags and messages for people (the front doors), how a machine is built
@@ -20,6 +21,7 @@ pub mod guest;
 pub mod layout;
 pub mod logfile;
 pub mod machine;
+pub mod memory;
 pub mod metrics;
 mod names;
 pub mod network;

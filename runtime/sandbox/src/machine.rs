@@ -85,6 +85,8 @@ pub struct MachinePlan {
     pub vcpus: u32,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// Guest memory that it can grow to while it runs, in bytes ([`crate::memory`]); 0 for a machine that stays as it is.
+    pub memory_max: u64,
     /// The host's pages that it is made of.
     pub hugepages: HugePages,
     /// What runs it.
@@ -318,6 +320,7 @@ pub(crate) fn launch(
     let MachinePlan { vcpus, memory, hugepages, engine, cpu, kernel, initramfs, .. } = plan;
     let hardware = Hardware { vcpus, memory, hugepages, engine, cpu, kernel, initramfs };
     let mut draft = Draft::new(place, hardware)?;
+    draft.config.memory_max = plan.memory_max;
     draft.config.cmdline = plan.cmdline;
     // The guest is Linux whatever its kernel's file looks like: a stripped one has no notes that say so.
     draft.config.cmdline_style = CmdlineStyle::Linux;

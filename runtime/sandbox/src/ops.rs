@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
+use mvm_vmm::MemorySize;
 use mvm_vmm::monitor::{ControlClient, Request, client};
 use nix::libc;
 
@@ -11,6 +12,7 @@ use crate::ending::{Ending, Waited, Waiter};
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::machine;
+use crate::memory;
 use crate::procid::ProcessId;
 use crate::recover::{self, refresh};
 use crate::registry::{Place, Registry};
@@ -153,6 +155,16 @@ impl Found {
         self.state.status = Status::Running;
         // The clock of a machine without agent is kvmclock, which went on.
         if self.state.bare { Ok(()) } else { self.guest()?.set_clock() }
+    }
+
+    /// Makes the machine's memory `bytes` in all, as [`memory::resize`] does, and waits for what the guest gives back.
+    pub fn resize(&self, bytes: u64) -> Result<MemorySize, Error> {
+        if self.state.bare {
+            return Err(self.no_agent("changing the size of its memory"));
+        }
+        let control = &mut self.control()?;
+        memory::resize(control, &self.guest()?, bytes)?;
+        memory::settle(control)
     }
 
     /// The specification it was started with.

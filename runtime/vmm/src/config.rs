@@ -37,6 +37,9 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Guest RAM in bytes, rounded up to whole pages.
     pub memory: u64,
+    /// Guest RAM that it can grow to while it runs, in bytes; not more than `memory` where it cannot.
+    #[serde(default)]
+    pub memory_max: u64,
     /// The host's pages that it is made of.
     #[serde(default)]
     pub hugepages: HugePages,
@@ -101,6 +104,7 @@ impl MachineConfig {
             id: id.into(),
             vcpus: 1,
             memory,
+            memory_max: 0,
             hugepages: HugePages::default(),
             engine: EngineConfig::Emu,
             emu: EmuConfig::default(),
@@ -135,6 +139,7 @@ impl MachineConfig {
             _ => {
                 let others = FIXED_VIRTIO_DEVICES
                     + nets
+                    + u64::from(layout::growth(self.memory, self.memory_max).is_some())
                     + u64::from(self.vsock.is_some())
                     + u64::from(self.virtio_console.is_some())
                     + u64::from(self.fs.is_some());
@@ -164,6 +169,13 @@ impl MachineConfig {
         }
         if self.memory < layout::MIN_MEMORY || self.memory > layout::MAX_MEMORY {
             return Err(Error::Memory { bytes: self.memory });
+        }
+        if self.memory_max > layout::MAX_MEMORY {
+            return Err(Error::Memory { bytes: self.memory_max });
+        }
+        let grows = layout::growth(self.memory, self.memory_max).is_some();
+        if grows && self.hugepages == HugePages::Pool {
+            return Err(Error::GrowthOfHugePages);
         }
         if let Some(reason) = self.fallback.as_ref().filter(|r| r.len() > MAX_REASON) {
             return Err(Error::Reason { len: reason.len() });
@@ -417,6 +429,11 @@ pub enum Error {
         /// Bytes asked for.
         bytes: u64,
     },
+    /// The host's pool has no pages that are there only when they are wanted.
+    #[error(
+        "memory from the host's pool of huge pages is reserved when the machine is made, and cannot grow: leave either out"
+    )]
+    GrowthOfHugePages,
     /// More disks than places.
     #[error("{disks} block devices asked for; there can be {max}")]
     TooManyDisks {
@@ -529,6 +546,12 @@ mod tests {
         };
         assert_eq!(check(|c| c.vcpus = 0), Error::Vcpus { vcpus: 0 });
         assert_eq!(check(|c| c.memory = 5), Error::Memory { bytes: 5 });
+        let bytes = layout::MAX_MEMORY + 1;
+        assert_eq!(check(|c| c.memory_max = layout::MAX_MEMORY + 1), Error::Memory { bytes });
+        let pool = |c: &mut MachineConfig| {
+            (c.hugepages, c.memory_max) = (HugePages::Pool, c.memory + 1);
+        };
+        assert_eq!(check(pool), Error::GrowthOfHugePages);
         assert_eq!(check(|c| c.id.clear()), Error::Id { len: 0 });
         let long = check(|c| c.fallback = Some("x".repeat(MAX_REASON + 1)));
         assert_eq!(long, Error::Reason { len: MAX_REASON + 1 });
@@ -541,6 +564,8 @@ mod tests {
         }
         assert!(matches!(check(|c| c.disk_slots = 100), Error::TooManyDisks { .. }));
         assert!(matches!(check(|c| c.disk_slots = u32::MAX), Error::TooManyDisks { .. }));
+        let grows = MachineConfig { memory_max: 1 << 30, ..config() };
+        assert_eq!(grows.room_for_disks() + 1, config().room_for_disks(), "a device of its own");
         let full = MachineConfig { disk_slots: config().room_for_disks(), ..config() };
         assert_eq!((full.validate(), full.disk_slots), (Ok(()), layout::MAX_VIRTIO_DEVICES - 2));
         let module = |text: &str| ModuleConfig {

@@ -3,6 +3,7 @@
 mod emulators;
 mod fs;
 mod hvt;
+mod memory;
 mod net;
 mod old_pc;
 mod slots;
@@ -18,6 +19,7 @@ use mvm_devices::virtio::balloon::{Balloon, BalloonConfig, BalloonError};
 use mvm_devices::virtio::block::{Block, BlockConfig, BlockError, BlockStats, Cache};
 use mvm_devices::virtio::console::{Console, ConsoleConfig, ConsoleError};
 use mvm_devices::virtio::fs::{Fs, FsError, Gone};
+use mvm_devices::virtio::mem::{Mem, MemError};
 use mvm_devices::virtio::net::{Net, NetError};
 use mvm_devices::virtio::rng::{Rng, RngError};
 use mvm_devices::virtio::vsock::{Dialer, Joined, Vsock, VsockConfig, VsockError};
@@ -62,6 +64,9 @@ pub enum Error {
     /// The balloon cannot be made.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
+    /// The memory device cannot be made.
+    #[error(transparent)]
+    Mem(#[from] MemError),
     /// The serial port has no input.
     #[error(transparent)]
     SerialInput(#[from] SerialInputError),
@@ -227,6 +232,8 @@ pub(crate) struct Devices {
     pub vsock: Option<Arc<Vsock>>,
     pub rng: Option<Arc<Rng>>,
     pub balloon: Option<Arc<Balloon>>,
+    /// The memory that comes and goes, in a machine that can grow.
+    pub mem: Option<Arc<Mem>>,
     pub console: Option<Arc<Console>>,
     pub fs: Option<Arc<Fs>>,
     /// What a Solo5 guest has in place of all but the console.
@@ -270,6 +277,7 @@ impl Devices {
             vsock: None,
             rng: None,
             balloon: None,
+            mem: None,
             console: None,
             fs: None,
             hypercalls: None,
@@ -360,6 +368,11 @@ impl Devices {
         let balloon = Balloon::new(config, &events)?;
         self.balloon = Some(balloon.clone());
         self.add_virtio(balloon, ram, bus)?;
+        if ram.growing_region().is_some() {
+            let mem = memory::open(ram, &events)?;
+            self.mem = Some(mem.clone());
+            self.add_virtio(mem, ram, bus)?;
+        }
         if let Some(VirtioConsole { output, input }) = parts.virtio_console {
             let tail = parts.console_ring;
             let config = ConsoleConfig { name: "mvm-console".into(), output, input, tail };
@@ -478,6 +491,7 @@ impl Devices {
             counters.push(("mvm-balloon.inflated".into(), balloon.inflated));
             counters.push(("mvm-balloon.reported".into(), balloon.reported));
         }
+        counters.extend(self.mem.iter().flat_map(|mem| memory::counters(mem)));
         if let Some(hypercalls) = &self.hypercalls {
             let all = hypercalls.counters();
             counters.extend(all.into_iter().map(|(name, n)| (format!("mvm-hvt.{name}"), n)));

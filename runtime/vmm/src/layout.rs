@@ -7,6 +7,9 @@
 //! 0xfec0_0000        IOAPIC
 //! 0xfee0_0000        local APICs
 //! 0x1_0000_0000      RAM that did not fit below 3 GiB
+//! after all RAM,     memory by which the machine can grow, of which nothing is there at first and no kernel is told:
+//! above 4 GiB,       a device of its own tells the guest where it is (virtio-mem)
+//! in whole 2 GiB
 //! ```
 
 use std::ops::Range;
@@ -20,6 +23,9 @@ pub const MIN_MEMORY: u64 = 4 << 20;
 
 /// Most guest RAM in bytes: what an address width of 40 bits leaves.
 pub const MAX_MEMORY: u64 = 512 << 30;
+
+/// What the region by which a machine can grow begins at a multiple of: no Linux takes memory in larger pieces.
+pub const GROWTH_ALIGN: u64 = 2 << 30;
 
 /// Global descriptor table for the entry into the kernel (Linux x86 boot protocol, "64-bit boot
 /// protocol": `__BOOT_CS` 0x10, `__BOOT_DS` 0x18).
@@ -155,6 +161,20 @@ pub fn ram_ranges(memory: u64) -> Vec<(u64, u64)> {
     }
 }
 
+/// Pieces in which the guest of a machine of `memory` bytes takes more, in bytes: what Linux makes of memory that is
+/// plugged (`memory_block_size_bytes` on x86), the larger one from 64 GiB on.
+pub fn growth_step(memory: u64) -> u64 {
+    if memory < 64 << 30 { 128 << 20 } else { GROWTH_ALIGN }
+}
+
+/// The region `(start, size)` by which a machine of `memory` bytes can grow to `max` bytes, rounded up to whole steps;
+/// `None` if that is no more.
+pub fn growth(memory: u64, max: u64) -> Option<(u64, u64)> {
+    let more = max.min(MAX_MEMORY).saturating_sub(memory).next_multiple_of(growth_step(memory));
+    let end = ram_ranges(memory).last().map_or(0, |&(start, size)| start + size);
+    (more != 0).then(|| (end.max(HIGH_MEMORY).next_multiple_of(GROWTH_ALIGN), more))
+}
+
 // The last is the page table of the first 2 MiB, for Solo5 guests.
 const _: () = assert!(SOLO5_FIRST_TABLE + 0x1000 <= SOLO5_VISIBLE);
 const _: () = assert!(GDT + 0x100 <= SOLO5_TABLES.start);
@@ -176,5 +196,21 @@ mod tests {
         assert_eq!(ram_ranges(256 << 20), [(0, 256 << 20)]);
         assert_eq!(ram_ranges(LOW_MEMORY_END), [(0, LOW_MEMORY_END)]);
         assert_eq!(ram_ranges(LOW_MEMORY_END + 5), [(0, LOW_MEMORY_END), (HIGH_MEMORY, 0x1000)]);
+    }
+
+    #[test]
+    fn what_a_machine_grows_by_lies_behind_its_ram() {
+        assert_eq!(growth(256 << 20, 0), None);
+        assert_eq!(growth(256 << 20, 256 << 20), None);
+        assert_eq!(growth(256 << 20, 1 << 30), Some((4 << 30, 768 << 20)));
+        assert_eq!(growth(256 << 20, (256 << 20) + 1), Some((4 << 30, 128 << 20)));
+        assert_eq!(growth(LOW_MEMORY_END, 8 << 30), Some((4 << 30, 5 << 30)));
+        assert_eq!(growth(LOW_MEMORY_END + 4096, 4 << 30).unwrap().0, 6 << 30);
+        assert_eq!(growth(64 << 30, (64 << 30) + 1), Some((66 << 30, 2 << 30)));
+        // However much: it ends where 40 bits do.
+        for memory in [MIN_MEMORY, 1 << 30, 64 << 30, MAX_MEMORY - 4096] {
+            let (start, size) = growth(memory, u64::MAX).unwrap();
+            assert!(start + size <= 1 << 40, "{memory:#x}");
+        }
     }
 }

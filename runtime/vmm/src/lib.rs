@@ -27,8 +27,8 @@ pub use boot::Error as BootError;
 pub use devices::Error as DevicesError;
 pub use events::{Events, MachineEvent};
 pub use machine::{
-    Disk, Error, Machine, MachineState, Module, NetCard, Parts, Pauser, Section, SharedFiles,
-    Sockets, VirtioConsole,
+    Disk, Error, Machine, MachineState, MemorySize, Module, NetCard, Parts, Pauser, Section,
+    SharedFiles, Sockets, VirtioConsole,
 };
 pub use outcome::{EndReason, Outcome};
 pub use wires::Error as WiresError;

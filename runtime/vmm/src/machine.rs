@@ -11,11 +11,12 @@ use mvm_devices::{DeviceStats, Gate};
 use mvm_engine::cpuid::{self, CpuModel};
 use mvm_engine::{Engine, EngineMetrics, Vcpu, Vm, VmConfig};
 use mvm_memory::GuestRam;
+use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
 
 use crate::boot::{self, CmdlineParts, Facts, Kernel};
 use crate::bus::MachineBus;
-use crate::config::{BootProtocol, CmdlineStyle, HugePages};
+use crate::config::{BootProtocol, CmdlineStyle, HugePages, mib};
 use crate::devices::{self, Devices, HvtGuest, Platform};
 use crate::events::{self, Events, Notifier};
 use crate::layout;
@@ -79,6 +80,23 @@ pub enum Error {
     /// A state does not belong to a machine of these parts.
     #[error("cannot go on from this state: {0}")]
     State(String),
+    /// It was made to stay as it is.
+    #[error(
+        "the machine was made with all the memory that it can have: its size cannot be changed while it runs (memory-max \
+         says how far one can grow)"
+    )]
+    CannotGrow,
+    /// More than it was made for.
+    #[error(
+        "{} of memory are more than the {} that the machine can grow to (memory-max, when it was started)",
+        mib(*asked), mib(*max)
+    )]
+    TooLarge {
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes there can be.
+        max: u64,
+    },
     /// The vCPUs did not come to a stop.
     #[error("the vCPUs did not stop within {} seconds", STOP_DEADLINE.as_secs())]
     DoesNotStop,
@@ -92,6 +110,8 @@ pub struct Parts {
     pub cpu: Option<CpuModel>,
     /// Guest RAM in bytes.
     pub memory: u64,
+    /// Guest RAM that it can grow to, in bytes; not more than `memory` where it cannot.
+    pub memory_max: u64,
     /// The host's pages that it is made of.
     pub hugepages: HugePages,
     /// The kernel's file.
@@ -135,6 +155,7 @@ impl Parts {
             vcpus: 1,
             cpu: None,
             memory,
+            memory_max: 0,
             hugepages: HugePages::default(),
             kernel,
             boot: BootProtocol::Auto,
@@ -250,6 +271,40 @@ impl Machine {
         self.devices.unplug(place)
     }
 
+    /// Its size now, what it is asked to have, and what it can have.
+    pub fn memory(&self) -> MemorySize {
+        let boot = self.ram.size();
+        match self.devices.memory_growth() {
+            Some(growth) => MemorySize {
+                started: boot,
+                now: boot + growth.plugged,
+                wanted: boot + growth.requested,
+                max: boot + growth.region,
+            },
+            None => MemorySize { started: boot, now: boot, wanted: boot, max: boot },
+        }
+    }
+
+    /// Asks the guest to make the machine's memory `bytes` in all, rounded up to whole blocks of 2 MiB, as far as it is
+    /// not less than what it was started with. What it does about it [`Machine::memory`] tells: a guest that is to
+    /// give memory back keeps what it cannot do without.
+    ///
+    /// # Errors
+    /// [`Error::CannotGrow`], [`Error::TooLarge`], or the host fails.
+    pub fn resize(&self, bytes: u64) -> Result<(), Error> {
+        let MemorySize { now, max, .. } = self.memory();
+        let Some(device) = &self.devices.mem else {
+            // The same again is no change.
+            return if bytes <= now { Ok(()) } else { Err(Error::CannotGrow) };
+        };
+        let more = bytes.saturating_sub(self.ram.size());
+        let too_large = |_| Error::TooLarge { asked: bytes, max };
+        device.make_usable(more).map_err(too_large)?;
+        // The engine first: the guest uses what it is told of at once.
+        self.vm.ram_grew()?;
+        device.request(more).map_err(too_large)
+    }
+
     /// How its kernel was entered; never [`BootProtocol::Auto`].
     pub fn boot_protocol(&self) -> BootProtocol {
         self.boot
@@ -308,6 +363,19 @@ impl Machine {
     }
 }
 
+/// A machine's memory, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemorySize {
+    /// What it was started with, and does not give back.
+    pub started: u64,
+    /// What it has.
+    pub now: u64,
+    /// What it was asked to have.
+    pub wanted: u64,
+    /// The most that it can have.
+    pub max: u64,
+}
+
 /// What of a machine's parts goes into guest memory.
 struct Cargo {
     kernel: Kernel,
@@ -346,7 +414,11 @@ impl Frame {
         let kernel = Kernel::open(parts.kernel, parts.boot)?;
         let ram = match ram {
             Some(ram) => ram,
-            None => GuestRam::backed(&layout::ram_ranges(parts.memory), parts.hugepages.into())?,
+            None => {
+                let growth = layout::growth(parts.memory, parts.memory_max);
+                let ranges = layout::ram_ranges(parts.memory);
+                GuestRam::growing(&ranges, growth, parts.hugepages.into())?
+            }
         };
 
         // Devices come before the vCPUs that they end. They do not keep them: the vCPUs' kickers may
@@ -440,7 +512,8 @@ impl Frame {
         CmdlineParts {
             style: kernel.cmdline_style(style),
             verbose,
-            high_memory: self.ram.regions().len() > 1,
+            high_memory: self.ram.boot_regions().count() > 1,
+            grows: self.devices.mem.is_some(),
             virtio_devices: self.devices.virtio.len() as u32,
             extra,
         }

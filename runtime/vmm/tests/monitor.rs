@@ -192,7 +192,7 @@ fn the_control_socket_answers() {
     let mut client = ControlClient::connect(&path, Duration::from_secs(20)).unwrap();
     let status = client.status().unwrap();
     assert_eq!((status.state, status.pid), (RunState::Running, monitor.pid()));
-    assert_eq!((status.engine.as_str(), status.memory), ("emu", 32 << 20));
+    assert_eq!((status.engine.as_str(), status.memory.now), ("emu", 32 << 20));
     assert_eq!(status.engine_reason.as_deref(), Some("for the test"));
     assert_eq!(client.request(&Request::Pause).unwrap(), Response::Ok);
     assert_eq!(client.status().unwrap().state, RunState::Paused);

@@ -9,7 +9,7 @@ use oci_spec::runtime::LinuxResources;
 use super::container::{Container, Running};
 use super::hooks::Kind;
 use super::pod::Role;
-use super::{EXIT_KILLED, Machines, lock, spec, unikernel};
+use super::{EXIT_KILLED, Machines, lock, size, spec, unikernel};
 use crate::backend::{Backend, Exit, NewContainer, NewExec, Target};
 use crate::error::{Error, Result};
 
@@ -44,6 +44,32 @@ impl Machines {
             tracing::error!(container = process.container, exec = process.exec, "{why}");
             Exit::now(EXIT_MACHINE_ENDED)
         })
+    }
+}
+
+impl Machines {
+    /// Changes the limits of a container that runs, and with that of its memory the size of its machine: larger before the
+    /// guest lets it have more, smaller after it has it use less. Returns what the guest will not honour.
+    fn change_limits(
+        &self,
+        container: &Container,
+        resources: &LinuxResources,
+        json: &[u8],
+    ) -> Result<Vec<String>> {
+        let Running { machine, .. } = container.running()?;
+        let limit = size::limit_in(resources);
+        let before = machine.limits().of(&container.id);
+        let grows = limit > before;
+        if grows {
+            machine.fit(&container.id, limit)?;
+        }
+        let updated = container.ask(|guest| guest.update(json));
+        if updated.is_err() && grows {
+            machine.shrink(&container.id, before);
+        } else if updated.is_ok() && limit.is_some() && !grows {
+            machine.shrink(&container.id, limit);
+        }
+        updated
     }
 }
 
@@ -179,9 +205,7 @@ impl Backend for Machines {
             spec.set_linux(Some(linux));
             return Ok(());
         }
-        for notice in container.ask(|guest| guest.update(resources))? {
-            tracing::info!(container = container.id, "note: {notice}");
-        }
+        container.note(&self.change_limits(&container, &parsed, resources)?);
         Ok(())
     }
 

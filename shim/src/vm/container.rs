@@ -271,6 +271,7 @@ impl Container {
             tracing::debug!(container = self.id, "{}", running.machine.explain(e));
         }
         running.lent.take_back(&running.machine);
+        running.machine.shrink(&self.id, None);
     }
 
     /// Waits for the end of a sandbox, which is the end of its machine.

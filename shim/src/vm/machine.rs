@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::blocks::Wanted;
 use super::cgroup::Cgroups;
 use super::plugged::{self, Plugged};
+use super::size::{self, Fit};
 use crate::error::{Error, Result};
 
 /// How long a guest may take to write out its disks.
@@ -31,6 +32,8 @@ pub struct Machine {
     groups: Mutex<Option<Cgroups>>,
     /// The block devices that have come into it.
     plugged: Plugged,
+    /// The limits of the containers in it, which it is large enough for.
+    fit: Fit,
     /// How many containers have been given a name for their shares.
     named: AtomicU32,
 }
@@ -55,6 +58,7 @@ impl Machine {
             sandbox: Mutex::new(Some(sandbox)),
             groups: Mutex::new(Some(groups)),
             plugged: Plugged::default(),
+            fit: Fit::default(),
             named: AtomicU32::new(1),
         })
     }
@@ -159,6 +163,33 @@ impl Machine {
                 Ok(plugged::Running { monitor, guest: &self.guest })
             }
             None => Err(ended()),
+        }
+    }
+
+    /// The limits of the containers in it.
+    pub fn limits(&self) -> &Fit {
+        &self.fit
+    }
+
+    /// Makes it as large as it has to be for `container` to have this limit of memory; `None` for one that has none, or is
+    /// gone.
+    ///
+    /// # Errors
+    /// The guest does not take the memory.
+    pub fn fit(&self, container: &str, limit: Option<u64>) -> Result<()> {
+        self.fit.set(container, limit, || match &*self.sandbox() {
+            Some(sandbox) => {
+                let monitor = sandbox.monitor_client(plugged::PATIENCE)?;
+                Ok(size::Running { monitor, guest: &self.guest })
+            }
+            None => Err(ended()),
+        })
+    }
+
+    /// The same for one that has a lower limit or is gone: a machine that stays too large is no failure of that.
+    pub fn shrink(&self, container: &str, limit: Option<u64>) {
+        if let Err(e) = self.fit(container, limit) {
+            tracing::debug!(container, "the machine's memory stays as it is: {e}");
         }
     }
 

@@ -19,6 +19,7 @@ mod net;
 mod plugged;
 pub mod pod;
 pub mod rootfs;
+mod size;
 pub mod spec;
 mod start;
 mod unikernel;

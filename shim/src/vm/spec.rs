@@ -18,7 +18,7 @@ use super::pod::Role;
 use crate::host::Size;
 
 /// What kernel and agent of the guest need beside a container's own limit, in bytes.
-const OVERHEAD: u64 = 96 << 20;
+pub const OVERHEAD: u64 = 96 << 20;
 
 /// Annotations of containerd's CRI: what a whole pod asks for.
 const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";

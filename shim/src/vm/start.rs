@@ -21,7 +21,9 @@ use super::machine::Machine;
 use super::pod::{self, Role};
 use super::spec;
 use super::unikernel::{self, Unikernel};
-use super::{FIRST, LABEL_BUNDLE, LABEL_ID, LABEL_NAMESPACE, Machines, blocks, lock, net, plugged};
+use super::{
+    FIRST, LABEL_BUNDLE, LABEL_ID, LABEL_NAMESPACE, Machines, blocks, lock, net, plugged, size,
+};
 use crate::error::{Error, Result};
 use crate::host::{Hardware, Size};
 
@@ -219,6 +221,7 @@ impl Machines {
             container.note(&notices);
             Ok(streams)
         })?;
+        machine.limits().note(&container.id, size::limit(&spec));
         let guest = machine.guest().clone();
         Ok((Running { machine: Arc::new(machine), guest, lent: Lent::default() }, streams))
     }
@@ -259,10 +262,14 @@ impl Machines {
         for bind in &inside.binds {
             shares.push(bind.share().map_err(Error::failed)?);
         }
+        machine.fit(&container.id, size::limit(&spec))?;
         let mut lent = Lent::default();
         lent.shares.extend(shares.iter().map(|share| share.name.clone()));
-        machine.share(shares)?;
-        lent.devices = machine.plug(&inside.blocks).inspect_err(|_| lent.take_back(&machine))?;
+        machine.share(shares).inspect_err(|_| machine.shrink(&container.id, None))?;
+        lent.devices = machine.plug(&inside.blocks).inspect_err(|_| {
+            lent.take_back(&machine);
+            machine.shrink(&container.id, None);
+        })?;
         inside.container.devices.clone_from(&lent.devices);
         let guest = machine.guest().of(&container.id);
         let started = (|| {
@@ -282,6 +289,7 @@ impl Machines {
             Err(e) => {
                 let why = machine.explain(e);
                 lent.take_back(&machine);
+                machine.shrink(&container.id, None);
                 Err(why)
             }
         }
@@ -311,6 +319,7 @@ fn machine_plan(
     MachinePlan {
         vcpus: hardware.vcpus,
         memory: hardware.memory,
+        memory_max: hardware.memory_max,
         hugepages: hardware.hugepages,
         engine: hardware.engine,
         cpu: hardware.cpu,

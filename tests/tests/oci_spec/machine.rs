@@ -83,6 +83,7 @@ impl Machine {
         let plan = MachinePlan {
             vcpus: VCPUS,
             memory: MEMORY,
+            memory_max: 0,
             hugepages: HugePages::default(),
             engine: selection(&layout),
             cpu: None,

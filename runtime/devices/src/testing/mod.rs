@@ -96,7 +96,11 @@ pub struct Guest {
 impl Guest {
     /// A guest with `size` bytes of RAM and `device`.
     pub fn new(size: u64, device: Arc<dyn VirtioDevice>) -> Self {
-        let ram = GuestRam::new(&[(0, size)]).expect("guest RAM");
+        Self::over(GuestRam::new(&[(0, size)]).expect("guest RAM"), device)
+    }
+
+    /// A guest with this RAM, which begins at 0, and `device`.
+    pub fn over(ram: GuestRam, device: Arc<dyn VirtioDevice>) -> Self {
         let line = Arc::new(TestLine::default());
         let mmio = MmioTransport::new(device, ram.clone(), line.clone());
         Self { ram, mmio, line, next_free: 0x1000, floor: 0x1000 }

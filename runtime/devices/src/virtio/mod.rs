@@ -13,6 +13,7 @@ mod core;
 pub mod fs;
 mod iov;
 mod link;
+pub mod mem;
 mod mmio;
 pub mod net;
 mod queue;
@@ -55,6 +56,7 @@ pub enum DeviceType {
     Entropy = 4,
     Balloon = 5,
     Socket = 19,
+    Memory = 24,
     FileSystem = 26,
 }
 
@@ -113,6 +115,15 @@ pub enum DeviceState {
         target: u32,
         /// Pages the driver says it gave.
         actual: u32,
+    },
+    /// What of its region a memory device has given, in bytes.
+    Memory {
+        /// What the host asks the guest to have plugged.
+        requested: u64,
+        /// What may be used.
+        usable: u64,
+        /// What is plugged: a bit for each block.
+        plugged: Vec<u64>,
     },
     /// What the driver told a network device by its control queue.
     Network {

@@ -12,6 +12,7 @@ mod runs;
 mod span;
 mod tlb;
 mod walk;
+mod writers;
 
 #[cfg(test)]
 mod tests;

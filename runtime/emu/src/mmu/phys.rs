@@ -2,13 +2,18 @@
 //! between those who store and those who decode (invariants 5 to 8).
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mvm_engine::IoBus;
-use mvm_memory::{CodePage, GuestRam, PAGE_SHIFT, PageTracker, RamRegion};
+use mvm_memory::{CodePage, GuestRam, PAGE_SHIFT, PageTracker};
 
+<<<<<<< HEAD
 use super::raw::{HostAddr, zeros};
+=======
+use super::raw::HostAddr;
+use super::writers::Writers;
+>>>>>>> mem
 
 /// A page of RAM: which region, and which page of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,7 +116,7 @@ pub struct PhysMemory {
     ram: GuestRam,
     io: Arc<dyn IoBus>,
     /// Per region and page: bit `vcpu % 32` is set before the vCPU enters a fast write.
-    writers: Vec<Box<[AtomicU32]>>,
+    writers: Vec<Writers>,
     guards: Vec<Arc<Guard>>,
     changes: Arc<Changes>,
     watching: Mutex<()>,
@@ -127,8 +132,12 @@ impl fmt::Debug for PhysMemory {
 impl PhysMemory {
     /// Memory for `vcpus` vCPUs.
     pub fn new(ram: GuestRam, io: Arc<dyn IoBus>, vcpus: u32) -> Self {
+<<<<<<< HEAD
         let pages = |r: &RamRegion| zeros((r.size >> PAGE_SHIFT) as usize);
         let writers = ram.regions().iter().map(pages).collect();
+=======
+        let writers = ram.regions().iter().map(|r| Writers::new(r.size >> PAGE_SHIFT)).collect();
+>>>>>>> mem
         let guards: Vec<Arc<Guard>> = (0..vcpus).map(|_| Arc::default()).collect();
         let lists = (0..vcpus).map(|_| Changed::default()).collect();
         let changes = Arc::new(Changes { guards: guards.clone(), lists });
@@ -192,6 +201,9 @@ impl PhysMemory {
         for (index, region) in self.ram.regions().iter().enumerate() {
             let offset = gpa.wrapping_sub(region.start);
             if offset < region.size {
+                if region.growing && offset >= region.usable() {
+                    return None;
+                }
                 let page = PageRef { region: index as u32, page: (offset >> PAGE_SHIFT) as u32 };
                 // SAFETY: inside the region's mapping, which `self.ram` keeps alive; regions are
                 // whole pages.
@@ -241,10 +253,9 @@ impl PhysMemory {
     pub fn allow_fast_write(&self, page: PageRef, vcpu: u32) -> bool {
         let Some(region) = self.ram.regions().get(page.region as usize) else { return false };
         let writers = self.writers.get(page.region as usize);
-        let (Some(code), Some(writers)) = (
-            region.tracker.code_page(page.page as usize),
-            writers.and_then(|w| w.get(page.page as usize)),
-        ) else {
+        let (Some(code), Some(writers)) =
+            (region.tracker.code_page(page.page as usize), writers.and_then(|w| w.of(page.page)))
+        else {
             return false;
         };
         region.tracker.set_dirty(page.page as usize);
@@ -279,7 +290,7 @@ impl PhysMemory {
         let writers = self
             .writers
             .get(page.region as usize)
-            .and_then(|w| w.get(page.page as usize))
+            .and_then(|w| w.of(page.page))
             .map_or(0, |w| w.swap(0, Ordering::SeqCst));
         if writers != 0 {
             drop_own |= writers & 1 << (me % 32) != 0;

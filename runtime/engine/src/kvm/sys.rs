@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::mem::{offset_of, zeroed};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
@@ -28,16 +29,24 @@ pub(crate) fn kvm_from(device: OwnedFd) -> Kvm {
     unsafe { Kvm::from_raw_fd(file.into_raw_fd()) }
 }
 
-/// Makes `region` memory slot `slot`, or changes whether writes to it are logged.
-pub(crate) fn set_slot(vm: &VmFd, slot: u32, region: &RamRegion, log: bool) -> KvmResult<()> {
+/// Makes `part` of `region` (bytes from its start) memory slot `slot`, or changes whether writes to it are logged.
+pub(crate) fn set_slot(
+    vm: &VmFd,
+    slot: u32,
+    region: &RamRegion,
+    part: Range<u64>,
+    log: bool,
+) -> KvmResult<()> {
+    let end = part.end.min(region.size);
+    let from = part.start.min(end);
     let region = kvm_userspace_memory_region {
         slot,
         flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-        guest_phys_addr: region.start,
-        memory_size: region.size,
-        userspace_addr: region.host as u64,
+        guest_phys_addr: region.start + from,
+        memory_size: end - from,
+        userspace_addr: region.host as u64 + from,
     };
-    // SAFETY: the range is a mapping of this process that lives as long as the machine's `GuestRam`, which is
+    // SAFETY: the range is in a mapping of this process that lives as long as the machine's `GuestRam`, which is
     // kept beside the descriptor; nothing but vm-memory's volatile accessors looks at it.
     unsafe { vm.set_user_memory_region(region) }
 }

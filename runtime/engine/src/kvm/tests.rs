@@ -70,6 +70,11 @@ impl Guest {
 
     /// The same with processors of this model.
     fn of(vcpus: u32, cpu: CpuModel) -> Option<Self> {
+        Self::with(vcpus, cpu, GuestRam::new(&[(0, 1 << 20)]).unwrap())
+    }
+
+    /// The same with this RAM.
+    fn with(vcpus: u32, cpu: CpuModel, ram: GuestRam) -> Option<Self> {
         let engine = match KvmEngine::new() {
             Ok(engine) => engine,
             Err(e) => {
@@ -77,7 +82,6 @@ impl Guest {
                 return None;
             }
         };
-        let ram = GuestRam::new(&[(0, 1 << 20)]).unwrap();
         let bus = Arc::new(TestBus::default());
         let config = VmConfig { vcpus, cpu, ram: ram.clone(), io: bus.clone() };
         let vm = engine.create_vm(config).unwrap();
@@ -357,6 +361,41 @@ fn what_vcpus_write_is_logged_between_start_and_stop() {
     store(&mut guest, 7);
     guest.vm.collect_writes().unwrap();
     assert_eq!(dirty(&guest), 1 << 1);
+}
+
+#[test]
+fn ram_that_grows_is_the_guests_from_then_on_and_logged_like_the_rest() {
+    let (low, growth) = ([(0, 0x8000)], Some((0x8000, 0x8000)));
+    let ram = GuestRam::growing(&low, growth, mvm_memory::Backing::Small).unwrap();
+    let Some(mut guest) = Guest::with(1, CpuModel::default(), ram) else { return };
+    // mov [si], al; cli; hlt
+    let store = |guest: &mut Guest, at: u64| {
+        guest.load(&[0x88, 0x04, 0xfa, 0xf4]);
+        let mut state = guest.vcpus[0].state().unwrap();
+        (state.regs.gpr[0], state.regs.gpr[6]) = (0x5a, at);
+        guest.vcpus[0].set_state(&state).unwrap();
+        assert_eq!(run(&mut *guest.vcpus[0]), VmExit::HaltedForever);
+    };
+    let host = guest.ram.regions()[1].host as usize;
+    let byte = |at: usize| {
+        // SAFETY: inside the region's mapping, which the guest's RAM keeps.
+        unsafe { ((host + at) as *const u8).read_volatile() }
+    };
+    let tracker = guest.ram.regions()[1].tracker.clone();
+    store(&mut guest, 0x9000);
+    assert_eq!(byte(0x1000), 0, "withheld: the store is the bus's");
+    guest.vm.log_writes(true).unwrap();
+    tracker.make_usable(0x2000);
+    guest.vm.ram_grew().unwrap();
+    store(&mut guest, 0x9000);
+    store(&mut guest, 0xa000);
+    assert_eq!((byte(0x1000), byte(0x2000)), (0x5a, 0));
+    tracker.make_usable(0x8000);
+    guest.vm.ram_grew().unwrap();
+    store(&mut guest, 0xa008);
+    assert_eq!(byte(0x2008), 0x5a);
+    guest.vm.log_writes(false).unwrap();
+    assert_eq!(tracker.take_dirty(), [0b110]);
 }
 
 #[test]

@@ -217,6 +217,10 @@ impl Vm for KvmVm {
         self.doorbells.attach(&self.machine.fd, gpa, value, fd).map(|()| true)
     }
 
+    fn ram_grew(&self) -> Result<()> {
+        self.machine.slots.grow(&self.machine.fd)
+    }
+
     fn log_writes(&self, on: bool) -> Result<()> {
         self.machine.slots.log(&self.machine.fd, on)
     }

@@ -110,7 +110,8 @@ impl Machine {
         let ram = GuestRam::new(&[(0, guest::RAM_SIZE)])
             .map_err(|_| Step { step: "guest memory", errno: 0 })?;
         for (slot, region) in (0..).zip(ram.regions()) {
-            sys::set_slot(&vm, slot, region, false).map_err(step("KVM_SET_USER_MEMORY_REGION"))?;
+            sys::set_slot(&vm, slot, region, 0..region.size, false)
+                .map_err(step("KVM_SET_USER_MEMORY_REGION"))?;
         }
         let vcpu = vm.create_vcpu(0).map_err(step("KVM_CREATE_VCPU"))?;
         let cpuid = kvm

@@ -64,6 +64,8 @@ pub enum Command {
     Pause(NamesArgs),
     /// Let paused containers go on
     Unpause(NamesArgs),
+    /// Change the memory of the machines of containers that run
+    Update(UpdateArgs),
     /// Wait until containers end, and print their exit codes
     Wait(NamesArgs),
     /// Remove containers
@@ -149,6 +151,16 @@ pub struct KillArgs {
     /// The signal, by name or number
     #[arg(short, long, default_value = "KILL")]
     pub signal: String,
+    /// Names or ids
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct UpdateArgs {
+    /// Memory of the machine, up to what --memory-max of `mvm run` was and down to what it was started with: b, k, m or g
+    #[arg(short, long, value_name = "SIZE", required = true)]
+    pub memory: String,
     /// Names or ids
     #[arg(required = true)]
     pub containers: Vec<String>,

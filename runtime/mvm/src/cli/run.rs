@@ -19,7 +19,7 @@ An image may also be the path of an OCI layout directory or of an archive (`dock
 Exit codes: that of the container's process; 128+n if signal n ended it; 125 if mvm failed; \
 126 if the command cannot be executed; 127 if it does not exist.
 
-Defaults of --engine, --require-hardware, --cpu, --cpus, --memory, --hugepages, --kernel, \
+Defaults of --engine, --require-hardware, --cpu, --cpus, --memory, --memory-max, --hugepages, --kernel, \
 --initrd, --cmdline, --boot-timeout, --stop-timeout and --network may stand in /etc/mvm/mvm.toml and ~/.config/mvm/mvm.toml, \
 by the same names; `mvm doctor` shows what holds.";
 
@@ -113,6 +113,10 @@ pub struct RunArgs {
     /// Memory of the machine: b, k, m or g [default: 512m]
     #[arg(short, long, value_name = "SIZE", help_heading = "Resources")]
     pub memory: Option<String>,
+
+    /// Memory that the machine can grow to by `mvm update` [default: none, it stays as it is]
+    #[arg(long, value_name = "SIZE", help_heading = "Resources")]
+    pub memory_max: Option<String>,
 
     /// Mount the root file system read-only
     #[arg(long, help_heading = "Resources")]

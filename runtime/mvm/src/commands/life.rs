@@ -4,12 +4,15 @@ use std::time::Duration;
 
 use mvm_sandbox::ops::{self, Found};
 use mvm_sandbox::registry::Registry;
-use mvm_sandbox::spec::signal_number;
+use mvm_sandbox::spec::{parse_size, signal_number};
 use mvm_sandbox::{EXIT_FAILURE, Error};
 
 use super::Context;
-use crate::cli::{KillArgs, NamesArgs, RmArgs, StopArgs};
+use crate::cli::{KillArgs, NamesArgs, RmArgs, StopArgs, UpdateArgs};
 use crate::output::{complain, line};
+
+/// Memory comes and goes in pieces of this many bytes.
+const PIECE: u64 = 2 << 20;
 
 /// Does the same to each, goes on after a failure, and prints the names of those that it was done
 /// to.
@@ -49,6 +52,22 @@ pub fn pause(context: &Context, args: &NamesArgs) -> anyhow::Result<i32> {
 
 pub fn unpause(context: &Context, args: &NamesArgs) -> anyhow::Result<i32> {
     each(&context.registry()?, &args.containers, |_, mut found| found.resume())
+}
+
+pub fn update(context: &Context, args: &UpdateArgs) -> anyhow::Result<i32> {
+    let bytes = parse_size(&args.memory).map_err(Error::from)?;
+    each(&context.registry()?, &args.containers, |_, found| {
+        let now = found.resize(bytes)?.now;
+        if now > bytes.next_multiple_of(PIECE) {
+            let (has, asked) = (now >> 20, bytes >> 20);
+            complain(&format!(
+                "container {} keeps {has} MiB of memory for now, of which {asked} MiB were to be left: what it was started \
+                 with stays, and of the rest what the guest cannot do without",
+                found.state.name
+            ));
+        }
+        Ok(())
+    })
 }
 
 pub fn wait(context: &Context, args: &NamesArgs) -> anyhow::Result<i32> {

@@ -82,6 +82,12 @@ pub fn inspect(context: &Context, args: &NamesArgs) -> anyhow::Result<()> {
         let found = ops::find(&registry, name)?;
         let mut value = with_status(&found.state, now_ms())?;
         value["directories"] = json!({ "state": found.place.dir, "logs": found.place.logs });
+        // Of a machine that runs: it may have changed since it was started.
+        if found.state.is_live()
+            && let Ok(status) = found.control().and_then(|mut control| Ok(control.status()?))
+        {
+            value["memory_size"] = serde_json::to_value(status.memory)?;
+        }
         value["spec"] = match found.spec() {
             Ok(spec) => serde_json::to_value(spec)?,
             Err(_) => Value::Null,

@@ -200,8 +200,10 @@ fn of_machines(page: &mut Page, machines: &[(Found, Option<Stats>)]) {
     }
     let name = "mvm_machine_memory_bytes";
     page.metric(name, "gauge", "RAM that the guest has.");
-    for (found, _) in machines {
-        page.sample(name, &[("id", &found.state.id)], found.state.memory);
+    for (found, stats) in machines {
+        // One that has not answered had as much at its start.
+        let memory = stats.as_ref().map_or(found.state.memory, |stats| stats.memory.now);
+        page.sample(name, &[("id", &found.state.id)], memory);
     }
     for (name, kind, help, value) in GAUGES {
         page.metric(name, kind, help);

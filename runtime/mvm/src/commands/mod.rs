@@ -72,6 +72,7 @@ pub fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Command::Kill(args) => return life::kill(&context()?, args),
         Command::Pause(args) => return life::pause(&context()?, args),
         Command::Unpause(args) => return life::unpause(&context()?, args),
+        Command::Update(args) => return life::update(&context()?, args),
         Command::Wait(args) => return life::wait(&context()?, args),
         Command::Rm(args) => return life::rm(&context()?, args),
         Command::Stats(args) => stats::stats(&context()?, args)?,

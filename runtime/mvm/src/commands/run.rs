@@ -18,7 +18,7 @@ use mvm_sandbox::spec::{self, Container, CpuShare, parse_size, signal_name, sign
 use mvm_sandbox::timings::Timings;
 use mvm_sandbox::unikernel::Recognised;
 use mvm_sandbox::{Description, Disk, EXIT_FAILURE, Error, Sandbox, engine};
-use mvm_vmm::config::OwnerGone;
+use mvm_vmm::config::{HugePages, OwnerGone};
 use nix::libc::{SIGINT, SIGPIPE, SIGTERM};
 
 use super::attach::{Attachment, End, stand_by};
@@ -121,6 +121,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     let plan = MachinePlan {
         vcpus: resources.cpus.vcpus(),
         memory: resources.memory,
+        memory_max: resources.memory_max,
         hugepages: settings.hugepages.value,
         engine,
         cpu: settings.cpu.value,
@@ -160,6 +161,8 @@ fn open_console(path: &std::path::Path) -> anyhow::Result<File> {
 struct Resources {
     cpus: CpuShare,
     memory: u64,
+    /// 0 for a machine that stays as it is.
+    memory_max: u64,
 }
 
 impl Resources {
@@ -176,8 +179,29 @@ impl Resources {
         if memory > max {
             bail!("{named} {value}: at most {}", size(max));
         }
-        Ok(Self { cpus, memory })
+        let memory_max = memory_max(settings)?.unwrap_or(0);
+        Ok(Self { cpus, memory, memory_max })
     }
+}
+
+/// What the machine can grow to, if somebody has said it.
+pub(super) fn memory_max(settings: &Settings) -> anyhow::Result<Option<u64>> {
+    let setting = &settings.memory_max;
+    let Some(value) = &setting.value else { return Ok(None) };
+    let named = setting.named("memory-max");
+    let bytes = parse_size(value).with_context(|| named.clone())?;
+    let max = mvm_vmm::layout::MAX_MEMORY;
+    if bytes > max {
+        bail!("{named} {value}: at most {}", size(max));
+    }
+    if bytes != 0 && settings.hugepages.value == HugePages::Pool {
+        bail!(
+            "{named} {value}: memory from the host's pool of huge pages ({}) is reserved when the machine is made, and \
+             cannot grow",
+            settings.hugepages.named("hugepages")
+        );
+    }
+    Ok(Some(bytes))
 }
 
 pub(super) fn cpus(settings: &Settings) -> anyhow::Result<CpuShare> {

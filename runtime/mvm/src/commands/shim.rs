@@ -4,11 +4,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use containerd_shim_mvm::host::{Bare, Hardware, Host, Size};
 use mvm_sandbox::engine;
 use mvm_sandbox::layout::Layout;
 use mvm_sandbox::spec::{CpuShare, parse_size};
 use mvm_sandbox::unikernel::Kind;
+use mvm_vmm::config::HugePages;
 
 use super::layout;
 use crate::embedded;
@@ -52,9 +54,15 @@ impl Host for Program {
             None => parse_size(&settings.memory.value)?,
         };
         let memory = memory.checked_next_multiple_of(PIECE).unwrap_or(u64::MAX);
+        let memory_max = match super::run::memory_max(&settings)? {
+            Some(bytes) => bytes,
+            None if settings.hugepages.value == HugePages::Pool => 0,
+            None => host_memory()?,
+        };
         Ok(Hardware {
             vcpus,
             memory: memory.clamp(MIN_MEMORY, mvm_vmm::layout::MAX_MEMORY),
+            memory_max,
             hugepages: settings.hugepages.value,
             engine: outlook.decide(engine::Guest::Linux)?,
             cpu: settings.cpu.value,
@@ -84,6 +92,12 @@ impl Host for Program {
             stop_timeout: settings.stop_timeout.value,
         })
     }
+}
+
+/// What machines can grow to where nobody says it: all that the host has, since it costs nothing until it is asked for.
+fn host_memory() -> anyhow::Result<u64> {
+    let info = nix::sys::sysinfo::sysinfo().context("cannot tell how much memory the host has")?;
+    Ok(info.ram_total().min(mvm_vmm::layout::MAX_MEMORY))
 }
 
 /// Not more than the host has.

@@ -53,7 +53,7 @@ fn gather(found: &Found) -> Result<Value, Error> {
     let mut figures = json!({
         "id": found.state.id,
         "name": found.state.name,
-        "memory": found.state.memory,
+        "memory": machine.memory.now,
         "host": on_host(&machine),
         "engine": machine.engine.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
         "devices": machine.devices.into_iter().collect::<std::collections::BTreeMap<_, _>>(),

@@ -88,6 +88,7 @@ pub struct Values {
     cpu: Option<Setting<CpuModel>>,
     cpus: Option<Setting<String>>,
     memory: Option<Setting<String>>,
+    memory_max: Option<Setting<String>>,
     hugepages: Option<Setting<HugePages>>,
     kernel: Option<Setting<PathBuf>>,
     initrd: Option<Setting<PathBuf>>,
@@ -111,6 +112,7 @@ impl Values {
             cpu: flag(&args.cpu),
             cpus: flag(&args.cpus),
             memory: flag(&args.memory),
+            memory_max: flag(&args.memory_max),
             hugepages: flag(&args.hugepages),
             kernel: flag(&args.kernel),
             initrd: flag(&args.initrd.first().cloned()),
@@ -154,6 +156,7 @@ impl Values {
             cpu: self.cpu.or(under.cpu),
             cpus: self.cpus.or(under.cpus),
             memory: self.memory.or(under.memory),
+            memory_max: self.memory_max.or(under.memory_max),
             hugepages: self.hugepages.or(under.hugepages),
             kernel: self.kernel.or(under.kernel),
             initrd: self.initrd.or(under.initrd),
@@ -181,6 +184,8 @@ pub struct Settings {
     pub cpus: Setting<String>,
     /// Memory of the machine, as written.
     pub memory: Setting<String>,
+    /// What it can grow to, as written.
+    pub memory_max: Setting<Option<String>>,
     /// The host's pages that it is made of.
     pub hugepages: Setting<HugePages>,
     /// A kernel in place of the built-in one.
@@ -234,6 +239,7 @@ impl Settings {
             cpu: option(values.cpu),
             cpus: or(values.cpus, "1".into()),
             memory: or(values.memory, MEMORY.into()),
+            memory_max: option(values.memory_max),
             hugepages: or(values.hugepages, HugePages::None),
             kernel: option(values.kernel),
             initrd: option(values.initrd),
@@ -274,6 +280,7 @@ impl Settings {
             ("cpu", json!(self.cpu.value), &self.cpu.origin),
             ("cpus", json!(self.cpus.value), &self.cpus.origin),
             ("memory", json!(self.memory.value), &self.memory.origin),
+            ("memory-max", json!(self.memory_max.value), &self.memory_max.origin),
             ("hugepages", json!(self.hugepages.value), &self.hugepages.origin),
             ("kernel", json!(self.kernel.value), &self.kernel.origin),
             ("initrd", json!(self.initrd.value), &self.initrd.origin),

@@ -46,6 +46,9 @@ fn flags_go_before_files() {
     assert_eq!((settings.cpus.value.as_str(), settings.memory.value.as_str()), ("3", "1g"));
     assert_eq!((settings.cpu.value, settings.boot_timeout.value), (Some(CpuModel::V3), 7));
     assert_eq!(settings.stop_timeout.value, 1);
+    let max = "memory-max = '4g'";
+    assert_eq!(self::settings(&[], max).memory_max.value.as_deref(), Some("4g"));
+    assert_eq!(self::settings(&["--memory-max=2g"], max).memory_max.value.as_deref(), Some("2g"));
     let network = "network = 'cni:web'";
     assert_eq!(self::settings(&[], network).network.value, "cni:web");
     assert_eq!(self::settings(&["--network=none"], network).network.value, "none");

@@ -20,6 +20,10 @@ use crate::layout;
 const BASE: &str = "console=ttyS0 reboot=k panic=-1 mitigations=off tsc=reliable \
                     rcupdate.rcu_expedited=1 8250.nr_uarts=1";
 
+/// What a guest is told besides whose memory can grow: that what is plugged is for movable pages, so that it can be given
+/// back, up to three times as much as there is for the kernel's own.
+const GROWS: &str = "memory_hotplug.online_policy=auto-movable";
+
 /// What a kernel of anybody's is told: where its console is, and that a panic ends the machine
 /// instead of spinning in it for ever.
 const STOCK: &str = "console=ttyS0 panic=-1";
@@ -36,6 +40,8 @@ pub struct Parts<'a> {
     pub verbose: bool,
     /// Some RAM lies above 4 GiB.
     pub high_memory: bool,
+    /// More memory may be plugged.
+    pub grows: bool,
     /// Number of virtio devices, at the first places of the layout.
     pub virtio_devices: u32,
     /// The user's own words.
@@ -70,6 +76,9 @@ fn linux(parts: &Parts<'_>) -> Result<CString, Error> {
     if parts.high_memory {
         // No device is bound to the low 4 GiB: the kernel's 64 MiB bounce buffer would be wasted.
         line.insert_str("swiotlb=noforce").map_err(failed)?;
+    }
+    if parts.grows {
+        line.insert_str(GROWS).map_err(failed)?;
     }
     add_devices(&mut line, parts).map_err(failed)?;
     end_with_the_users(line, parts)

@@ -38,7 +38,7 @@ pub fn build(ram: &GuestRam, acpi: bool) -> Vec<Range> {
     }
     let (start, size) = (layout::MP_TABLE, layout::MP_TABLE_MAX);
     map.push(Range { start, size, usage: Use::Reserved });
-    for region in ram.regions() {
+    for region in ram.boot_regions() {
         let start = region.start.max(layout::HIGH_RAM_START);
         let end = region.start + region.size;
         if start < end {
@@ -68,5 +68,16 @@ mod tests {
         assert!(map.windows(2).all(|w| w[0].start + w[0].size <= w[1].start));
         assert_eq!(build(&ram, false).len(), map.len() - 1);
         assert_eq!(low_end(&ram), layout::LOW_MEMORY_END);
+    }
+
+    #[test]
+    fn memory_that_is_yet_to_come_is_not_in_the_map() {
+        let (memory, backing) = (256 << 20, mvm_memory::Backing::Small);
+        let growth = layout::growth(memory, 2 << 30);
+        assert!(growth.is_some());
+        let ram = GuestRam::growing(&layout::ram_ranges(memory), growth, backing).unwrap();
+        let plain = GuestRam::new(&layout::ram_ranges(memory)).unwrap();
+        assert_eq!(build(&ram, false), build(&plain, false));
+        assert_eq!(low_end(&ram), memory);
     }
 }

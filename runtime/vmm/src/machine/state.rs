@@ -144,6 +144,8 @@ impl Machine {
                 Error::State(format!("virtio device {index} ({}): {e}", transport.device().name()))
             })?;
         }
+        // What it had plugged is there again.
+        frame.vm.ram_grew()?;
         if let (Some(device), Some(state)) = (&devices.fw_cfg, &state.fw_cfg) {
             device.restore(state);
         }
@@ -170,8 +172,11 @@ fn check(parts: &Parts, ram: &GuestRam, state: &MachineState) -> Result<(), Erro
     if theirs != ours {
         return Err(Error::State(format!("it has {theirs} vCPUs, these parts {ours}")));
     }
-    let ranges: Vec<_> = ram.regions().iter().map(|r| (r.start, r.size)).collect();
-    if ranges != layout::ram_ranges(parts.memory) {
+    let ranges: Vec<_> = ram.boot_regions().map(|r| (r.start, r.size)).collect();
+    let growth = ram.growing_region().map(|r| (r.start, r.size));
+    if ranges != layout::ram_ranges(parts.memory)
+        || growth != layout::growth(parts.memory, parts.memory_max)
+    {
         let (theirs, ours) = (ram.size(), parts.memory);
         return Err(Error::State(format!("its RAM has {theirs} bytes, these parts {ours}")));
     }

@@ -273,3 +273,55 @@ fn disks_come_and_go_in_places_that_the_guest_gives_back() {
     }
     assert_eq!(machine.plug(disk(1024), false).unwrap(), 1);
 }
+
+#[test]
+fn a_machine_is_asked_to_grow_as_far_as_it_was_made_for() {
+    let size = |now: u64, wanted: u64, max: u64| MemorySize {
+        started: 32 << 20,
+        now: now << 20,
+        wanted: wanted << 20,
+        max: max << 20,
+    };
+    let (fixed, _events) = machine(1, Vec::new());
+    assert_eq!(fixed.memory(), size(32, 32, 32));
+    assert!(matches!(fixed.resize(64 << 20), Err(Error::CannotGrow)));
+    fixed.resize(32 << 20).unwrap();
+    let parts = Parts { memory_max: 300 << 20, ..Parts::new(32 << 20, kernel()) };
+    let (machine, _events) = Machine::new(&MockEngine::new(Vec::new()), parts).unwrap();
+    assert_eq!(machine.memory(), size(32, 32, 32 + 384), "in whole pieces of the guest's");
+    machine.resize((65 << 20) + 1).unwrap();
+    assert_eq!(machine.memory(), size(32, 66, 32 + 384), "the guest has done nothing yet");
+    let counter = |machine: &Machine, name: &str| {
+        machine.device_counters().into_iter().find(|(n, _)| n == name).unwrap().1 >> 20
+    };
+    assert_eq!(counter(&machine, "mvm-mem.usable"), 128);
+    machine.resize(1 << 20).unwrap();
+    assert_eq!(machine.memory(), size(32, 32, 32 + 384));
+    assert_eq!(counter(&machine, "mvm-mem.usable"), 128, "what it was once given it may use");
+    let refused = machine.resize(1 << 40).unwrap_err().to_string();
+    assert!(refused.contains("1048576 MiB") && refused.contains("416 MiB"), "{refused}");
+}
+
+#[test]
+fn a_machine_that_has_grown_goes_on_with_what_it_had() {
+    let engine = || MockEngine::new(Vec::new());
+    let parts = |memory_max| Parts { memory_max, ..Parts::new(32 << 20, kernel()) };
+    let (machine, _events) = Machine::new(&engine(), parts(1 << 30)).unwrap();
+    machine.start();
+    machine.resize(64 << 20).unwrap();
+    machine.pause().unwrap();
+    let state = machine.save().unwrap();
+    let ram = |memory_max| {
+        let growth = layout::growth(32 << 20, memory_max);
+        let backing = mvm_memory::Backing::Small;
+        GuestRam::growing(&layout::ram_ranges(32 << 20), growth, backing).unwrap()
+    };
+    let (other, _events) =
+        Machine::restore(&engine(), parts(1 << 30), ram(1 << 30), &state).unwrap();
+    assert_eq!(other.memory(), machine.memory());
+    assert_eq!(other.ram().growing_region().unwrap().usable(), 128 << 20);
+    for (ours, theirs) in [(1 << 30, 2 << 30), (0, 1 << 30), (1 << 30, 0)] {
+        let refused = Machine::restore(&engine(), parts(ours), ram(theirs), &state).unwrap_err();
+        assert!(matches!(refused, Error::State(_)), "{refused}");
+    }
+}

@@ -132,6 +132,14 @@ impl ControlClient {
         self.request(&Request::Unplug { place }).map(drop)
     }
 
+    /// Asks the guest to make the machine's memory `bytes` in all, and does not wait for it.
+    ///
+    /// # Errors
+    /// As [`ControlClient::request`]; the machine cannot have that much.
+    pub fn resize(&mut self, bytes: u64) -> Result<(), Error> {
+        self.request(&Request::Resize { memory: bytes }).map(drop)
+    }
+
     /// Ends the machine at once.
     ///
     /// # Errors

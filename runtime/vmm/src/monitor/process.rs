@@ -299,7 +299,7 @@ impl View<'_> {
             engine_reason: self.config.fallback.clone(),
             boot: self.machine.boot_protocol(),
             vcpus: self.config.vcpus,
-            memory: self.config.memory,
+            memory: self.machine.memory(),
             phases: self.phases.to_vec(),
         }
     }
@@ -311,6 +311,7 @@ impl View<'_> {
         Ok(Stats {
             engine,
             devices: self.machine.device_counters(),
+            memory: self.machine.memory(),
             resident: memory.resident,
             guest_resident: self.machine.resident_ram(),
             overhead: memory.private + self.machine.code_memory(),
@@ -346,6 +347,10 @@ impl Answerer for View<'_> {
                 }
             }
             Request::Unplug { place } => match self.machine.unplug(place) {
+                Ok(()) => Response::Ok,
+                Err(error) => failed(&error),
+            },
+            Request::Resize { memory } => match self.machine.resize(memory) {
                 Ok(()) => Response::Ok,
                 Err(error) => failed(&error),
             },

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::MemorySize;
 use crate::config::BootProtocol;
 use crate::outcome::Outcome;
 
@@ -93,6 +94,12 @@ pub enum Request {
         /// Where it is.
         place: u32,
     },
+    /// Asks the guest to make the machine's memory this many bytes in all ([`Machine::resize`](crate::Machine::resize)).
+    /// The answer does not wait for it.
+    Resize {
+        /// Bytes.
+        memory: u64,
+    },
     /// Ends the machine at once, without asking the guest.
     Stop,
 }
@@ -141,8 +148,8 @@ pub struct Status {
     pub boot: BootProtocol,
     /// Number of vCPUs.
     pub vcpus: u32,
-    /// Guest RAM in bytes.
-    pub memory: u64,
+    /// Guest RAM.
+    pub memory: MemorySize,
     /// Phases reached so far.
     pub phases: Vec<PhaseMark>,
 }
@@ -167,6 +174,9 @@ pub struct Stats {
     pub engine: Vec<(String, u64)>,
     /// What the devices count: name and value.
     pub devices: Vec<(String, u64)>,
+    /// Guest RAM.
+    #[serde(default)]
+    pub memory: MemorySize,
     /// Memory of the monitor that is resident on the host, guest RAM included, in bytes.
     pub resident: u64,
     /// Guest RAM that the host has pages for, in bytes.

@@ -15,6 +15,7 @@ pub(super) fn parts(config: &MachineConfig, fds: &mut FdTable) -> Result<Parts, 
     let kernel = section(&config.kernel, "the kernel", fds)?;
     let mut parts = Parts::new(config.memory, kernel);
     parts.vcpus = config.vcpus;
+    parts.memory_max = config.memory_max;
     parts.hugepages = config.hugepages;
     parts.boot = config.boot;
     parts.cmdline_style = config.cmdline_style;
