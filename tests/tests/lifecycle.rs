@@ -81,7 +81,7 @@ fn a_killed_front_door_leaves_a_container_that_can_be_removed() {
 #[test]
 fn a_container_whose_state_is_damaged_is_ended_before_it_is_removed() {
     let world = World::small();
-    start(&world, "odd", "sleep 1000");
+    start(world, "odd", "sleep 1000");
     let monitor = world.monitor("odd");
     let id = world.mvm(&["ps", "-q"]).expect_code(0).out();
     fs::write(world.root().join("run/sandboxes").join(id.trim()).join("state.json"), "junk")

@@ -8,12 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use mvm_engine::IoBus;
 use mvm_memory::{CodePage, GuestRam, PAGE_SHIFT, PageTracker};
 
-<<<<<<< HEAD
-use super::raw::{HostAddr, zeros};
-=======
 use super::raw::HostAddr;
 use super::writers::Writers;
->>>>>>> mem
 
 /// A page of RAM: which region, and which page of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,12 +128,7 @@ impl fmt::Debug for PhysMemory {
 impl PhysMemory {
     /// Memory for `vcpus` vCPUs.
     pub fn new(ram: GuestRam, io: Arc<dyn IoBus>, vcpus: u32) -> Self {
-<<<<<<< HEAD
-        let pages = |r: &RamRegion| zeros((r.size >> PAGE_SHIFT) as usize);
-        let writers = ram.regions().iter().map(pages).collect();
-=======
         let writers = ram.regions().iter().map(|r| Writers::new(r.size >> PAGE_SHIFT)).collect();
->>>>>>> mem
         let guards: Vec<Arc<Guard>> = (0..vcpus).map(|_| Arc::default()).collect();
         let lists = (0..vcpus).map(|_| Changed::default()).collect();
         let changes = Arc::new(Changes { guards: guards.clone(), lists });

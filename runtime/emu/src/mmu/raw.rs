@@ -5,7 +5,7 @@
 //! and as ordered as the guest's (invariant 13).
 
 use std::arch::asm;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::int::Int;
 
@@ -14,8 +14,6 @@ use crate::int::Int;
 /// # Safety
 /// They are.
 pub unsafe trait Zero {}
-// SAFETY: an integer.
-unsafe impl Zero for AtomicU32 {}
 
 /// So many zeros, of memory that is not touched before they are.
 pub fn zeros<T: Zero>(count: usize) -> Box<[T]> {
