@@ -2,6 +2,7 @@
 
 use iced_x86::code_asm::*;
 
+use super::phys::PhysMemory;
 use super::raw::HostAddr;
 use super::tlb::{Access, Rights, Tlb, Who};
 use crate::fault::vector;
@@ -549,4 +550,22 @@ fn tables_outside_ram_are_not_present() {
     guest.map(PAGE, 0x3fff_ffff_f000, 7);
     assert_eq!(access(&mut guest, false, &read()), None);
     assert_eq!(guest.reg(0), 0xabab_abab);
+}
+
+#[test]
+fn ram_that_grows_is_ram_as_far_as_it_may_be_used() {
+    let growth = Some((1 << 32, 0x4000));
+    let ram = mvm_memory::GuestRam::growing(&[(0, 0x1000)], growth, mvm_memory::Backing::Small);
+    let ram = ram.unwrap();
+    let phys = PhysMemory::new(ram.clone(), std::sync::Arc::new(mvm_engine::mock::NoBus), 1);
+    let at = |offset: u64| (1 << 32) + offset;
+    assert!(phys.find(at(0)).is_none() && !phys.write(at(0x1ff8), &[7; 8]));
+    ram.growing_region().unwrap().tracker.make_usable(0x2000);
+    assert!(phys.write(at(0x1ff8), &[7; 8]));
+    assert_eq!(phys.read_u64(at(0x1ff8)), Some(0x0707_0707_0707_0707));
+    assert!(phys.find(at(0x2000)).is_none() && !phys.write(at(0x1ffc), &[7; 8]));
+    let (page, _) = phys.find(at(0x1000)).unwrap();
+    assert!(
+        phys.allow_fast_write(page, 0) && ram.growing_region().unwrap().tracker.dirty_at(0x1000)
+    );
 }
