@@ -11,6 +11,7 @@ mod containerd;
 pub mod cri;
 mod data;
 mod engine;
+pub mod hostmount;
 pub mod http;
 mod layers;
 mod loopdev;

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use mvm_tests::hostmount::{FOLLOWS, HostMount, followed, is_followed};
 use mvm_tests::{
     Chroot, Containerd, IMAGE, LoopDevice, Shim, World, containerd, eventually, run_with,
 };
@@ -189,7 +190,7 @@ fn what_cannot_be_mounted_is_refused_in_words() {
     let _listener = UnixListener::bind(&socket).expect("a socket");
     for (n, (mount, want)) in [
         (bind(&socket, "/run/docker.sock", "bind"), "only directories and regular files"),
-        (bind(dir.path(), "/v", "rbind:rshared"), "mounts do not travel"),
+        (bind(dir.path(), "/v", "rbind:rshared"), "use rslave"),
         (bind(&dir.path().join("missing"), "/v", "bind"), "No such file"),
     ]
     .into_iter()
@@ -199,6 +200,29 @@ fn what_cannot_be_mounted_is_refused_in_words() {
         assert!(run.code != 0 && run.err().contains(want), "{mount}: {}", run.err());
         ctd.ctr(&["container", "rm", &format!("c{n}")]);
     }
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn what_the_host_mounts_later_is_seen() {
+    let ctd = containerd!();
+    let dir = dir();
+    let mounts = followed(dir.path());
+    let log = format!("file://{}", ctd.path("c1.log").display());
+    // Only the source's own mount cannot be written.
+    let mount = bind(dir.path(), "/v", "rbind:rslave:ro");
+    let flags = ["-d", "--log-uri", &log, "--mount", &mount];
+    let command = ctd.run_command(&flags, "c1", &["sh", "-c", FOLLOWS]);
+    run_with(command, b"", HOST).expect_code(0);
+    is_followed(mounts, || ctd.output("c1"));
+    ctd.ctr(&["task", "kill", "-s", "SIGKILL", "c1"]).expect_code(0);
+    ctd.remove("c1");
+    // Where nothing is told there is nothing to be seen, and no error, as with runc.
+    let plain = HostMount::private(dir.path());
+    fs::write(dir.path().join("f"), "plain\n").expect("a file");
+    let mount = bind(dir.path(), "/v", "rbind:rslave");
+    assert_eq!(ctd.sh(&["--mount", &mount], "c2", "cat /v/f").expect_code(0).out(), "plain\n");
+    drop(plain);
     ctd.expect_nothing_left();
 }
 

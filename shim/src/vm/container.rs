@@ -207,7 +207,7 @@ impl Container {
 
     pub(super) fn root_share(&self, name: &str) -> Result<NewShare> {
         let tree = tree::detach(&self.root_path, tree::Extent::whole(false));
-        Ok(root_share(name, tree.map_err(Error::failed)?.into()))
+        Ok(root_share(name, tree.map_err(Error::failed)?))
     }
 
     pub(super) fn note(&self, notices: &[String]) {

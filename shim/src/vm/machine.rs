@@ -1,11 +1,11 @@
 //! A machine that containers are in: one container's own, or a pod's.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mvm_fs::{NewShare, ShareClient, Source};
+use mvm_fs::{NewShare, ShareClient, Source, Tree};
 use mvm_sandbox::Sandbox;
 use mvm_sandbox::ending::Ending;
 use mvm_sandbox::guest::Guest;
@@ -206,7 +206,7 @@ fn ended() -> Error {
 }
 
 /// A share of a container's root: nobody but the guest is to change it.
-pub fn root_share(name: &str, tree: OwnedFd) -> NewShare {
+pub fn root_share(name: &str, tree: Tree) -> NewShare {
     let options = mvm_fs::ShareOptions { read_only: false, cache: mvm_fs::Cache::Exclusive };
     NewShare { name: format!("{name}-root"), source: Source::Tree(tree), options }
 }
