@@ -153,6 +153,11 @@ impl Guest {
         Self { limit, ..self.clone() }
     }
 
+    /// The same, where calls may take so much longer.
+    pub fn patient(&self, more: Duration) -> Self {
+        self.within(self.limit.saturating_add(more))
+    }
+
     /// Sets up the container; returns what the guest will not honour.
     pub fn create(
         &self,
@@ -189,6 +194,7 @@ impl Guest {
             stdio: Some(stdio.message()).into(),
             init,
             devices: container.devices.iter().map(given).collect(),
+            state_json: container.hook_state.clone(),
             ..Default::default()
         };
         let response = self.client.create_container(&request, self.limit).map_err(refused_setup)?;

@@ -90,13 +90,6 @@ impl Container {
         if role != Role::Member {
             net::check(&network)?;
         }
-        if !Kind::StartContainer.of(&spec).is_empty() {
-            return Err(Error::Unimplemented(
-                "hooks.startContainer: such hooks are run inside the container, which is in a guest; mvm \
-                 runs hooks on the host alone"
-                    .into(),
-            ));
-        }
         let annotated = role != Role::Sandbox && unikernel::is_annotated(&spec);
         if role != Role::Sandbox && !annotated {
             // What cannot be carried out is said at once, not only when the machine boots.
@@ -124,6 +117,13 @@ impl Container {
             (Role::Sandbox, _) | (_, Some(_)) => None,
             _ => unikernel::recognise(&spec, &root_path)?,
         };
+        if plan.is_some() && !Kind::StartContainer.of(&spec).is_empty() {
+            return Err(Error::Unimplemented(
+                "hooks.startContainer: such hooks are run inside the container, and in a unikernel there is nobody to \
+                 run them"
+                    .into(),
+            ));
+        }
         let heritage = Heritage { id: &new.id, bundle: &new.bundle, socket };
         let holder = Holder::start(heritage, &network).map_err(Error::failed)?;
         Ok(Self {
@@ -202,7 +202,14 @@ impl Container {
     }
 
     pub(super) fn inside(&self, spec: &Spec, name: &str) -> Result<Inside> {
-        inside(spec, &self.bundle, self.role, name)
+        let mut inside = inside(spec, &self.bundle, self.role, name)?;
+        if !Kind::StartContainer.of(spec).is_empty() {
+            let (id, bundle) = (&self.id, &self.bundle);
+            // Status and process id are for the agent to say.
+            let told = Told { id, status: "creating", pid: 0, bundle, spec };
+            inside.container.hook_state = told.state().to_string().into_bytes();
+        }
+        Ok(inside)
     }
 
     pub(super) fn root_share(&self, name: &str) -> Result<NewShare> {

@@ -268,6 +268,7 @@ impl Machines {
         let started = (|| {
             container.note(&guest.create(&inside.container, stdio, false)?);
             let started = guest.attach("", stdio).and_then(|streams| {
+                let guest = guest.patient(inside.container.hooks_limit());
                 guest.start("", &program(&inside.container.spec)).map(|()| streams)
             });
             if started.is_err()
