@@ -34,5 +34,5 @@ pub use loopdev::LoopDevice;
 pub use pty::Terminal;
 pub use run::{Finished, eventually, is_running, run_with};
 pub use running::Running;
-pub use shim::Shim;
+pub use shim::{Pod, Shim};
 pub use world::World;

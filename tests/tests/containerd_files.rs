@@ -406,6 +406,64 @@ fn a_file_system_is_a_disk_of_the_guest() {
 }
 
 #[test]
+fn roots_of_a_pods_containers_are_disks_as_long_as_there_are_places() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: the shim mounts, and this is an ordinary user");
+        return;
+    }
+    let dir = dir();
+    let shim = Shim::new();
+    let images: Vec<_> = (0..5)
+        .map(|n| {
+            image(&dir, &format!("ext4-{n}"), |tree, path| {
+                host("mke2fs", &["-q", "-t", "ext4", "-d", tree, path, "16M"]);
+            })
+        })
+        .collect();
+    let pod = shim.pod("pod1");
+    let script = "grep ' / ' /proc/mounts | cut -d' ' -f3; cat /kept; echo kept >/kept; echo done";
+    let idle = format!("{script}; while :; do sleep 0.1; done");
+    for (n, image) in images.iter().enumerate() {
+        let id = format!("c{n}");
+        pod.start(&id, "ext4", image, &["loop", "rw"], &idle);
+        eventually("its root", || pod.output(&id).ends_with("done\n"));
+        // The last one finds the places taken, and comes by the host's mount.
+        let want = if n < 4 { "ext4" } else { "virtiofs" };
+        assert_eq!(pod.output(&id), format!("{want}\ndone\n"), "{n}");
+    }
+    let state = |image: &Path| {
+        let about = host("dumpe2fs", &["-h", &image.display().to_string()]);
+        let kept = host("debugfs", &["-R", "cat /kept", &image.display().to_string()]);
+        let clean =
+            about.contains("Filesystem state:         clean") && !about.contains("needs_recovery");
+        (clean, kept)
+    };
+    // One goes: it has been taken out of use in good order, and its place is another's.
+    pod.kill("c0");
+    assert_eq!(pod.finish("c0").code, 137);
+    assert_eq!(state(&images[0]), (true, "kept\n".into()));
+    pod.kill("c4");
+    pod.finish("c4");
+    assert_eq!(state(&images[4]), (true, "kept\n".into()));
+    pod.start("again", "ext4", &images[4], &["loop", "rw"], script);
+    let again = pod.finish("again");
+    assert_eq!((again.code, again.out().as_str()), (0, "ext4\nkept\ndone\n"), "{}", again.err());
+    let erofs = image(&dir, "erofs", |tree, path| {
+        host("mkfs.erofs", &[path, tree]);
+    });
+    let script = "grep ' / ' /proc/mounts | cut -d' ' -f3; echo x >/new || echo refused";
+    pod.start("e", "erofs", &erofs, &["loop", "ro"], script);
+    let run = pod.finish("e");
+    assert_eq!(run.out(), "overlay\nrefused\n", "{}", run.err());
+    // The others end with the pod, and have been written out as well.
+    pod.end(&["c1", "c2", "c3"]);
+    for image in &images[1..4] {
+        assert_eq!(state(image).1, "kept\n");
+    }
+    shim.expect_nothing_left();
+}
+
+#[test]
 fn what_the_guest_cannot_mount_the_host_does() {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("SKIPPED: the shim mounts, and this is an ordinary user");

@@ -416,6 +416,12 @@ fn rootfs(root: &Root) -> Rootfs {
             // Without an upper layer it is read-only.
             rootfs.direct = !read_only;
         }
+        Root::Plugged { place, kind, read_only } => {
+            let mut disk = BlockDevice { fs_type: kind.clone(), ..Default::default() };
+            disk.set_place(*place);
+            rootfs.set_block(disk);
+            rootfs.direct = !read_only;
+        }
     }
     rootfs
 }

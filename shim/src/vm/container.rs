@@ -20,7 +20,7 @@ use super::rootfs::{self, Root};
 use super::spec::{self, Inside};
 use super::unikernel::{self, Unikernel};
 use super::{EXIT_KILLED, FIRST, blocks, lock, net, plugged};
-use crate::backend::{NewContainer, NewExec};
+use crate::backend::{NewContainer, NewExec, RootMount};
 use crate::error::{Error, Result};
 
 /// A container: what it has on the host, and the machine that it is in once it is started.
@@ -36,6 +36,8 @@ pub(super) struct Container {
     pub root_path: PathBuf,
     /// In place of the mounted root.
     pub disk: Option<rootfs::Disk>,
+    /// What amounts to the root.
+    pub mounts: Vec<RootMount>,
     pub holder: Holder,
     pub running: Mutex<Option<Running>>,
     /// How it is booted, if it is a unikernel.
@@ -67,12 +69,17 @@ pub(super) struct Lent {
     pub shares: Vec<String>,
     /// Block devices.
     pub devices: Vec<GivenDevice>,
+    /// The place of its root, if that is a disk.
+    pub root: Option<u32>,
 }
 
 impl Lent {
     pub(super) fn take_back(&self, machine: &Machine) {
         machine.unshare(&self.shares);
         machine.unplug(&self.devices);
+        if let Some(place) = self.root {
+            machine.unplug_root(place);
+        }
     }
 }
 
@@ -109,7 +116,7 @@ impl Container {
                 .map_err(Error::failed_to(format!("cannot make {}", root_path.display())))?;
         }
         // Nothing of a sandbox's root is ever read.
-        let whole = role == Role::Alone && !annotated;
+        let whole = role != Role::Sandbox && !annotated;
         let disk = if whole { rootfs::disk(&new.rootfs) } else { None };
         let mounts = if disk.is_some() || role == Role::Sandbox { &[][..] } else { &new.rootfs };
         let root = Root::mount(&root_path, mounts).map_err(Error::failed)?;
@@ -135,6 +142,7 @@ impl Container {
             root: Mutex::new(Some(root)),
             root_path,
             disk,
+            mounts: new.rootfs.clone(),
             holder,
             running: Mutex::new(None),
             plan,
@@ -220,6 +228,21 @@ impl Container {
     pub(super) fn note(&self, notices: &[String]) {
         for notice in notices {
             tracing::info!(container = self.id, "note: {notice}");
+        }
+    }
+
+    /// Makes a disk of the pod's machine of the root, if it can be one and there is a place for it; otherwise it is mounted on
+    /// the host, to be shared.
+    pub(super) fn plug_root(&self, machine: &Machine) -> Result<Option<(u32, rootfs::Disk)>> {
+        let Some(disk) = &self.disk else { return Ok(None) };
+        match machine.plug_root(disk) {
+            Ok(place) => Ok(Some((place, disk.clone()))),
+            Err(e) => {
+                tracing::info!(container = self.id, "the root is mounted on the host: {e}");
+                let root = Root::mount(&self.root_path, &self.mounts).map_err(Error::failed)?;
+                *lock(&self.root) = Some(root);
+                Ok(None)
+            }
         }
     }
 

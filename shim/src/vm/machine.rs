@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::blocks::Wanted;
 use super::cgroup::Cgroups;
 use super::plugged::{self, Plugged};
+use super::rootfs;
 use crate::error::{Error, Result};
 
 /// How long a guest may take to write out its disks.
@@ -141,6 +142,22 @@ impl Machine {
         self.plugged.plug(wanted, &mut self.socket()?).map_err(Error::failed)
     }
 
+    /// Makes a disk of a container's root. Returns its place.
+    ///
+    /// # Errors
+    /// See [`plugged::NoDisk`].
+    pub fn plug_root(&self, root: &rootfs::Disk) -> Result<u32> {
+        self.plugged.plug_root(root, &mut self.socket()?).map_err(Error::failed)
+    }
+
+    /// Takes it back.
+    pub fn unplug_root(&self, place: u32) {
+        match self.socket() {
+            Ok(mut socket) => self.plugged.unplug_root(place, &mut socket),
+            Err(e) => tracing::debug!(place, "a root need not be taken back: {e}"),
+        }
+    }
+
     /// Takes them back. A machine that is gone has none.
     pub fn unplug(&self, given: &[GivenDevice]) {
         if given.is_empty() {
@@ -191,6 +208,7 @@ impl Machine {
     /// Something of it is left.
     pub fn end(&self, write_out: bool) -> Result<()> {
         let Some(mut sandbox) = self.sandbox().take() else { return Ok(()) };
+        let write_out = write_out || self.plugged.has_written_roots();
         if write_out && let Err(e) = sandbox.power_off(POWER_OFF) {
             tracing::warn!("the guest has not written out its disks: {e}");
         }

@@ -19,7 +19,8 @@ use super::container::{Container, Lent, Running};
 use super::forward::Forward;
 use super::machine::Machine;
 use super::pod::{self, Role};
-use super::spec;
+use super::rootfs;
+use super::spec::{self, Inside};
 use super::unikernel::{self, Unikernel};
 use super::{FIRST, LABEL_BUNDLE, LABEL_ID, LABEL_NAMESPACE, Machines, blocks, lock, net, plugged};
 use crate::error::{Error, Result};
@@ -253,17 +254,9 @@ impl Machines {
         add_sysctls(&mut spec, &lock(&sandbox.spec));
         let name = machine.next_name();
         let mut inside = container.inside(&spec, &name)?;
-        let root = container.root_share(&name)?;
-        inside.container.root = GuestRoot::Share(root.name.clone());
-        let mut shares = vec![root];
-        for bind in &inside.binds {
-            shares.push(bind.share().map_err(Error::failed)?);
-        }
         let mut lent = Lent::default();
-        lent.shares.extend(shares.iter().map(|share| share.name.clone()));
-        machine.share(shares)?;
-        lent.devices = machine.plug(&inside.blocks).inspect_err(|_| lent.take_back(&machine))?;
-        inside.container.devices.clone_from(&lent.devices);
+        Self::lend(container, &mut inside, &machine, &mut lent, &name)
+            .inspect_err(|_| lent.take_back(&machine))?;
         let guest = machine.guest().of(&container.id);
         let started = (|| {
             container.note(&guest.create(&inside.container, stdio, false)?);
@@ -286,6 +279,39 @@ impl Machines {
                 Err(why)
             }
         }
+    }
+
+    /// Gives a container of a pod what it has of the host: shares, block devices, a root.
+    fn lend(
+        container: &Container,
+        inside: &mut Inside,
+        machine: &Machine,
+        lent: &mut Lent,
+        name: &str,
+    ) -> Result<()> {
+        // Before the root: they cannot come in another way.
+        lent.devices = machine.plug(&inside.blocks)?;
+        inside.container.devices.clone_from(&lent.devices);
+        let mut shares = Vec::new();
+        inside.container.root = match container.plug_root(machine)? {
+            Some((place, rootfs::Disk { kind, read_only, .. })) => {
+                lent.root = Some(place);
+                GuestRoot::Plugged { place, kind, read_only }
+            }
+            None => {
+                let root = container.root_share(name)?;
+                let name = root.name.clone();
+                shares.push(root);
+                GuestRoot::Share(name)
+            }
+        };
+        for bind in &inside.binds {
+            shares.push(bind.share().map_err(Error::failed)?);
+        }
+        let names = shares.iter().map(|share| share.name.clone()).collect();
+        machine.share(shares)?;
+        lent.shares = names;
+        Ok(())
     }
 }
 

@@ -153,6 +153,15 @@ pub enum Root {
         /// It cannot be written.
         read_only: bool,
     },
+    /// The disk at a place of a machine that runs, as it is.
+    Plugged {
+        /// The place.
+        place: u32,
+        /// The file system on it.
+        kind: String,
+        /// It cannot be written.
+        read_only: bool,
+    },
     /// A directory that the guest has already, with guest memory above.
     Directory(String),
 }
