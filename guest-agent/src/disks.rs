@@ -4,12 +4,18 @@
 //! has put a disk in. The kernel looks there again when the driver of such windows is bound to it (`bind` of the driver
 //! in sysfs), and lets go of the disk, after writing out what it has of it, when that is undone (`unbind`).
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
 
 const SYSFS: &str = "/sys";
+
+/// How long the kernel may take to write out a file system that nobody uses any more, and how often to look.
+const LET_GO: Duration = Duration::from_secs(20);
+const LOOK: Duration = Duration::from_millis(20);
 
 /// The driver of register windows, below [`SYSFS`].
 const DRIVER: &str = "bus/platform/drivers/virtio-mmio";
@@ -26,9 +32,29 @@ pub fn plug(place: u32) -> Result<()> {
     }
 }
 
-/// Has the kernel let go of the disk at `place`.
+/// Has the kernel let go of the disk at `place`, once nothing of it is mounted any more.
 pub fn unplug(place: u32) -> Result<()> {
-    tell(Path::new(SYSFS), place, "unbind")
+    let unused = name(place).map_or(Ok(()), |name| wait_unmounted(&Path::new("/dev").join(name)));
+    tell(Path::new(SYSFS), place, "unbind").and(unused)
+}
+
+/// Waits until a file system on the disk has been written out: the processes that see it have been ended, and the kernel takes it
+/// out of use at its own time.
+fn wait_unmounted(node: &Path) -> Result<()> {
+    let deadline = Instant::now() + LET_GO;
+    loop {
+        // Whoever mounts a disk has it for himself alone (open(2), O_EXCL).
+        match File::options().read(true).custom_flags(libc::O_EXCL).open(node) {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                std::thread::sleep(LOOK);
+            }
+            opened => {
+                return opened
+                    .map(drop)
+                    .context(|| format!("wait for {} to be unmounted", node.display()));
+            }
+        }
+    }
 }
 
 /// The kernel's name of the disk at `place`.

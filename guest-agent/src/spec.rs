@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
-    Box as ConsoleSize, Linux, LinuxIOPriority, Mount, PosixRlimit, Root, Scheduler, User,
+    Box as ConsoleSize, Hook, Linux, LinuxIOPriority, Mount, PosixRlimit, Root, Scheduler, User,
 };
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -39,8 +39,8 @@ pub struct Spec {
     pub hostname: Option<String>,
     /// NIS domain name.
     pub domainname: Option<String>,
-    /// Hooks by their names: not run, so what they are does not matter.
-    pub hooks: Option<BTreeMap<String, Option<Vec<IgnoredAny>>>>,
+    /// Hooks.
+    pub hooks: Option<Hooks>,
     /// What is particular to Linux.
     pub linux: Option<Linux>,
     /// Sections of other platforms, and of runtimes that start machines of the user's own.
@@ -51,6 +51,17 @@ pub struct Spec {
     pub solaris: Option<IgnoredAny>,
     /// See `vm`.
     pub zos: Option<IgnoredAny>,
+}
+
+/// Programs to be run at points of a container's life.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Hooks {
+    /// Before its program, in the container.
+    pub start_container: Option<Vec<Hook>>,
+    /// The others by their names: not run, so what they are does not matter.
+    #[serde(flatten)]
+    pub others: BTreeMap<String, Option<Vec<IgnoredAny>>>,
 }
 
 /// A process.
@@ -140,6 +151,11 @@ impl Spec {
             )));
         }
         Ok(spec)
+    }
+
+    /// The hooks that are run in the container.
+    pub fn start_hooks(&self) -> &[Hook] {
+        self.hooks.as_ref().and_then(|h| h.start_container.as_deref()).unwrap_or_default()
     }
 
     /// Whether the root is to be read-only.

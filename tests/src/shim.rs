@@ -1,6 +1,7 @@
 //! The shim without containerd: what is hard to have containerd ask for is asked of it directly, in
 //! containerd's protocol.
 
+use std::fmt;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -8,11 +9,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteRequest, Mount, ShutdownRequest, StartRequest, WaitRequest,
+    CreateTaskRequest, DeleteRequest, KillRequest, Mount, ShutdownRequest, StartRequest,
+    WaitRequest,
 };
-use containerd_shim_protos::ttrpc::context::with_timeout;
+use containerd_shim_protos::ttrpc::context::{Context, with_timeout};
 use containerd_shim_protos::{Client, TaskClient};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::engine::settings_in;
@@ -57,6 +59,33 @@ impl Shim {
         options: &[&str],
         script: &str,
     ) -> Finished {
+        let serving = self.serve(id, script, &json!({}));
+        serving.create(id, &[root(kind, source, options)]);
+        let finished = serving.finish(id, serving.start(id));
+        serving.end();
+        finished
+    }
+
+    /// A pod, with nothing in it.
+    ///
+    /// # Panics
+    /// If the shim does not do as it should.
+    pub fn pod(&self, id: &str) -> Pod<'_> {
+        let serving = self.serve(id, "", &kind_of(id, "sandbox"));
+        serving.create(id, &[]);
+        serving.start(id).expect("a sandbox");
+        Pod { serving }
+    }
+
+    /// The shim of the container `id`.
+    fn serve(&self, id: &str, script: &str, annotations: &Value) -> Serving<'_> {
+        let bundle = self.bundle(id, script, annotations);
+        let address = self.call(&bundle, id, "start").expect_code(0).out();
+        let client = TaskClient::new(Client::connect(&address).expect("the shim's socket"));
+        Serving { shim: self, id: id.into(), address, client }
+    }
+
+    fn bundle(&self, id: &str, script: &str, annotations: &Value) -> PathBuf {
         let bundle = self.dir.path().join(id);
         fs::create_dir(&bundle).expect("a bundle");
         let spec = json!({
@@ -68,50 +97,10 @@ impl Shim {
             },
             "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
             "linux": { "namespaces": [{ "type": "mount" }, { "type": "pid" }, { "type": "network" }] },
+            "annotations": annotations,
         });
         fs::write(bundle.join("config.json"), spec.to_string()).expect("a specification");
-        let address = self.call(&bundle, id, "start").expect_code(0).out();
-        let client = TaskClient::new(Client::connect(&address).expect("the shim's socket"));
-        let limit = || with_timeout(DEADLINE.as_nanos().try_into().unwrap_or(i64::MAX));
-        let stream = |name: &str| format!("file://{}", bundle.join(name).display());
-        let create = CreateTaskRequest {
-            id: id.into(),
-            bundle: bundle.display().to_string(),
-            rootfs: vec![Mount {
-                type_: kind.into(),
-                source: source.display().to_string(),
-                options: options.iter().map(ToString::to_string).collect(),
-                ..Mount::default()
-            }],
-            stdout: stream("out"),
-            stderr: stream("err"),
-            ..CreateTaskRequest::default()
-        };
-        let id = || id.to_owned();
-        client.create(limit(), &create).expect("a task");
-        let start = StartRequest { id: id(), ..StartRequest::default() };
-        let started = client.start(limit(), &start);
-        let wait = WaitRequest { id: id(), ..WaitRequest::default() };
-        let ended = client.wait(limit(), &wait).expect("the task's end");
-        client
-            .delete(limit(), &DeleteRequest { id: id(), ..DeleteRequest::default() })
-            .expect("the task to be forgotten");
-        // The answer may not come any more.
-        let _ =
-            client.shutdown(limit(), &ShutdownRequest { id: id(), ..ShutdownRequest::default() });
-        let socket = PathBuf::from(address.trim_start_matches("unix://"));
-        eventually("the end of the shim", || !socket.exists());
-        let read = |name: &str| fs::read(bundle.join(name)).unwrap_or_default();
-        let finished = Finished {
-            code: i32::try_from(ended.exit_status).unwrap_or(-1),
-            stdout: read("out"),
-            stderr: match started {
-                Ok(_) => read("err"),
-                Err(e) => e.to_string().into_bytes(),
-            },
-        };
-        self.call(&bundle, &create.id, "delete").expect_code(0);
-        finished
+        bundle
     }
 
     fn call(&self, bundle: &Path, id: &str, action: &str) -> Finished {
@@ -142,6 +131,143 @@ impl Shim {
             let left: Vec<_> = entries.map(|entry| entry.path()).collect();
             assert!(left.is_empty(), "{left:?}");
         }
+    }
+}
+
+/// A pod that a shim serves.
+#[derive(Debug)]
+pub struct Pod<'a> {
+    serving: Serving<'a>,
+}
+
+impl Pod<'_> {
+    /// Starts a shell script in a container of the pod's.
+    ///
+    /// # Panics
+    /// If the shim does not do as it should.
+    pub fn start(&self, id: &str, kind: &str, source: &Path, options: &[&str], script: &str) {
+        let Serving { shim, id: pod, .. } = &self.serving;
+        shim.bundle(id, script, &kind_of(pod, "container"));
+        self.serving.create(id, &[root(kind, source, options)]);
+        self.serving.start(id).expect("a start");
+    }
+
+    /// Waits for the end of a container, and forgets it.
+    ///
+    /// # Panics
+    /// If the shim does not do as it should.
+    pub fn finish(&self, id: &str) -> Finished {
+        self.serving.finish(id, Ok(()))
+    }
+
+    /// What a container has written so far.
+    pub fn output(&self, id: &str) -> String {
+        let path = self.serving.shim.dir.path().join(id).join("out");
+        String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+    }
+
+    /// Kills the container `id`.
+    ///
+    /// # Panics
+    /// If the shim does not do as it should.
+    pub fn kill(&self, id: &str) {
+        let request = KillRequest { id: id.into(), signal: 9, ..KillRequest::default() };
+        self.serving.client.kill(limit(), &request).expect("a signal");
+    }
+
+    /// Ends the pod, and with it the containers `others`.
+    ///
+    /// # Panics
+    /// If the shim does not do as it should.
+    pub fn end(self, others: &[&str]) {
+        let id = self.serving.id.clone();
+        self.kill(&id);
+        for id in others {
+            self.finish(id);
+        }
+        self.serving.finish(&id, Ok(()));
+        self.serving.end();
+    }
+}
+
+/// A shim that runs.
+struct Serving<'a> {
+    shim: &'a Shim,
+    id: String,
+    address: String,
+    client: TaskClient,
+}
+
+impl fmt::Debug for Serving<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Serving").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Serving<'_> {
+    fn create(&self, id: &str, rootfs: &[Mount]) {
+        let bundle = self.shim.dir.path().join(id);
+        let stream = |name: &str| format!("file://{}", bundle.join(name).display());
+        let create = CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.display().to_string(),
+            rootfs: rootfs.to_vec(),
+            stdout: stream("out"),
+            stderr: stream("err"),
+            ..CreateTaskRequest::default()
+        };
+        self.client.create(limit(), &create).expect("a task");
+    }
+
+    fn start(&self, id: &str) -> Result<(), String> {
+        let start = StartRequest { id: id.into(), ..StartRequest::default() };
+        self.client.start(limit(), &start).map(drop).map_err(|e| e.to_string())
+    }
+
+    fn finish(&self, id: &str, started: Result<(), String>) -> Finished {
+        let id = || id.to_owned();
+        let wait = WaitRequest { id: id(), ..WaitRequest::default() };
+        let ended = self.client.wait(limit(), &wait).expect("the task's end");
+        self.client
+            .delete(limit(), &DeleteRequest { id: id(), ..DeleteRequest::default() })
+            .expect("the task to be forgotten");
+        let bundle = self.shim.dir.path().join(id());
+        let read = |name: &str| fs::read(bundle.join(name)).unwrap_or_default();
+        Finished {
+            code: i32::try_from(ended.exit_status).unwrap_or(-1),
+            stdout: read("out"),
+            stderr: match started {
+                Ok(()) => read("err"),
+                Err(e) => e.into_bytes(),
+            },
+        }
+    }
+
+    fn end(&self) {
+        let request = ShutdownRequest { id: self.id.clone(), ..ShutdownRequest::default() };
+        // The answer may not come any more.
+        let _ = self.client.shutdown(limit(), &request);
+        let socket = PathBuf::from(self.address.trim_start_matches("unix://"));
+        eventually("the end of the shim", || !socket.exists());
+        let bundle = self.shim.dir.path().join(&self.id);
+        self.shim.call(&bundle, &self.id, "delete").expect_code(0);
+    }
+}
+
+fn limit() -> Context {
+    with_timeout(DEADLINE.as_nanos().try_into().unwrap_or(i64::MAX))
+}
+
+fn kind_of(pod: &str, kind: &str) -> Value {
+    json!({ "io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": pod })
+}
+
+fn root(kind: &str, source: &Path, options: &[&str]) -> Mount {
+    Mount {
+        type_: kind.into(),
+        source: source.display().to_string(),
+        options: options.iter().map(ToString::to_string).collect(),
+        ..Mount::default()
     }
 }
 

@@ -255,6 +255,46 @@ fn a_specification_of_ones_own_with_a_hook_of_the_host() {
 }
 
 #[test]
+fn hooks_of_the_container_are_run_in_it() {
+    let ctd = containerd!();
+    let default = ctd.ctr(&["oci", "spec"]).expect_code(0).out();
+    let mut spec: serde_json::Value = serde_json::from_str(&default).expect("a specification");
+    let root = Chroot::new(&World::new().image_file("busybox"));
+    spec["root"]["path"] = root.path().display().to_string().into();
+    spec["root"]["readonly"] = false.into();
+    spec["annotations"] = serde_json::json!({ "said": "by the annotations" });
+    spec["process"]["args"] = serde_json::json!(["cat", "/told"]);
+    let hook = |script: &str| {
+        serde_json::json!({
+            "path": "/bin/busybox", "args": ["sh", "-c", script, "hook"],
+            "env": ["PATH=/bin", "A=b c"], "timeout": 100,
+        })
+    };
+    // What the host has is not there, and the state is the container's.
+    let first = "cat >/told; echo; echo $0 $A $(readlink /proc/self/exe) $(cat /proc/1/comm | wc -l) >>/told; echo noise";
+    let second = "echo second >>/told; [ ! -e /usr/bin/containerd ]";
+    spec["hooks"] = serde_json::json!({ "startContainer": [hook(first), hook(second)] });
+    let run = ctd.run_spec("c1", &spec).expect_code(0);
+    let out = run.out();
+    let (state, rest) = out.split_at(out.rfind('}').expect("a state") + 1);
+    let state: serde_json::Value = serde_json::from_str(state).expect("JSON");
+    assert_eq!((&state["id"], &state["status"]), (&"c1".into(), &"created".into()), "{state}");
+    assert_eq!(state["pid"], 1, "its number in the container: {state}");
+    assert_eq!(state["annotations"]["said"], "by the annotations", "{state}");
+    assert!(state["bundle"].as_str().is_some_and(|bundle| bundle.ends_with("/c1")), "{state}");
+    assert_eq!(rest, "hook b c /bin/busybox 1\nsecond\n");
+
+    spec["hooks"] = serde_json::json!({ "startContainer": [hook("echo no way >&2; exit 3"), hook("touch /ran")] });
+    let run = ctd.run_spec("c2", &spec);
+    let said = run.err();
+    for want in ["startContainer hook /bin/busybox", "exit code 3", "no way"] {
+        assert!(run.code != 0 && said.contains(want), "{said}");
+    }
+    assert!(!root.path().join("ran").exists(), "the second one is not run");
+    ctd.expect_nothing_left();
+}
+
+#[test]
 fn containerd_may_be_restarted() {
     let mut ctd = containerd!();
     ctd.start_container("c1", "echo up; while :; do sleep 0.1; done");

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use mvm_tests::hostmount::{FOLLOWS, HostMount, followed, is_followed};
 use mvm_tests::{
     Chroot, Containerd, IMAGE, LoopDevice, Shim, World, containerd, eventually, run_with,
 };
@@ -189,7 +190,7 @@ fn what_cannot_be_mounted_is_refused_in_words() {
     let _listener = UnixListener::bind(&socket).expect("a socket");
     for (n, (mount, want)) in [
         (bind(&socket, "/run/docker.sock", "bind"), "only directories and regular files"),
-        (bind(dir.path(), "/v", "rbind:rshared"), "mounts do not travel"),
+        (bind(dir.path(), "/v", "rbind:rshared"), "use rslave"),
         (bind(&dir.path().join("missing"), "/v", "bind"), "No such file"),
     ]
     .into_iter()
@@ -199,6 +200,29 @@ fn what_cannot_be_mounted_is_refused_in_words() {
         assert!(run.code != 0 && run.err().contains(want), "{mount}: {}", run.err());
         ctd.ctr(&["container", "rm", &format!("c{n}")]);
     }
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn what_the_host_mounts_later_is_seen() {
+    let ctd = containerd!();
+    let dir = dir();
+    let mounts = followed(dir.path());
+    let log = format!("file://{}", ctd.path("c1.log").display());
+    // Only the source's own mount cannot be written.
+    let mount = bind(dir.path(), "/v", "rbind:rslave:ro");
+    let flags = ["-d", "--log-uri", &log, "--mount", &mount];
+    let command = ctd.run_command(&flags, "c1", &["sh", "-c", FOLLOWS]);
+    run_with(command, b"", HOST).expect_code(0);
+    is_followed(mounts, || ctd.output("c1"));
+    ctd.ctr(&["task", "kill", "-s", "SIGKILL", "c1"]).expect_code(0);
+    ctd.remove("c1");
+    // Where nothing is told there is nothing to be seen, and no error, as with runc.
+    let plain = HostMount::private(dir.path());
+    fs::write(dir.path().join("f"), "plain\n").expect("a file");
+    let mount = bind(dir.path(), "/v", "rbind:rslave");
+    assert_eq!(ctd.sh(&["--mount", &mount], "c2", "cat /v/f").expect_code(0).out(), "plain\n");
+    drop(plain);
     ctd.expect_nothing_left();
 }
 
@@ -378,6 +402,64 @@ fn a_file_system_is_a_disk_of_the_guest() {
     let script = "grep ' / ' /proc/mounts | cut -d' ' -f3; echo x >/new || echo refused";
     let run = shim.run("e", "erofs", &erofs, &["loop", "ro"], script);
     assert_eq!(run.out(), "overlay\nrefused\n", "{}", run.err());
+    shim.expect_nothing_left();
+}
+
+#[test]
+fn roots_of_a_pods_containers_are_disks_as_long_as_there_are_places() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: the shim mounts, and this is an ordinary user");
+        return;
+    }
+    let dir = dir();
+    let shim = Shim::new();
+    let images: Vec<_> = (0..5)
+        .map(|n| {
+            image(&dir, &format!("ext4-{n}"), |tree, path| {
+                host("mke2fs", &["-q", "-t", "ext4", "-d", tree, path, "16M"]);
+            })
+        })
+        .collect();
+    let pod = shim.pod("pod1");
+    let script = "grep ' / ' /proc/mounts | cut -d' ' -f3; cat /kept; echo kept >/kept; echo done";
+    let idle = format!("{script}; while :; do sleep 0.1; done");
+    for (n, image) in images.iter().enumerate() {
+        let id = format!("c{n}");
+        pod.start(&id, "ext4", image, &["loop", "rw"], &idle);
+        eventually("its root", || pod.output(&id).ends_with("done\n"));
+        // The last one finds the places taken, and comes by the host's mount.
+        let want = if n < 4 { "ext4" } else { "virtiofs" };
+        assert_eq!(pod.output(&id), format!("{want}\ndone\n"), "{n}");
+    }
+    let state = |image: &Path| {
+        let about = host("dumpe2fs", &["-h", &image.display().to_string()]);
+        let kept = host("debugfs", &["-R", "cat /kept", &image.display().to_string()]);
+        let clean =
+            about.contains("Filesystem state:         clean") && !about.contains("needs_recovery");
+        (clean, kept)
+    };
+    // One goes: it has been taken out of use in good order, and its place is another's.
+    pod.kill("c0");
+    assert_eq!(pod.finish("c0").code, 137);
+    assert_eq!(state(&images[0]), (true, "kept\n".into()));
+    pod.kill("c4");
+    pod.finish("c4");
+    assert_eq!(state(&images[4]), (true, "kept\n".into()));
+    pod.start("again", "ext4", &images[4], &["loop", "rw"], script);
+    let again = pod.finish("again");
+    assert_eq!((again.code, again.out().as_str()), (0, "ext4\nkept\ndone\n"), "{}", again.err());
+    let erofs = image(&dir, "erofs", |tree, path| {
+        host("mkfs.erofs", &[path, tree]);
+    });
+    let script = "grep ' / ' /proc/mounts | cut -d' ' -f3; echo x >/new || echo refused";
+    pod.start("e", "erofs", &erofs, &["loop", "ro"], script);
+    let run = pod.finish("e");
+    assert_eq!(run.out(), "overlay\nrefused\n", "{}", run.err());
+    // The others end with the pod, and have been written out as well.
+    pod.end(&["c1", "c2", "c3"]);
+    for image in &images[1..4] {
+        assert_eq!(state(image).1, "kept\n");
+    }
     shim.expect_nothing_left();
 }
 

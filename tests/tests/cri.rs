@@ -9,7 +9,7 @@ use std::time::Duration;
 use mvm_net::Namespace;
 use mvm_tests::cri::messages::{LinuxContainerResources, Mount};
 use mvm_tests::cri::{Cri, EXITED, Pod, RESIZE, RUNNING, STDERR, STDIN, STDOUT};
-use mvm_tests::{Containerd, eventually, http, is_running};
+use mvm_tests::{Containerd, LoopDevice, eventually, http, is_running};
 use nix::sys::signal::{Signal, kill};
 use protobuf::MessageField;
 
@@ -242,6 +242,35 @@ fn ctr_makes_pods_by_annotations() {
     let run = ctd.sh(&stray, "c2", "true");
     assert!(run.code != 0 && run.err().contains("none"), "{}", run.err());
     ctd.ctr(&["container", "rm", "c2"]);
+    ctd.ctr(&["task", "kill", "-s", "SIGKILL", "pod1"]).expect_code(0);
+    ctd.remove("pod1");
+    ctd.expect_nothing_left();
+}
+
+#[test]
+fn ctr_gives_a_block_device_to_a_container_of_a_pod() {
+    let ctd = pods!();
+    let Some(device) = LoopDevice::new(&ctd.path("image"), 3 << 20) else { return };
+    let path = device.path().display().to_string();
+    let kind = |kind: &str| format!("io.kubernetes.cri.container-type={kind}");
+    let sandbox = "io.kubernetes.cri.sandbox-id=pod1";
+    let null = "file:///dev/null";
+    let flags =
+        ["-d", "--log-uri", null, "--annotation", &kind("sandbox"), "--annotation", sandbox];
+    let command = ctd.run_command(&flags, "pod1", &["no-such-program"]);
+    mvm_tests::run_with(command, b"", Duration::from_secs(300)).expect_code(0);
+    let member = ["--annotation", &kind("container"), "--annotation", sandbox];
+    let script = format!(
+        "wc -c <{path}; echo from the pod | dd of={path} bs=512 seek=7 conv=sync 2>/dev/null
+         dd if={path} bs=512 skip=7 count=1 2>/dev/null | head -n 1"
+    );
+    let run = ctd.sh(&[&member[..], &["--device", &path]].concat(), "c1", &script).expect_code(0);
+    assert_eq!(run.out(), "3145728\nfrom the pod\n", "{}", run.err());
+    assert!(device.content()[7 * 512..].starts_with(b"from the pod\n"));
+    // The machine goes on, and the next one has it not.
+    let run =
+        ctd.sh(&member, "c2", &format!("[ -e {path} ] || echo none; ls /sys/block | grep -c vd"));
+    assert_eq!(run.out(), "none\n0\n", "{}", run.err());
     ctd.ctr(&["task", "kill", "-s", "SIGKILL", "pod1"]).expect_code(0);
     ctd.remove("pod1");
     ctd.expect_nothing_left();

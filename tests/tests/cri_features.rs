@@ -9,9 +9,10 @@ use std::time::Duration;
 use mvm_net::Namespace;
 use mvm_tests::cri::messages::{ContainerConfig, Device, NamespaceOption};
 use mvm_tests::cri::messages::{
-    LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceMode,
+    LinuxContainerResources, LinuxSandboxSecurityContext, Mount, MountPropagation, NamespaceMode,
 };
 use mvm_tests::cri::{Cri, EXITED, Pod};
+use mvm_tests::hostmount::{FOLLOWS, followed, is_followed};
 use mvm_tests::{Containerd, LoopDevice, eventually, http};
 use protobuf::{EnumOrUnknown, MessageField};
 
@@ -261,6 +262,34 @@ fn block_devices_come_and_go_with_the_containers_of_a_pod() {
         assert!(device.content().starts_with(format!("{round}\n").as_bytes()), "{round}");
     }
     assert_eq!(disks(&cri, &plain), "");
+    end(&cri, &ctd, &pod);
+}
+
+#[test]
+fn what_the_host_mounts_later_is_seen_in_pods() {
+    let ctd = pods!();
+    let cri = Cri::new(&ctd);
+    let dir = ctd.path("followed");
+    std::fs::create_dir(&dir).expect("a directory");
+    let mounts = followed(&dir);
+    let pod = cri.run_pod(cri.pod_config("follows"));
+    let with = |name: &str, propagation: MountPropagation| {
+        let mut config = cri.container_config(name, FOLLOWS);
+        config.mounts.push(Mount {
+            container_path: "/v".into(),
+            host_path: dir.display().to_string(),
+            propagation: propagation.into(),
+            ..Default::default()
+        });
+        config
+    };
+    let both = with("both", MountPropagation::PROPAGATION_BIDIRECTIONAL);
+    let both = cri.try_start(&pod, both).expect_err("a refusal").to_string();
+    assert!(both.contains("HostToContainer"), "{both}");
+    let follows = with("follows", MountPropagation::PROPAGATION_HOST_TO_CONTAINER);
+    let id = cri.start(&pod, follows);
+    is_followed(mounts, || cri.log(&pod, "follows"));
+    cri.remove(&id);
     end(&cri, &ctd, &pod);
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use mvm_tests::hostmount::{FOLLOWS, HostMount, followed, is_followed};
 use mvm_tests::{Chroot, World, eventually, is_running, run_with};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -73,6 +74,26 @@ fn read_only_volumes_are_not_written() {
     assert_ne!(run.code, 0);
     assert_eq!(fs::read_dir(dir.path()).expect("a directory").count(), 1);
     assert_eq!(fs::read_to_string(dir.path().join("f")).expect("a file"), "x");
+}
+
+#[test]
+fn what_the_host_mounts_later_is_seen() {
+    let (world, dir) = (World::small(), dir());
+    let follow = format!("{}:rslave", bind(dir.path(), "/v"));
+    if !is_root() {
+        let run = world.mvm(&["run", "--rm", "-v", &follow, "busybox", "true"]);
+        assert!(run.code != 0 && run.err().contains("root alone"), "{}", run.err());
+        return;
+    }
+    let plain = HostMount::private(dir.path());
+    let run = world.mvm(&["run", "--rm", "-v", &follow, "busybox", "true"]);
+    assert!(run.code != 0 && run.err().contains("neither shared nor a slave"), "{}", run.err());
+    drop(plain);
+    let mounts = followed(dir.path());
+    let args = ["run", "-d", "--name", "f1", "-v", &follow, "busybox", "sh", "-c", FOLLOWS];
+    world.mvm(&args).expect_code(0);
+    is_followed(mounts, || world.mvm(&["logs", "f1"]).out());
+    world.mvm(&["rm", "-f", "f1"]).expect_code(0);
 }
 
 #[test]

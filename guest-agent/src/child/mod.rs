@@ -7,6 +7,7 @@
 mod copy_up;
 mod credentials;
 mod devices;
+pub mod hooks;
 mod mini_init;
 mod mount_options;
 mod mounts;
@@ -24,7 +25,7 @@ use std::path::{Path, PathBuf};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, chdir, getcwd, setgroups, setresgid, setresuid, setsid};
-use oci_spec::runtime::{LinuxPersonality, LinuxSeccomp};
+use oci_spec::runtime::{Hook, LinuxPersonality, LinuxSeccomp};
 use serde::{Deserialize, Serialize};
 
 use crate::channel::Channel;
@@ -34,6 +35,7 @@ use crate::seccomp;
 use crate::spec::{Process, Spec};
 use crate::sys;
 pub use credentials::capability;
+use hooks::Hooks;
 use terminal::Terminal;
 
 /// From the agent.
@@ -71,6 +73,8 @@ pub enum Job {
         in_user_namespace: bool,
         /// Be a small init and run the program as a child.
         init: bool,
+        /// What `startContainer` hooks are told of the container, if there are any.
+        state: Vec<u8>,
     },
     /// A further process of a container.
     Further {
@@ -97,8 +101,9 @@ fn set_up_and_exec(sync: &Channel) -> Result<Option<Infallible>> {
     let spec = Spec::parse(&sync.receive_bytes().context(|| "receive the specification".into())?)?;
     setsid().context(|| "start a session".into())?;
     let mut setup = match job {
-        Job::First { rootfs, readonly, in_user_namespace, init } => {
-            first(&spec, &rootfs, readonly, in_user_namespace, init)?
+        Job::First { rootfs, readonly, in_user_namespace, init, state } => {
+            let setup = first(&spec, &rootfs, readonly, in_user_namespace, init)?;
+            Setup { hooks: spec.start_hooks().to_vec(), state, ..setup }
         }
         Job::Further { namespaces } => {
             let target = fds.last().ok_or_else(|| Error::Invalid("no process to join".into()))?;
@@ -133,6 +138,8 @@ struct Setup {
     is_first: bool,
     in_user_namespace: bool,
     init: bool,
+    hooks: Vec<Hook>,
+    state: Vec<u8>,
     /// The protection of the root, which comes after all that writes to it.
     finish_root: Option<FinishRoot>,
 }
@@ -252,18 +259,21 @@ fn become_process(sync: &Channel, process: &Process, setup: Setup) -> Result<Opt
         rustix::thread::set_no_new_privs(true).context(|| "set no_new_privs".into())?;
     }
 
-    let Setup { mut notices, streams, init, .. } = setup;
+    let Setup { mut notices, streams, init, hooks, state, .. } = setup;
     notices.extend(refused);
     drop(streams);
     report_ready(sync, notices, terminal)?;
     let Some((Order::Start, _)) = receive(sync)? else { return Ok(None) };
 
-    if init {
-        mini_init::split(&credentials)?;
-    }
     sys::reset_signals();
     sys::close_on_exec_from(3).context(|| "mark descriptors".into())?;
-    if let Some(filters) = &filters {
+    let (filters, credentials) = (filters.as_ref(), &credentials);
+    Hooks { hooks: &hooks, state: &state, filters, credentials }.run()?;
+    if init {
+        mini_init::split(credentials)?;
+        sys::reset_signals();
+    }
+    if let Some(filters) = filters {
         filters.install()?;
     }
     credentials.settle()?;

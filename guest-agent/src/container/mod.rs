@@ -14,7 +14,7 @@ use mvm_agent_protocol::messages::{CreateContainerRequest, ExecProcessRequest};
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources};
 
 use crate::cgroup::{Cgroup, Cgroups};
-use crate::child::{Job, namespaces};
+use crate::child::{Job, hooks, namespaces};
 use crate::error::{Context, Error, Result};
 use crate::given;
 use crate::log::warning;
@@ -133,9 +133,12 @@ impl Workshop {
                 readonly: root.readonly || spec.root_is_readonly(),
                 in_user_namespace: birth.new_user_namespace,
                 init: request.init,
+                state: request.state_json.clone(),
             };
             let stdio = request.stdio.clone().unwrap_or_default();
+            let hooks = spec.start_hooks().iter().map(hooks::limit).sum();
             let (first, more) = newborn.set_up(job, json, process, &stdio, None)?;
+            let first = first.with_hooks(hooks);
             Ok((first, more, root))
         };
         let (first, more, root) =

@@ -45,7 +45,7 @@ pub fn of(spec: &Spec, id: &str) -> Vec<String> {
     let hooks: Vec<&str> = spec
         .hooks
         .iter()
-        .flatten()
+        .flat_map(|hooks| &hooks.others)
         .filter(|(_, list)| list.as_ref().is_some_and(|list| !list.is_empty()))
         .map(|(name, _)| name.as_str())
         .collect();

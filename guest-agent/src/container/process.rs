@@ -34,6 +34,8 @@ pub struct Process {
     limits: Vec<PosixRlimit>,
     /// Open until the program is executed.
     sync: Mutex<Option<Channel>>,
+    /// How long the hooks may take that come before its program.
+    hooks: Duration,
     /// Whether the kernel killed for want of memory while it lived; set at its end.
     oom_killed: Arc<Mutex<bool>>,
 }
@@ -177,6 +179,7 @@ impl Newborn {
             pidfd: self.pidfd,
             limits,
             sync: Mutex::new(Some(self.sync)),
+            hooks: Duration::ZERO,
             oom_killed: self.oom_killed,
         };
         Ok((process, notices))
@@ -217,6 +220,11 @@ impl Newborn {
 }
 
 impl Process {
+    /// The same process, before whose program there are hooks that may take so long.
+    pub fn with_hooks(self, hooks: Duration) -> Self {
+        Self { hooks, ..self }
+    }
+
     /// Executes the program.
     pub fn start(&self) -> Result<()> {
         let Some(sync) = lock(&self.sync).take() else {
@@ -231,6 +239,7 @@ impl Process {
                 .context(|| format!("process.rlimits: {name}={}:{}", limit.soft(), limit.hard()))?;
         }
         let gone = |e| Error::State(format!("the process cannot be started: {e}"));
+        sync.set_timeout(SETUP.saturating_add(self.hooks)).map_err(gone)?;
         sync.send(&Order::Start, &[]).map_err(gone)?;
         match sync.receive::<Report>() {
             // Closed by a successful exec.

@@ -1,7 +1,7 @@
 //! The asking side of the share socket.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use std::os::fd::AsRawFd;
 
 use crate::protocol::{Answer, Ask, ShareOptions};
+use crate::tree::Tree;
 
 /// How long the server may take. Ending a share waits for what is under way in it.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -58,11 +59,11 @@ impl ShareClient {
     pub fn add(
         &mut self,
         name: &str,
-        tree: OwnedFd,
+        tree: Tree,
         options: ShareOptions,
     ) -> Result<(), ClientError> {
         let ask = Ask::Add { name: name.into(), options };
-        self.0.send(&ask, &[tree.as_fd()], LIMIT)?;
+        self.0.send(&ask, &tree.descriptors(), LIMIT)?;
         self.done()
     }
 

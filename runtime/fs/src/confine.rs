@@ -6,9 +6,9 @@ use std::io;
 use std::os::fd::AsFd;
 
 use caps::{CapSet, Capability, CapsHashSet};
-use nix::mount::{MntFlags, umount2};
+use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{chdir, fchdir, getegid, geteuid, pivot_root};
+use nix::unistd::{getegid, geteuid};
 use rustix::fs::{Mode, OFlags, mkdirat, openat};
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +58,7 @@ pub(crate) fn namespaces(layers: &mut Vec<Layer>) -> Standing {
         };
         note(layers, "user namespace", map());
     }
-    let own_mounts = note(layers, "mount namespace", tree::enter_private_namespace());
+    let own_mounts = note(layers, "mount namespace", tree::enter_namespace(MsFlags::MS_PRIVATE));
     for (name, flag) in [
         ("network namespace", CloneFlags::CLONE_NEWNET),
         ("IPC namespace", CloneFlags::CLONE_NEWIPC),
@@ -89,23 +89,22 @@ fn empty_root() -> io::Result<()> {
     let target = openat(&root, "proc/self/fd", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     tree::attach(&own_descriptors, target.as_fd())?;
     sys::set_mount(root.as_fd(), false, true)?;
-    fchdir(&root)?;
-    // The old root is mounted over the new one, and taken away (pivot_root(2)).
-    pivot_root(".", ".")?;
-    umount2(".", MntFlags::MNT_DETACH)?;
-    chdir("/")?;
+    tree::become_root(root.as_fd())?;
     Ok(())
 }
 
 /// Gives up all capabilities but those needed, for good.
 pub(crate) fn privileges(layers: &mut Vec<Layer>) {
-    note(layers, "capabilities", drop_capabilities().map_err(io::Error::other));
+    note(layers, "capabilities", drop_capabilities(&NEEDED).map_err(io::Error::other));
     note(layers, "no new privileges", nix::sys::prctl::set_no_new_privs().map_err(Into::into));
     let undumpable = nix::sys::prctl::set_dumpable(false).map_err(Into::into);
     note(layers, "no core dumps", undumpable);
 }
 
-fn drop_capabilities() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+/// Gives up all capabilities but `needed`.
+pub(crate) fn drop_capabilities(
+    needed: &[Capability],
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let has = caps::read(None, CapSet::Permitted)?;
     if has.is_empty() {
         return Ok(());
@@ -113,12 +112,12 @@ fn drop_capabilities() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     if has.contains(&Capability::CAP_SETPCAP) {
         sys::keep_capabilities()?;
         for capability in caps::runtime::thread_all_supported() {
-            if !NEEDED.contains(&capability) {
+            if !needed.contains(&capability) {
                 caps::drop(None, CapSet::Bounding, capability)?;
             }
         }
     }
-    let keep: CapsHashSet = NEEDED.into_iter().filter(|c| has.contains(c)).collect();
+    let keep: CapsHashSet = needed.iter().copied().filter(|c| has.contains(c)).collect();
     caps::set(None, CapSet::Effective, &keep)?;
     caps::set(None, CapSet::Permitted, &keep)?;
     caps::set(None, CapSet::Inheritable, &CapsHashSet::new())?;

@@ -8,14 +8,17 @@
 //! * [`spawn()`] starts the process, [`main`] is what it runs.
 //! * `shares` is the tree as the guest sees it, over `fuse-backend-rs`' passthrough file systems.
 //! * `queue` serves the virtqueues in the monitor's place (`mvm_devices::virtio::fs`).
+//! * [`follow`] makes trees that stay like the host's, by one more process each.
 //! * `confine` takes from the process what it does not need, before it hears of the guest.
 //!
 //! Not in scope: what is shared, and where the guest mounts it.
 
 mod client;
 mod confine;
+pub mod follow;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+pub mod mounts;
 mod process;
 mod protocol;
 mod queue;

@@ -117,10 +117,14 @@ fn prepare(owner: &Packets) -> Result<(FileService, Vec<Layer>), Error> {
     let mut layers = Vec::new();
     let standing = confine::namespaces(&mut layers);
     let mut trees = Vec::new();
-    for First { name, options, path } in setup.shares {
+    for First { name, options, path, keep } in setup.shares {
         let tree = match path {
-            Some(path) => OwnedFd::from(open(path, options.read_only, standing)?),
-            None => next()?,
+            Some(path) => open(path, options.read_only, standing)?,
+            None => {
+                let root = next()?;
+                let keep = (0..keep).map(|_| next()).collect::<Result<_, _>>()?;
+                Tree::kept(root, keep)
+            }
         };
         trees.push((name, tree, options));
     }

@@ -4,12 +4,12 @@
 //!   [`Report`] comes up.
 //! * The **share socket** takes an [`Ask`] a packet and answers each with an [`Answer`].
 
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::confine::Layer;
+use crate::tree::Tree;
 
 /// Longest name of a share in bytes.
 pub const MAX_NAME: usize = 128;
@@ -40,8 +40,9 @@ pub struct ShareOptions {
 pub enum Source {
     /// A directory or file, opened by the server in namespaces of its own.
     Path(PathBuf),
-    /// A directory, best one that [`tree::detach`](crate::tree::detach) has made.
-    Tree(OwnedFd),
+    /// A directory, best one that [`tree::detach`](crate::tree::detach) or
+    /// [`follow`](crate::follow::follow) has made.
+    Tree(Tree),
 }
 
 /// A share to be made.
@@ -77,8 +78,10 @@ pub(crate) struct Setup {
 pub(crate) struct First {
     pub name: String,
     pub options: ShareOptions,
-    /// Bytes of the path; `None` if a descriptor comes with the message.
+    /// Bytes of the path; `None` if descriptors come with the message.
     pub path: Option<Vec<u8>>,
+    /// How many descriptors come after that of the tree, to be kept open.
+    pub keep: usize,
 }
 
 /// The server's answer to its owner.
@@ -101,7 +104,7 @@ pub(crate) enum Report {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "ask")]
 pub(crate) enum Ask {
-    /// Shares the tree whose descriptor comes along.
+    /// Shares the tree whose descriptor comes along, and keeps further ones open.
     Add { name: String, options: ShareOptions },
     /// Ends a share.
     Remove { name: String },

@@ -41,7 +41,7 @@ impl Rig {
         let shares = Arc::new(Shares::new(false));
         for (name, path, options) in dirs {
             let tree = tree::plain(path).expect("a directory");
-            shares.add(name, tree.into(), *options).expect("a share");
+            shares.add(name, tree, *options).expect("a share");
         }
         let (ours, theirs) = Packets::pair().expect("a socket");
         let service = FileService::new(shares.clone(), theirs, listener).expect("a service");

@@ -13,6 +13,7 @@ use nix::sys::socket::{SockFlag, accept4};
 use crate::protocol::{Answer, Ask};
 use crate::queue::{self, Queues};
 use crate::shares::Shares;
+use crate::tree::Tree;
 
 /// Most clients of the share socket at a time; a further one takes the place of the oldest.
 const MAX_CLIENTS: usize = 16;
@@ -126,13 +127,16 @@ fn serve_client(client: &Packets, shares: &Shares) -> bool {
     };
     let failed = |message: String| Answer::Error { message };
     let answer = match ask {
-        Ask::Add { name, options } => match fds.into_iter().next() {
-            Some(tree) => match shares.add(&name, tree, options) {
-                Ok(()) => Answer::Done,
-                Err(error) => failed(error.to_string()),
-            },
-            None => failed(format!("no descriptor came with the share {name:?}")),
-        },
+        Ask::Add { name, options } => {
+            let mut fds = fds.into_iter();
+            match fds.next() {
+                Some(root) => match shares.add(&name, Tree::kept(root, fds.collect()), options) {
+                    Ok(()) => Answer::Done,
+                    Err(error) => failed(error.to_string()),
+                },
+                None => failed(format!("no descriptor came with the share {name:?}")),
+            }
+        }
         Ask::Remove { name } => match shares.remove(&name) {
             Ok(()) => Answer::Done,
             Err(error) => failed(error.to_string()),

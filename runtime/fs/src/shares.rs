@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
@@ -84,13 +84,15 @@ pub(crate) enum Error {
 struct Share {
     name: String,
     read_only: bool,
+    /// The host changes it too, and may have something mounted in it.
+    live: bool,
     fs: RwLock<Option<Tree>>,
 }
 
 struct Tree {
     fs: PassthroughFs,
     /// Keeps a detached tree together: with this descriptor it falls apart.
-    _root: OwnedFd,
+    _tree: tree::Tree,
 }
 
 #[derive(Default)]
@@ -116,15 +118,15 @@ impl Shares {
     }
 
     /// Shares the directory `root` as `name`.
-    pub fn add(&self, name: &str, root: OwnedFd, options: ShareOptions) -> Result<(), Error> {
+    pub fn add(&self, name: &str, tree: tree::Tree, options: ShareOptions) -> Result<(), Error> {
         if !check_name(name) {
             return Err(Error::Name(name.into()));
         }
-        if !tree::is_directory(root.as_fd()) {
+        if !tree::is_directory(tree.as_fd()) {
             return Err(Error::NoDirectory(name.into()));
         }
         let serve = |source| Error::Serve { name: name.into(), source };
-        let fs = PassthroughFs::new(config(&root, options)).map_err(serve)?;
+        let fs = PassthroughFs::new(config(tree.as_fd(), options)).map_err(serve)?;
         // What the guest can do is settled once, by its first message.
         let capable = self.capable.lock().unwrap_or_else(PoisonError::into_inner);
         match *capable {
@@ -146,8 +148,9 @@ impl Shares {
             }
         }
         table.last = place;
-        let fs = RwLock::new(Some(Tree { fs, _root: root }));
-        let share = Share { name: name.into(), read_only: options.read_only, fs };
+        let fs = RwLock::new(Some(Tree { fs, _tree: tree }));
+        let live = options.cache == Cache::Live;
+        let share = Share { name: name.into(), read_only: options.read_only, live, fs };
         table.shares.insert(place, Arc::new(share));
         Ok(())
     }
@@ -208,6 +211,28 @@ impl Shares {
         self.within(inode, f)
     }
 
+    /// Refuses to take away a directory on which something is mounted: the kernel would let go of the host's mount with it, since in
+    /// the server's own mount namespace there is none (rmdir(2), EBUSY).
+    fn check_mount_point(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        let share = self.table().shares.get(&((parent >> SHIFT) as u8)).cloned();
+        if !share.is_some_and(|share| share.live) {
+            return Ok(());
+        }
+        self.within(parent, |fs, parent, _| {
+            let Ok(entry) = fs.lookup(ctx, parent, name) else { return Ok(()) };
+            let above = fs.getattr(ctx, parent, None);
+            fs.forget(ctx, entry.inode, 1);
+            // What is mounted of the same file system cannot be told apart.
+            let is_directory = entry.attr.st_mode & libc::S_IFMT == libc::S_IFDIR;
+            match above {
+                Ok((above, _)) if is_directory && above.st_dev != entry.attr.st_dev => {
+                    Err(errno(libc::EBUSY))
+                }
+                _ => Ok(()),
+            }
+        })
+    }
+
     /// The entry of a share in the root directory.
     fn entry(&self, ctx: &Context, place: u8, share: &Share) -> io::Result<Entry> {
         let tree = share.fs.read().unwrap_or_else(PoisonError::into_inner);
@@ -228,7 +253,7 @@ impl Shares {
     }
 }
 
-fn config(root: &OwnedFd, options: ShareOptions) -> Config {
+fn config(root: BorrowedFd<'_>, options: ShareOptions) -> Config {
     let (timeout, cache_policy) = match options.cache {
         Cache::Live => (LIVE, CachePolicy::Auto),
         Cache::Exclusive => (EXCLUSIVE, CachePolicy::Always),
@@ -421,6 +446,7 @@ impl FileSystem for Shares {
 
     fn rmdir(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         component(name)?;
+        self.check_mount_point(ctx, parent, name)?;
         self.change(parent, |fs, parent, _| fs.rmdir(ctx, parent, name))
     }
 
@@ -438,6 +464,8 @@ impl FileSystem for Shares {
         if from >> SHIFT != to >> SHIFT {
             return Err(errno(libc::EXDEV));
         }
+        self.check_mount_point(ctx, from, old)?;
+        self.check_mount_point(ctx, to, new)?;
         self.change(from, |fs, from, _| fs.rename(ctx, from, old, to & INNER, new, flags))
     }
 

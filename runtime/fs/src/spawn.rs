@@ -117,14 +117,15 @@ fn hand_over(
     let mut fds = sockets.to_vec();
     let mut first = Vec::new();
     for NewShare { name, source, options } in shares {
-        let path = match source {
-            Source::Path(path) => Some(path.as_os_str().as_bytes().to_vec()),
+        let (path, keep) = match source {
+            Source::Path(path) => (Some(path.as_os_str().as_bytes().to_vec()), 0),
             Source::Tree(tree) => {
-                fds.push(tree.as_fd());
-                None
+                let descriptors = tree.descriptors();
+                fds.extend(&descriptors);
+                (None, descriptors.len() - 1)
             }
         };
-        first.push(First { name: name.clone(), options: *options, path });
+        first.push(First { name: name.clone(), options: *options, path, keep });
     }
     owner.send(&Setup { id, shares: first }, &fds, READY)?;
     match owner.receive(Some(Instant::now() + READY))?.0 {

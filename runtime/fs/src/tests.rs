@@ -1,7 +1,7 @@
 //! The server against a synthetic driver.
 
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 
 use fuse_backend_rs::abi::fuse_abi::Opcode;
@@ -157,15 +157,15 @@ fn shares_come_and_go_while_the_driver_works() {
     rig.init();
     let mut client = ShareClient::connect(&path).unwrap();
     let open = |name: &str| crate::tree::plain(&dir.path().join(name)).unwrap();
-    client.add("one", open("shared").into(), ShareOptions::default()).unwrap();
-    client.add("two", open("shared/d").into(), READ_ONLY).unwrap();
+    client.add("one", open("shared"), ShareOptions::default()).unwrap();
+    client.add("two", open("shared/d"), READ_ONLY).unwrap();
     assert_eq!(client.list().unwrap(), ["one", "two"]);
-    let taken = client.add("one", open("shared").into(), ShareOptions::default());
+    let taken = client.add("one", open("shared"), ShareOptions::default());
     assert!(taken.unwrap_err().to_string().contains("already"));
-    let bad = client.add("../x", open("shared").into(), ShareOptions::default());
+    let bad = client.add("../x", open("shared"), ShareOptions::default());
     assert!(bad.unwrap_err().to_string().contains("name"));
     let file = OwnedFd::from(fs::File::open(dir.path().join("secret")).unwrap());
-    let file = client.add("file", file, ShareOptions::default());
+    let file = client.add("file", file.into(), ShareOptions::default());
     assert!(file.unwrap_err().to_string().contains("no directory"));
 
     let one = rig.lookup(ROOT, "one").unwrap();
@@ -185,7 +185,7 @@ fn shares_come_and_go_while_the_driver_works() {
     });
     assert_eq!(open_in_tree.count(), 0);
     // A new share is another one, even where the old one was.
-    client.add("one", open("shared").into(), ShareOptions::default()).unwrap();
+    client.add("one", open("shared"), ShareOptions::default()).unwrap();
     assert_ne!(rig.lookup(ROOT, "one").unwrap(), one);
     assert_eq!(rig.read(node, handle, 0, 10), Err(libc::ESTALE));
 }
@@ -249,22 +249,24 @@ fn a_few_inputs_of_the_fuzz_target() {
 fn a_detached_tree_has_nothing_above_it() {
     let dir = tree();
     let tree = match crate::tree::detach(&dir.path().join("shared"), Extent::whole(true)) {
-        Ok(tree) => OwnedFd::from(tree),
+        Ok(tree) => tree,
         Err(error) => {
             eprintln!("SKIPPED: cannot clone mounts here: {error}");
             return;
         }
     };
-    let up = rustix::fs::openat(&tree, "..", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty());
-    let (here, up) = (rustix::fs::fstat(&tree).unwrap(), rustix::fs::fstat(up.unwrap()).unwrap());
+    let up =
+        rustix::fs::openat(tree.as_fd(), "..", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty());
+    let (here, up) =
+        (rustix::fs::fstat(tree.as_fd()).unwrap(), rustix::fs::fstat(up.unwrap()).unwrap());
     assert_eq!((here.st_dev, here.st_ino), (up.st_dev, up.st_ino));
     let create = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::WRONLY;
-    let made = rustix::fs::openat(&tree, "new", create, rustix::fs::Mode::from_raw_mode(0o600));
+    let made =
+        rustix::fs::openat(tree.as_fd(), "new", create, rustix::fs::Mode::from_raw_mode(0o600));
     assert_eq!(made.unwrap_err(), rustix::io::Errno::ROFS);
     // Of a file, a directory with it alone.
-    let tree = OwnedFd::from(
-        crate::tree::detach(&dir.path().join("secret"), Extent::whole(false)).unwrap(),
-    );
+    let tree = crate::tree::detach(&dir.path().join("secret"), Extent::whole(false)).unwrap();
+    let tree = tree.as_fd();
     let inside = format!("/proc/self/fd/{}/{}", tree.as_raw_fd(), crate::FILE);
     assert_eq!(fs::read(&inside).unwrap(), b"secret");
     fs::write(&inside, b"changed").unwrap();

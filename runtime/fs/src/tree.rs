@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{chdir, fchdir, pivot_root};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fstat, openat};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
@@ -31,17 +32,33 @@ pub struct TreeError {
 
 /// A directory to share, best the root of a detached tree.
 #[derive(Debug)]
-pub struct Tree(OwnedFd);
+pub struct Tree {
+    root: OwnedFd,
+    /// What has to stay open as long as the tree is used.
+    keep: Vec<OwnedFd>,
+}
 
-impl From<Tree> for OwnedFd {
-    fn from(tree: Tree) -> Self {
-        tree.0
+impl Tree {
+    /// A tree that is there as long as `keep` is open.
+    pub(crate) fn kept(root: OwnedFd, keep: Vec<OwnedFd>) -> Self {
+        Self { root, keep }
+    }
+
+    /// Its descriptors, the root first.
+    pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        std::iter::once(&self.root).chain(&self.keep).map(OwnedFd::as_fd).collect()
+    }
+}
+
+impl From<OwnedFd> for Tree {
+    fn from(root: OwnedFd) -> Self {
+        Self { root, keep: Vec::new() }
     }
 }
 
 impl AsFd for Tree {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.root.as_fd()
     }
 }
 
@@ -84,7 +101,7 @@ impl Extent {
 pub fn detach(path: &Path, extent: Extent) -> Result<Tree, TreeError> {
     let failed = |what| move |source| TreeError { path: path.into(), what, source };
     let work = || {
-        enter_private_namespace().map_err(failed("enter a mount namespace"))?;
+        enter_namespace(MsFlags::MS_PRIVATE).map_err(failed("enter a mount namespace"))?;
         detach_here(path, extent)
     };
     std::thread::scope(|scope| match scope.spawn(work).join() {
@@ -93,11 +110,12 @@ pub fn detach(path: &Path, extent: Extent) -> Result<Tree, TreeError> {
     })
 }
 
-/// Gives the calling thread mounts of its own.
-pub(crate) fn enter_private_namespace() -> io::Result<()> {
+/// Gives the calling thread mounts of its own. `propagation` says what they hear of those that they are
+/// copies of.
+pub(crate) fn enter_namespace(propagation: MsFlags) -> io::Result<()> {
     unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)?;
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    let flags = MsFlags::MS_REC | propagation;
+    mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)?;
     Ok(())
 }
 
@@ -121,19 +139,19 @@ pub(crate) fn detach_here(path: &Path, extent: Extent) -> Result<Tree, TreeError
         private(&clone, false, true)?;
     }
     if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-        return Ok(Tree(clone));
+        return Ok(clone.into());
     }
     let directory = around_file(&clone).map_err(failed("make a directory around the file"))?;
     // What the guest creates beside the file would be in the host's memory.
     private(&directory, false, true)?;
-    Ok(Tree(directory))
+    Ok(directory.into())
 }
 
 /// The directory at `path` as it is, where nothing can be cloned.
 pub(crate) fn plain(path: &Path) -> Result<Tree, TreeError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     match openat(CWD, path, flags, Mode::empty()) {
-        Ok(fd) => Ok(Tree(fd)),
+        Ok(fd) => Ok(fd.into()),
         Err(e) => {
             let what = match e {
                 rustix::io::Errno::NOTDIR => "share a file without a mount namespace",
@@ -144,7 +162,7 @@ pub(crate) fn plain(path: &Path) -> Result<Tree, TreeError> {
     }
 }
 
-fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> rustix::io::Result<OwnedFd> {
+pub(crate) fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> rustix::io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
@@ -197,6 +215,16 @@ pub(crate) fn attach_somewhere(mount: &OwnedFd) -> rustix::io::Result<PathBuf> {
 pub(crate) fn attach(mount: &OwnedFd, target: BorrowedFd<'_>) -> rustix::io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(mount.as_fd(), "", target, "", flags)
+}
+
+/// Makes an attached mount the root of the calling thread's namespace, and takes away all that was there.
+pub(crate) fn become_root(root: BorrowedFd<'_>) -> io::Result<()> {
+    fchdir(root)?;
+    // The old root is mounted over the new one, and taken away (pivot_root(2)).
+    pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    chdir("/")?;
+    Ok(())
 }
 
 /// A clone of what is at `path`, without the mounts on it.

@@ -7,11 +7,15 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::Opcode;
 use mvm_devices::packets::Packets;
+use mvm_fs::follow::{self, can_be_followed, follow};
 use mvm_fs::rig::{ROOT, Rig, with_nul};
+use mvm_fs::tree::{Extent, ReadOnly};
 use mvm_fs::{Cache, FileServer, Launch, NewShare, ShareClient, ShareOptions, Source, spawn};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
@@ -21,7 +25,11 @@ fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(mvm_fs::SUBCOMMAND) {
         return mvm_fs::main();
     }
+    if std::env::args().nth(1).as_deref() == Some(follow::SUBCOMMAND) {
+        return follow::main();
+    }
     a_confined_server_serves_everything();
+    what_the_host_mounts_is_followed();
     a_path_that_is_not_there_is_named();
     eprintln!("test result: ok");
     ExitCode::SUCCESS
@@ -149,8 +157,8 @@ fn a_confined_server_serves_everything() {
 
     let mut client = ShareClient::connect(&dir.path().join("sock")).expect("a connection");
     if root {
-        let tree = mvm_fs::tree::detach(&more, mvm_fs::tree::Extent::whole(false)).expect("a tree");
-        client.add("more", tree.into(), ShareOptions::default()).expect("a share");
+        let tree = mvm_fs::tree::detach(&more, Extent::whole(false)).expect("a tree");
+        client.add("more", tree, ShareOptions::default()).expect("a share");
         let share = rig.lookup(ROOT, "more").expect("the share");
         rig.create(share, "x", libc::O_RDWR).expect("a file");
         assert!(more.join("x").exists());
@@ -164,6 +172,126 @@ fn a_confined_server_serves_everything() {
     server.finish();
     assert!(!Path::new(&format!("/proc/{}", server.pid())).exists());
     eprintln!("test a_confined_server_serves_everything ... ok");
+}
+
+/// A tmpfs of the host. Dropping it unmounts it.
+struct Tmpfs<'a>(&'a Path);
+
+impl<'a> Tmpfs<'a> {
+    fn mount(path: &'a Path) -> nix::Result<Self> {
+        let (kind, none) = (Some("tmpfs"), None::<&str>);
+        mount(kind, path, kind, MsFlags::empty(), none)?;
+        Ok(Self(path))
+    }
+
+    /// Unmounts it as long as nobody uses it.
+    fn unmount(self) -> nix::Result<()> {
+        let done = umount2(self.0, MntFlags::empty());
+        if done.is_ok() {
+            std::mem::forget(self);
+        }
+        done
+    }
+}
+
+impl Drop for Tmpfs<'_> {
+    fn drop(&mut self) {
+        let _ = umount2(self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Waits until it is so. Mounts are followed by another process.
+fn eventually(what: &str, mut so: impl FnMut() -> bool) {
+    for _ in 0..600 {
+        if so() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("never: {what}");
+}
+
+fn what_the_host_mounts_is_followed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let source = dir.path().join("source");
+    fs::create_dir(&source).expect("a directory");
+    let Ok(top) = Tmpfs::mount(&source) else {
+        eprintln!("SKIPPED: cannot mount here");
+        return;
+    };
+    let none = None::<&str>;
+    mount(none, &source, none, MsFlags::MS_PRIVATE, none).expect("a private mount");
+    assert!(!can_be_followed(&source).expect("an answer"));
+    mount(none, &source, none, MsFlags::MS_SHARED, none).expect("a shared mount");
+    for name in ["early", "late", "late/deep"] {
+        fs::create_dir(source.join(name)).expect("a directory");
+    }
+    assert!(can_be_followed(&source.join("late/deep")).expect("an answer"));
+    fs::write(source.join("late/under"), b"under").expect("a file");
+    let (early, late) = (source.join("early"), source.join("late"));
+    let deep = late.join("deep");
+    let early = Tmpfs::mount(&early).expect("a mount");
+    fs::write(source.join("early/f"), b"early").expect("a file");
+
+    let extent = Extent { recursive: true, read_only: ReadOnly::Top };
+    let tree = follow(&source, extent, Path::new("/proc/self/exe")).expect("a tree");
+    let options = ShareOptions::default();
+    let new = NewShare { name: "v".into(), source: Source::Tree(tree), options };
+    let (mut server, channel) = start(dir.path(), vec![new]).expect("a server");
+    let mut rig = Rig::over(Packets::from(channel));
+    rig.init();
+    let share = rig.lookup(ROOT, "v").expect("the share");
+    let early_dir = rig.lookup(share, "early").expect("what was mounted before");
+    assert!(rig.lookup(early_dir, "f").is_ok());
+    // Only what was there at first cannot be written.
+    assert_eq!(rig.create(share, "new", libc::O_RDWR).map(drop), Err(libc::EROFS));
+    rig.create(early_dir, "new", libc::O_RDWR).expect("a file");
+
+    let late_mount = Tmpfs::mount(&late).expect("a mount");
+    fs::write(late.join("f"), b"late").expect("a file");
+    fs::create_dir(&deep).expect("a directory");
+    let deep_mount = Tmpfs::mount(&deep).expect("a mount");
+    fs::write(deep.join("f"), b"deep").expect("a file");
+    let mut at = |path: &[&str]| path.iter().try_fold(share, |node, name| rig.lookup(node, name));
+    eventually("what is mounted is seen", || at(&["late", "deep", "f"]).is_ok());
+    assert!(at(&["late", "f"]).is_ok() && at(&["late", "under"]).is_err());
+    let node = at(&["late", "f"]).expect("a file");
+    let handle = rig.open(node, libc::O_RDONLY).expect("the file");
+
+    // What the host has mounted is not taken away with its place.
+    assert_eq!(rig.fuse(Opcode::Rmdir, share, b"late\0").map(drop), Err(libc::EBUSY));
+    let rename = [&share.to_le_bytes()[..], b"late\0later\0"].concat();
+    assert_eq!(rig.fuse(Opcode::Rename, share, &rename).map(drop), Err(libc::EBUSY));
+    // The guest has files of both open, or remembers them: the host unmounts them all the same.
+    deep_mount.unmount().expect("not in use");
+    late_mount.unmount().expect("not in use");
+    let mut at = |path: &[&str]| path.iter().try_fold(share, |node, name| rig.lookup(node, name));
+    eventually("what is unmounted is gone", || at(&["late", "under"]).is_ok());
+    assert_eq!(at(&["late", "f"]), Err(libc::ENOENT));
+    assert!(at(&["early", "f"]).is_ok(), "the other one is still there");
+    assert_eq!(rig.read(node, handle, 0, 9).expect("what is open lives on"), b"late");
+    // Two that come one after the other at one place are two.
+    let again = Tmpfs::mount(&late).expect("a mount");
+    fs::write(late.join("f"), b"again").expect("a file");
+    let read = |rig: &mut Rig| {
+        let node = ["late", "f"].iter().try_fold(share, |node, name| rig.lookup(node, name))?;
+        let handle = rig.open(node, libc::O_RDONLY)?;
+        rig.read(node, handle, 0, 9)
+    };
+    eventually("the second one is seen", || read(&mut rig).is_ok_and(|data| data == b"again"));
+    again.unmount().expect("not in use");
+
+    let follower = fs::read_dir("/proc").expect("processes").flatten().find(|entry| {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        line.starts_with(format!("{}: {}", follow::PROCESS_NAME, source.display()).as_bytes())
+    });
+    let follower = follower.expect("the follower").path();
+    drop(rig);
+    server.finish();
+    eventually("the follower ends with the server", || !follower.exists());
+    early.unmount().expect("not in use");
+    top.unmount().expect("not in use");
+    eprintln!("test what_the_host_mounts_is_followed ... ok");
 }
 
 fn a_path_that_is_not_there_is_named() {

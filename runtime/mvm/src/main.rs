@@ -28,12 +28,15 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os();
     let (program, first) = (args.next(), args.next());
     let first = first.as_deref().and_then(std::ffi::OsStr::to_str);
-    // These come first: the shim starts both by this file.
+    // These come first: the shim starts them by this file.
     if first == Some(mvm_vmm::monitor::SUBCOMMAND) {
         return commands::monitor::main();
     }
     if first == Some(mvm_fs::SUBCOMMAND) {
         return mvm_fs::main();
+    }
+    if first == Some(mvm_fs::follow::SUBCOMMAND) {
+        return mvm_fs::follow::main();
     }
     if first == Some(containerd_shim_mvm::vm::holder::SUBCOMMAND) {
         return commands::shim::holder();

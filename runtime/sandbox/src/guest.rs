@@ -153,6 +153,11 @@ impl Guest {
         Self { limit, ..self.clone() }
     }
 
+    /// The same, where calls may take so much longer.
+    pub fn patient(&self, more: Duration) -> Self {
+        self.within(self.limit.saturating_add(more))
+    }
+
     /// Sets up the container; returns what the guest will not honour.
     pub fn create(
         &self,
@@ -189,6 +194,7 @@ impl Guest {
             stdio: Some(stdio.message()).into(),
             init,
             devices: container.devices.iter().map(given).collect(),
+            state_json: container.hook_state.clone(),
             ..Default::default()
         };
         let response = self.client.create_container(&request, self.limit).map_err(refused_setup)?;
@@ -408,6 +414,12 @@ fn rootfs(root: &Root) -> Rootfs {
         Root::Disk { index, kind, read_only } => {
             rootfs.set_block(disk(*index, kind));
             // Without an upper layer it is read-only.
+            rootfs.direct = !read_only;
+        }
+        Root::Plugged { place, kind, read_only } => {
+            let mut disk = BlockDevice { fs_type: kind.clone(), ..Default::default() };
+            disk.set_place(*place);
+            rootfs.set_block(disk);
             rootfs.direct = !read_only;
         }
     }

@@ -242,7 +242,7 @@ impl Sandbox {
         container.spec.save(&path).map_err(spec::Error::from)?;
         notices.extend(guest.create(container, stdio, init)?);
         let streams = guest.attach("", stdio)?;
-        guest.start("", &program(&container.spec))?;
+        guest.patient(container.hooks_limit()).start("", &program(&container.spec))?;
         let process = container.spec.process().as_ref();
         self.state.command = process.and_then(|p| p.args().clone()).unwrap_or_default();
         self.state.status = Status::Running;

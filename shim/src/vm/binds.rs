@@ -5,6 +5,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use mvm_fs::follow::follow;
 use mvm_fs::tree::{Extent, ReadOnly};
 use mvm_fs::{Cache, NewShare, ShareOptions, Source, tree};
 use mvm_sandbox::spec::volumes::{self, Volume};
@@ -36,10 +37,10 @@ pub enum Error {
         /// Why.
         reason: String,
     },
-    /// Mounts would have to travel.
+    /// Mounts would have to come from the guest.
     #[error(
-        "the mount {destination}: option {word:?}: mounts do not travel between the host and a guest; \
-         use private or rprivate"
+        "the mount {destination}: option {word:?}: what is mounted in a guest is mounted in no other kernel; \
+         use rslave (HostToContainer) for what the host mounts, or private"
     )]
     Propagation {
         /// Where it would be.
@@ -58,6 +59,8 @@ pub struct Bind {
     pub source: PathBuf,
     /// How much of it.
     pub extent: Extent,
+    /// What the host mounts below the source later is seen.
+    follow: bool,
     file: bool,
     destination: String,
 }
@@ -79,6 +82,7 @@ impl Bind {
             target: self.destination.clone(),
             read_only: self.extent.read_only == ReadOnly::All,
             create: false,
+            follow: self.follow,
         };
         Volume { name: self.name.clone(), bind, file: self.file }
     }
@@ -88,7 +92,12 @@ impl Bind {
     /// # Errors
     /// The source is gone, or the host refuses.
     pub fn share(&self) -> Result<NewShare, tree::TreeError> {
-        let source = Source::Tree(tree::detach(&self.source, self.extent)?.into());
+        let tree = if self.follow {
+            follow(&self.source, self.extent, Path::new("/proc/self/exe"))?
+        } else {
+            tree::detach(&self.source, self.extent)?
+        };
+        let source = Source::Tree(tree);
         let read_only = self.extent.read_only == ReadOnly::All;
         let options = ShareOptions { read_only, cache: Cache::Live };
         Ok(NewShare { name: self.name.clone(), source, options })
@@ -175,8 +184,8 @@ impl Asked {
     }
 
     fn bind(self, name: String) -> Result<Bind, Error> {
-        let travels = ["shared", "rshared", "slave", "rslave"];
-        if let Some(word) = self.words.iter().find(|w| travels.contains(&w.as_str())) {
+        let is_shared = |word: &&String| matches!(word.as_str(), "shared" | "rshared");
+        if let Some(word) = self.words.iter().find(is_shared) {
             return Err(Error::Propagation { destination: self.destination, word: word.clone() });
         }
         let failed = |reason: String| Error::Source {
@@ -192,9 +201,12 @@ impl Asked {
                     .into(),
             ));
         }
-        let read_only = self.read_only().map_err(|e| failed(e.to_string()))?;
+        // Nothing is mounted below a file.
+        let follow = self.follows() && metadata.is_dir();
+        let read_only = self.read_only(follow).map_err(|e| failed(e.to_string()))?;
         Ok(Bind {
             name,
+            follow,
             extent: Extent { recursive: self.recursive, read_only },
             file: metadata.is_file(),
             source: self.source,
@@ -202,12 +214,22 @@ impl Asked {
         })
     }
 
-    fn read_only(&self) -> std::io::Result<ReadOnly> {
+    /// Whether the last word on propagation says so. Where the source's mount is no shared one there is nothing to be
+    /// heard, which runc takes as it comes, too; CRI has refused it before.
+    fn follows(&self) -> bool {
+        let propagation = ["private", "rprivate", "slave", "rslave", "unbindable", "runbindable"];
+        let last = self.words.iter().rfind(|w| propagation.contains(&w.as_str()));
+        last.is_some_and(|word| matches!(word.as_str(), "slave" | "rslave"))
+    }
+
+    fn read_only(&self, follow: bool) -> std::io::Result<ReadOnly> {
         // The last word counts.
         let top = self.words.iter().rfind(|w| matches!(w.as_str(), "ro" | "rw"));
         let all = self.words.iter().any(|w| w == "rro");
         Ok(match top.map(String::as_str) {
             _ if all => ReadOnly::All,
+            // What comes later can be written if the host's can.
+            Some("ro") if follow => ReadOnly::Top,
             Some("ro") if self.recursive && has_mounts_below(&self.source)? => ReadOnly::Top,
             Some("ro") => ReadOnly::All,
             _ => ReadOnly::No,
@@ -218,33 +240,8 @@ impl Asked {
 /// Whether something is mounted below a directory.
 fn has_mounts_below(path: &Path) -> std::io::Result<bool> {
     let path = path.canonicalize()?;
-    let table = std::fs::read("/proc/self/mountinfo")?;
-    let points = table.split(|b| *b == b'\n').filter_map(|line| line.split(|b| *b == b' ').nth(4));
-    Ok(points.map(unescape).any(|point| point != path && point.starts_with(&path)))
-}
-
-/// A path of mountinfo, in which some bytes are written as octal numbers (proc(5)).
-fn unescape(text: &[u8]) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((first, more)) = rest.split_first() {
-        let digits = more
-            .get(..3)
-            .filter(|d| *first == b'\\' && d.iter().all(|b| (b'0'..=b'7').contains(b)));
-        let number = digits.map(|d| d.iter().fold(0u32, |n, b| n * 8 + u32::from(b - b'0')));
-        match number.and_then(|n| u8::try_from(n).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &more[3..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = more;
-            }
-        }
-    }
-    std::ffi::OsString::from_vec(bytes).into()
+    let mounts = mvm_fs::mounts::parse(&std::fs::read("/proc/self/mountinfo")?);
+    Ok(mounts.iter().any(|mount| mount.point != path && mount.point.starts_with(&path)))
 }
 
 #[cfg(test)]
@@ -294,8 +291,8 @@ mod tests {
                 matches!(&error, Error::Source { origin, .. } if *origin == source.display().to_string())
             );
         }
-        let error = provide_one("/x", dir.path(), json!(["rbind", "rslave"])).unwrap_err();
-        assert!(matches!(error, Error::Propagation { word, .. } if word == "rslave"));
+        let error = provide_one("/x", dir.path(), json!(["rbind", "rshared"])).unwrap_err();
+        assert!(matches!(error, Error::Propagation { word, .. } if word == "rshared"));
     }
 
     #[test]
@@ -338,7 +335,16 @@ mod tests {
     }
 
     #[test]
-    fn octal_numbers_of_mountinfo_are_read() {
-        assert_eq!(unescape(b"/a\\040b\\134c\\9"), Path::new("/a b\\c\\9"));
+    fn what_the_host_mounts_is_followed_where_the_last_word_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f");
+        std::fs::write(&file, "x").unwrap();
+        let one = |source: &Path, words: Value| provide_one("/x", source, words).unwrap();
+        let bind = one(dir.path(), json!(["rbind", "ro", "rslave"]));
+        // Only what is there now cannot be written.
+        assert!(bind.follow && bind.extent.read_only == ReadOnly::Top);
+        assert!(one(dir.path(), json!(["bind", "rprivate", "slave"])).follow);
+        assert!(!one(dir.path(), json!(["rbind", "rslave", "rprivate"])).follow);
+        assert!(!one(&file, json!(["rbind", "rslave"])).follow, "nothing is mounted below a file");
     }
 }

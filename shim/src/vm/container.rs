@@ -20,7 +20,7 @@ use super::rootfs::{self, Root};
 use super::spec::{self, Inside};
 use super::unikernel::{self, Unikernel};
 use super::{EXIT_KILLED, FIRST, blocks, lock, net, plugged};
-use crate::backend::{NewContainer, NewExec};
+use crate::backend::{NewContainer, NewExec, RootMount};
 use crate::error::{Error, Result};
 
 /// A container: what it has on the host, and the machine that it is in once it is started.
@@ -36,6 +36,8 @@ pub(super) struct Container {
     pub root_path: PathBuf,
     /// In place of the mounted root.
     pub disk: Option<rootfs::Disk>,
+    /// What amounts to the root.
+    pub mounts: Vec<RootMount>,
     pub holder: Holder,
     pub running: Mutex<Option<Running>>,
     /// How it is booted, if it is a unikernel.
@@ -67,12 +69,17 @@ pub(super) struct Lent {
     pub shares: Vec<String>,
     /// Block devices.
     pub devices: Vec<GivenDevice>,
+    /// The place of its root, if that is a disk.
+    pub root: Option<u32>,
 }
 
 impl Lent {
     pub(super) fn take_back(&self, machine: &Machine) {
         machine.unshare(&self.shares);
         machine.unplug(&self.devices);
+        if let Some(place) = self.root {
+            machine.unplug_root(place);
+        }
     }
 }
 
@@ -89,13 +96,6 @@ impl Container {
         let network = spec::network(&spec);
         if role != Role::Member {
             net::check(&network)?;
-        }
-        if !Kind::StartContainer.of(&spec).is_empty() {
-            return Err(Error::Unimplemented(
-                "hooks.startContainer: such hooks are run inside the container, which is in a guest; mvm \
-                 runs hooks on the host alone"
-                    .into(),
-            ));
         }
         let annotated = role != Role::Sandbox && unikernel::is_annotated(&spec);
         if role != Role::Sandbox && !annotated {
@@ -116,7 +116,7 @@ impl Container {
                 .map_err(Error::failed_to(format!("cannot make {}", root_path.display())))?;
         }
         // Nothing of a sandbox's root is ever read.
-        let whole = role == Role::Alone && !annotated;
+        let whole = role != Role::Sandbox && !annotated;
         let disk = if whole { rootfs::disk(&new.rootfs) } else { None };
         let mounts = if disk.is_some() || role == Role::Sandbox { &[][..] } else { &new.rootfs };
         let root = Root::mount(&root_path, mounts).map_err(Error::failed)?;
@@ -124,6 +124,13 @@ impl Container {
             (Role::Sandbox, _) | (_, Some(_)) => None,
             _ => unikernel::recognise(&spec, &root_path)?,
         };
+        if plan.is_some() && !Kind::StartContainer.of(&spec).is_empty() {
+            return Err(Error::Unimplemented(
+                "hooks.startContainer: such hooks are run inside the container, and in a unikernel there is nobody to \
+                 run them"
+                    .into(),
+            ));
+        }
         let heritage = Heritage { id: &new.id, bundle: &new.bundle, socket };
         let holder = Holder::start(heritage, &network).map_err(Error::failed)?;
         Ok(Self {
@@ -135,6 +142,7 @@ impl Container {
             root: Mutex::new(Some(root)),
             root_path,
             disk,
+            mounts: new.rootfs.clone(),
             holder,
             running: Mutex::new(None),
             plan,
@@ -202,17 +210,39 @@ impl Container {
     }
 
     pub(super) fn inside(&self, spec: &Spec, name: &str) -> Result<Inside> {
-        inside(spec, &self.bundle, self.role, name)
+        let mut inside = inside(spec, &self.bundle, self.role, name)?;
+        if !Kind::StartContainer.of(spec).is_empty() {
+            let (id, bundle) = (&self.id, &self.bundle);
+            // Status and process id are for the agent to say.
+            let told = Told { id, status: "creating", pid: 0, bundle, spec };
+            inside.container.hook_state = told.state().to_string().into_bytes();
+        }
+        Ok(inside)
     }
 
     pub(super) fn root_share(&self, name: &str) -> Result<NewShare> {
         let tree = tree::detach(&self.root_path, tree::Extent::whole(false));
-        Ok(root_share(name, tree.map_err(Error::failed)?.into()))
+        Ok(root_share(name, tree.map_err(Error::failed)?))
     }
 
     pub(super) fn note(&self, notices: &[String]) {
         for notice in notices {
             tracing::info!(container = self.id, "note: {notice}");
+        }
+    }
+
+    /// Makes a disk of the pod's machine of the root, if it can be one and there is a place for it; otherwise it is mounted on
+    /// the host, to be shared.
+    pub(super) fn plug_root(&self, machine: &Machine) -> Result<Option<(u32, rootfs::Disk)>> {
+        let Some(disk) = &self.disk else { return Ok(None) };
+        match machine.plug_root(disk) {
+            Ok(place) => Ok(Some((place, disk.clone()))),
+            Err(e) => {
+                tracing::info!(container = self.id, "the root is mounted on the host: {e}");
+                let root = Root::mount(&self.root_path, &self.mounts).map_err(Error::failed)?;
+                *lock(&self.root) = Some(root);
+                Ok(None)
+            }
         }
     }
 

@@ -1,8 +1,8 @@
 //! Programs of the host that a specification wants run at points of a container's life (OCI runtime
 //! specification, config.md, "POSIX-platform Hooks").
 //!
-//! All are run on the host: `createContainer` hooks in the container's network namespace, which is the one
-//! of its namespaces that is there, the others in that of the shim.
+//! All but `startContainer` hooks, which the agent runs in the container, are run on the host: `createContainer` hooks in
+//! the container's network namespace, which is the one of its namespaces that is there, the others in that of the shim.
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -48,7 +48,7 @@ pub enum Kind {
     CreateRuntime,
     /// The same, for those who want to be in them.
     CreateContainer,
-    /// Before the container's program, and beside it: no program of the host.
+    /// Before the container's program, and beside it in the guest: no program of the host.
     StartContainer,
     /// The program runs.
     Poststart,
@@ -129,18 +129,25 @@ pub fn run_poststop(id: &str, bundle: &Path) -> Result<(), String> {
     run(Kind::Poststop, &Told { id, status: "stopped", pid: 0, bundle, spec: &spec })
 }
 
-fn run_all(kind: &str, hooks: &[Hook], told: &Told<'_>) -> Result<(), String> {
-    let mut state = json!({
-        "ociVersion": told.spec.version(),
-        "id": told.id,
-        "status": told.status,
-        "bundle": told.bundle,
-        "annotations": told.spec.annotations().clone().unwrap_or_default(),
-    });
-    if told.pid != 0 {
-        state["pid"] = told.pid.into();
+impl Told<'_> {
+    /// The same as the specification has it (runtime.md, "State").
+    pub fn state(&self) -> serde_json::Value {
+        let mut state = json!({
+            "ociVersion": self.spec.version(),
+            "id": self.id,
+            "status": self.status,
+            "bundle": self.bundle,
+            "annotations": self.spec.annotations().clone().unwrap_or_default(),
+        });
+        if self.pid != 0 {
+            state["pid"] = self.pid.into();
+        }
+        state
     }
-    let state = state.to_string();
+}
+
+fn run_all(kind: &str, hooks: &[Hook], told: &Told<'_>) -> Result<(), String> {
+    let state = told.state().to_string();
     for hook in hooks {
         let path = hook.path();
         one(hook, &state).map_err(|e| format!("the {kind} hook {}: {e}", path.display()))?;

@@ -1,11 +1,11 @@
 //! A machine that containers are in: one container's own, or a pod's.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mvm_fs::{NewShare, ShareClient, Source};
+use mvm_fs::{NewShare, ShareClient, Source, Tree};
 use mvm_sandbox::Sandbox;
 use mvm_sandbox::ending::Ending;
 use mvm_sandbox::guest::Guest;
@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::blocks::Wanted;
 use super::cgroup::Cgroups;
 use super::plugged::{self, Plugged};
+use super::rootfs;
 use super::size::{self, Fit};
 use crate::error::{Error, Result};
 
@@ -145,6 +146,22 @@ impl Machine {
         self.plugged.plug(wanted, &mut self.socket()?).map_err(Error::failed)
     }
 
+    /// Makes a disk of a container's root. Returns its place.
+    ///
+    /// # Errors
+    /// See [`plugged::NoDisk`].
+    pub fn plug_root(&self, root: &rootfs::Disk) -> Result<u32> {
+        self.plugged.plug_root(root, &mut self.socket()?).map_err(Error::failed)
+    }
+
+    /// Takes it back.
+    pub fn unplug_root(&self, place: u32) {
+        match self.socket() {
+            Ok(mut socket) => self.plugged.unplug_root(place, &mut socket),
+            Err(e) => tracing::debug!(place, "a root need not be taken back: {e}"),
+        }
+    }
+
     /// Takes them back. A machine that is gone has none.
     pub fn unplug(&self, given: &[GivenDevice]) {
         if given.is_empty() {
@@ -222,6 +239,7 @@ impl Machine {
     /// Something of it is left.
     pub fn end(&self, write_out: bool) -> Result<()> {
         let Some(mut sandbox) = self.sandbox().take() else { return Ok(()) };
+        let write_out = write_out || self.plugged.has_written_roots();
         if write_out && let Err(e) = sandbox.power_off(POWER_OFF) {
             tracing::warn!("the guest has not written out its disks: {e}");
         }
@@ -237,7 +255,7 @@ fn ended() -> Error {
 }
 
 /// A share of a container's root: nobody but the guest is to change it.
-pub fn root_share(name: &str, tree: OwnedFd) -> NewShare {
+pub fn root_share(name: &str, tree: Tree) -> NewShare {
     let options = mvm_fs::ShareOptions { read_only: false, cache: mvm_fs::Cache::Exclusive };
     NewShare { name: format!("{name}-root"), source: Source::Tree(tree), options }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,12 +16,35 @@ use mvm_sandbox::spec::GivenDevice;
 use mvm_vmm::monitor::ControlClient;
 
 use super::blocks::{self, Number, Wanted};
+use super::rootfs;
 
 /// Places for disks that a pod's machine is booted with, if other devices leave so many.
 pub const PLACES: u32 = 8;
 
+/// Most of them that roots of containers take: the others are for block devices, which cannot come in another way.
+const ROOTS: usize = 4;
+
 /// How long a monitor may take to put a disk into its place, or to take one out.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why a root is no disk.
+#[derive(Debug, thiserror::Error)]
+pub enum NoDisk {
+    /// Others have the places.
+    #[error("{ROOTS} roots of the pod's containers are disks already")]
+    Full,
+    /// It is not there.
+    #[error("cannot open {}: {source}", path.display())]
+    Open {
+        /// The image or device.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// The machine has no place for it, or the guest does not take it.
+    #[error(transparent)]
+    Plug(mvm_sandbox::Error),
+}
 
 /// Why a container does not get its devices.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +117,11 @@ impl Socket for Running<'_> {
 
 /// The devices that have come into one machine.
 #[derive(Debug, Default)]
-pub struct Plugged(Mutex<BTreeMap<Number, Disk>>);
+pub struct Plugged {
+    devices: Mutex<BTreeMap<Number, Disk>>,
+    /// Places of roots, and whether they can be written.
+    roots: Mutex<BTreeMap<u32, bool>>,
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Disk {
@@ -105,7 +133,41 @@ struct Disk {
 
 impl Plugged {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Number, Disk>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn roots(&self) -> MutexGuard<'_, BTreeMap<u32, bool>> {
+        self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a disk of a container's root. Returns its place.
+    ///
+    /// # Errors
+    /// See [`NoDisk`].
+    pub fn plug_root(&self, root: &rootfs::Disk, socket: &mut dyn Socket) -> Result<u32, NoDisk> {
+        let mut roots = self.roots();
+        if roots.len() >= ROOTS {
+            return Err(NoDisk::Full);
+        }
+        let file =
+            root.open().map_err(|source| NoDisk::Open { path: root.path.clone(), source })?;
+        let place = socket.plug(file, root.read_only).map_err(NoDisk::Plug)?;
+        roots.insert(place, !root.read_only);
+        Ok(place)
+    }
+
+    /// Takes it back, written out by the guest.
+    pub fn unplug_root(&self, place: u32, socket: &mut dyn Socket) {
+        if self.roots().remove(&place).is_some()
+            && let Err(e) = socket.unplug(place)
+        {
+            tracing::warn!(place, "the guest has not let go of a container's root: {e}");
+        }
+    }
+
+    /// Whether there is a root that the guest has to write out.
+    pub fn has_written_roots(&self) -> bool {
+        self.roots().values().any(|written| *written)
     }
 
     /// Gives a container the devices that it wants: all of them or none.
@@ -211,6 +273,23 @@ mod tests {
         }
     }
 
+    /// Places without end.
+    #[derive(Default)]
+    struct Many(std::collections::BTreeSet<u32>);
+
+    impl Socket for Many {
+        fn plug(&mut self, _: File, _: bool) -> Result<u32, mvm_sandbox::Error> {
+            let free = (0..).find(|place| !self.0.contains(place)).unwrap_or_default();
+            self.0.insert(free);
+            Ok(free)
+        }
+
+        fn unplug(&mut self, place: u32) -> Result<(), mvm_sandbox::Error> {
+            assert!(self.0.remove(&place), "nothing is there");
+            Ok(())
+        }
+    }
+
     /// Block devices of this host, or nothing is tested.
     fn devices(read_only: bool) -> Vec<Wanted> {
         let names = std::fs::read_dir("/sys/dev/block").unwrap();
@@ -239,6 +318,29 @@ mod tests {
         assert_eq!(mock.places, [Some(false), None]);
         plugged.unplug(&second, &mut mock);
         assert_eq!(mock.places, [None, None]);
+    }
+
+    #[test]
+    fn roots_leave_places_for_devices() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let root = rootfs::Disk { path: path.clone(), kind: "ext4".into(), read_only: true };
+        let (mut mock, plugged) = (Many::default(), Plugged::default());
+        let missing = plugged.plug_root(&root, &mut mock).unwrap_err();
+        assert!(matches!(missing, NoDisk::Open { .. }), "{missing}");
+        std::fs::write(&path, "").unwrap();
+        for _ in 1..ROOTS {
+            plugged.plug_root(&root, &mut mock).unwrap();
+        }
+        assert!(!plugged.has_written_roots());
+        let written = rootfs::Disk { read_only: false, ..root.clone() };
+        let place = plugged.plug_root(&written, &mut mock).unwrap();
+        assert!(plugged.has_written_roots());
+        assert!(matches!(plugged.plug_root(&root, &mut mock), Err(NoDisk::Full)));
+        plugged.unplug_root(place, &mut mock);
+        plugged.unplug_root(place, &mut mock);
+        assert_eq!((mock.0.len(), plugged.has_written_roots()), (ROOTS - 1, false));
+        plugged.plug_root(&root, &mut mock).unwrap();
     }
 
     #[test]

@@ -9,7 +9,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use mvm_sandbox::spec::{Container, Root};
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Spec,
+};
 
 use super::binds::{self, Bind};
 use super::blocks::{self, Wanted};
@@ -98,7 +100,10 @@ pub fn for_guest(spec: &Spec, bundle: &Path, role: Role, name: &str) -> Result<I
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     let provided = binds::provide(&mut mounts, bundle, role, name)?;
     spec.set_mounts(Some(mounts));
-    spec.set_hooks(None);
+    // Those that are run in the container are the guest's.
+    let mut hooks = Hooks::default();
+    hooks.set_start_container(spec.hooks().as_ref().and_then(|h| h.start_container().clone()));
+    spec.set_hooks(hooks.start_container().is_some().then_some(hooks));
     if let Some(root) = spec.root_mut().as_mut() {
         root.set_path("rootfs".into());
     }
@@ -129,7 +134,8 @@ pub fn for_guest(spec: &Spec, bundle: &Path, role: Role, name: &str) -> Result<I
     let binds::Provided { binds, memory } = provided;
     let volumes = binds.iter().map(Bind::volume).collect();
     let (root, files, devices) = (Root::Image, Vec::new(), Vec::new());
-    let container = Container { spec, root, files, volumes, memory, devices };
+    let hook_state = Vec::new();
+    let container = Container { spec, root, files, volumes, memory, devices, hook_state };
     Ok(Inside { container, binds, blocks })
 }
 

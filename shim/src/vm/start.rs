@@ -19,7 +19,8 @@ use super::container::{Container, Lent, Running};
 use super::forward::Forward;
 use super::machine::Machine;
 use super::pod::{self, Role};
-use super::spec;
+use super::rootfs;
+use super::spec::{self, Inside};
 use super::unikernel::{self, Unikernel};
 use super::{
     FIRST, LABEL_BUNDLE, LABEL_ID, LABEL_NAMESPACE, Machines, blocks, lock, net, plugged, size,
@@ -256,25 +257,17 @@ impl Machines {
         add_sysctls(&mut spec, &lock(&sandbox.spec));
         let name = machine.next_name();
         let mut inside = container.inside(&spec, &name)?;
-        let root = container.root_share(&name)?;
-        inside.container.root = GuestRoot::Share(root.name.clone());
-        let mut shares = vec![root];
-        for bind in &inside.binds {
-            shares.push(bind.share().map_err(Error::failed)?);
-        }
         machine.fit(&container.id, size::limit(&spec))?;
         let mut lent = Lent::default();
-        lent.shares.extend(shares.iter().map(|share| share.name.clone()));
-        machine.share(shares).inspect_err(|_| machine.shrink(&container.id, None))?;
-        lent.devices = machine.plug(&inside.blocks).inspect_err(|_| {
+        Self::lend(container, &mut inside, &machine, &mut lent, &name).inspect_err(|_| {
             lent.take_back(&machine);
             machine.shrink(&container.id, None);
         })?;
-        inside.container.devices.clone_from(&lent.devices);
         let guest = machine.guest().of(&container.id);
         let started = (|| {
             container.note(&guest.create(&inside.container, stdio, false)?);
             let started = guest.attach("", stdio).and_then(|streams| {
+                let guest = guest.patient(inside.container.hooks_limit());
                 guest.start("", &program(&inside.container.spec)).map(|()| streams)
             });
             if started.is_err()
@@ -293,6 +286,39 @@ impl Machines {
                 Err(why)
             }
         }
+    }
+
+    /// Gives a container of a pod what it has of the host: shares, block devices, a root.
+    fn lend(
+        container: &Container,
+        inside: &mut Inside,
+        machine: &Machine,
+        lent: &mut Lent,
+        name: &str,
+    ) -> Result<()> {
+        // Before the root: they cannot come in another way.
+        lent.devices = machine.plug(&inside.blocks)?;
+        inside.container.devices.clone_from(&lent.devices);
+        let mut shares = Vec::new();
+        inside.container.root = match container.plug_root(machine)? {
+            Some((place, rootfs::Disk { kind, read_only, .. })) => {
+                lent.root = Some(place);
+                GuestRoot::Plugged { place, kind, read_only }
+            }
+            None => {
+                let root = container.root_share(name)?;
+                let name = root.name.clone();
+                shares.push(root);
+                GuestRoot::Share(name)
+            }
+        };
+        for bind in &inside.binds {
+            shares.push(bind.share().map_err(Error::failed)?);
+        }
+        let names = shares.iter().map(|share| share.name.clone()).collect();
+        machine.share(shares)?;
+        lent.shares = names;
+        Ok(())
     }
 }
 

@@ -42,11 +42,45 @@ fn notices(change: Value) -> Vec<String> {
 }
 
 #[test]
+fn hooks_of_the_container_are_run_before_its_program() {
+    let hook = |script: &str| json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"], "timeout": 60});
+    let hooks = |list: Value| json!({"hooks": {"startContainer": list}});
+    // As the program's user, with what it may, and with no descriptor but three.
+    let look = "id -u; id -g; pwd; grep CapEff /proc/self/status; grep Seccomp: /proc/self/status; ls /proc/self/fd";
+    let script = format!("({look}) >/tmp/hook 2>&1");
+    let user = json!({"process": {"user": {"uid": 1000, "gid": 1001}, "cwd": "/tmp"},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"},
+                   {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]}],
+        "linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "syscalls":
+            [{"names": ["sethostname"], "action": "SCMP_ACT_ERRNO"}]}}});
+    let case = sh(&format!(
+        "cat /tmp/hook >/tmp/mine; ({look}) >/tmp/own 2>&1; [ \"$(cat /tmp/mine)\" = \"$(cat /tmp/own)\" ] && cat /tmp/own"
+    ));
+    let out = case.with(user).with(hooks(json!([hook(&script)]))).out();
+    assert!(out.starts_with("1000\n1001\n/tmp\n"), "{out}");
+    assert!(out.contains("Seccomp:\t2"), "{out}");
+    // What fails stops the start, and is told.
+    for (script, want) in
+        [("echo oops >&2; exit 7", "exit code 7: oops"), ("kill -9 $$", "SIGKILL")]
+    {
+        let refused = sh("true").with(hooks(json!([hook(script)]))).refused();
+        assert!(refused.contains("startContainer") && refused.contains(want), "{refused}");
+    }
+    let mut slow = hook("exec sleep 1000");
+    slow["timeout"] = 1.into();
+    let refused = sh("true").with(hooks(json!([slow]))).refused();
+    assert!(refused.contains("did not end in time"), "{refused}");
+    let missing = sh("true").with(hooks(json!([{"path": "/no/such"}]))).refused();
+    assert!(missing.contains("/no/such") && missing.contains("No such file"), "{missing}");
+    let relative = sh("true").with(hooks(json!([{"path": "bin/true"}]))).refused();
+    assert!(relative.contains("not absolute"), "{relative}");
+}
+
+#[test]
 fn what_is_ignored_is_said() {
     assert!(notices(json!({})).is_empty());
     let hook = json!([{"path": "/bin/false"}]);
-    let kinds =
-        ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
+    let kinds = ["prestart", "createRuntime", "createContainer", "poststart", "poststop"];
     for kind in kinds {
         let all = notices(json!({"hooks": {kind: hook}}));
         assert!(matches!(&all[..], [n] if n.starts_with("hooks") && n.contains(kind)), "{all:?}");

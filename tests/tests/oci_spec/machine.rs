@@ -318,6 +318,7 @@ impl Case {
             volumes: volumes.collect(),
             stdio: Some(stdio(terminal)).into(),
             init: self.init,
+            state_json: format!("{{\"id\":\"{id}\"}}").into_bytes(),
             ..Default::default()
         };
         let made = client.create_container(&request, LIMIT).map_err(|e| e.to_string())?;

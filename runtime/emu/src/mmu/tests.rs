@@ -554,6 +554,7 @@ fn tables_outside_ram_are_not_present() {
 
 #[test]
 fn ram_that_grows_is_ram_as_far_as_it_may_be_used() {
+    use vm_memory::bitmap::Bitmap as _;
     let growth = Some((1 << 32, 0x4000));
     let ram = mvm_memory::GuestRam::growing(&[(0, 0x1000)], growth, mvm_memory::Backing::Small);
     let ram = ram.unwrap();

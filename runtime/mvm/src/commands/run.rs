@@ -118,6 +118,12 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         timings.mark("network");
     }
     let container = spec::container(sandbox.id(), &config, &options).map_err(Error::from)?;
+    let shares = container.volumes.iter().map(Volume::share).collect::<Result<Vec<_>, _>>();
+    let shares = match shares {
+        // Without anything to share the guest has no such device, and needs no server.
+        Ok(shares) => (!shares.is_empty()).then_some(shares),
+        Err(e) => return give_up(sandbox, Error::Setup(e.to_string())),
+    };
     let plan = MachinePlan {
         vcpus: resources.cpus.vcpus(),
         memory: resources.memory,
@@ -129,9 +135,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         initramfs: Some(initramfs),
         disks: vec![Disk { file: ready_rootfs(ready), read_only: true }],
         disk_slots: 0,
-        // Without anything to share the guest has no such device, and needs no server.
-        shares: (!container.volumes.is_empty())
-            .then(|| container.volumes.iter().map(Volume::share).collect()),
+        shares,
         cmdline: settings.cmdline.value.unwrap_or_default(),
         console: args.console.as_deref().map(open_console).transpose()?,
         boot_limit: Duration::from_secs(settings.boot_timeout.value),

@@ -84,6 +84,7 @@ pub fn console(wanted: Console<'_>) -> Result<Container, Error> {
         volumes: Vec::new(),
         memory: Vec::new(),
         devices: Vec::new(),
+        hook_state: Vec::new(),
     })
 }
 

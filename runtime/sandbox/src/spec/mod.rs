@@ -17,11 +17,12 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use oci_spec::OciSpecError;
 use oci_spec::image::Config as ImageConfig;
 use oci_spec::runtime::{
-    LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxNamespaceBuilder,
+    Hook, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxNamespaceBuilder,
     LinuxNamespaceType, LinuxResourcesBuilder, LinuxSeccomp, PosixRlimit, PosixRlimitBuilder,
     Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
@@ -152,6 +153,15 @@ pub enum Root {
         /// It cannot be written.
         read_only: bool,
     },
+    /// The disk at a place of a machine that runs, as it is.
+    Plugged {
+        /// The place.
+        place: u32,
+        /// The file system on it.
+        kind: String,
+        /// It cannot be written.
+        read_only: bool,
+    },
     /// A directory that the guest has already, with guest memory above.
     Directory(String),
 }
@@ -191,6 +201,23 @@ pub struct Container {
     pub memory: Vec<Memory>,
     /// Block devices that it has.
     pub devices: Vec<GivenDevice>,
+    /// What its `startContainer` hooks are told, a JSON object (OCI runtime.md, "State"); empty without such hooks.
+    pub hook_state: Vec<u8>,
+}
+
+impl Container {
+    /// How long its `startContainer` hooks may take, all together.
+    pub fn hooks_limit(&self) -> Duration {
+        /// How long one may take that does not say it itself. The agent knows the same.
+        const LIMIT: Duration = Duration::from_secs(300);
+        let hooks = self.spec.hooks().as_ref().and_then(|h| h.start_container().as_deref());
+        let limit = |hook: &Hook| {
+            let seconds = hook.timeout().and_then(|t| u64::try_from(t).ok()).filter(|t| *t > 0);
+            seconds.map_or(LIMIT, Duration::from_secs)
+        };
+        let all = hooks.unwrap_or_default().iter().map(limit);
+        all.fold(Duration::ZERO, Duration::saturating_add)
+    }
 }
 
 /// Makes the specification of the container `id`.
@@ -252,6 +279,7 @@ pub fn container(id: &str, image: &ImageConfig, options: &Options) -> Result<Con
         volumes,
         memory: Vec::new(),
         devices: Vec::new(),
+        hook_state: Vec::new(),
     })
 }
 

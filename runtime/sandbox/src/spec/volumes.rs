@@ -3,9 +3,14 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use mvm_fs::follow::{can_be_followed, follow};
+use mvm_fs::tree::{Extent, TreeError};
 use mvm_fs::{Cache, NewShare, ShareOptions, Source};
 
 use super::{Error, Tmpfs};
+
+/// Why mounts do not go the other way.
+const SHARED: &str = "what is mounted in a guest is mounted in no other kernel: there is rslave, for what the host mounts, and no rshared";
 
 /// A directory or file of the host that the container sees.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +23,8 @@ pub struct Bind {
     pub read_only: bool,
     /// A directory is made where there is nothing (`-v`; `--mount` refuses).
     pub create: bool,
+    /// What the host mounts below the source later is seen in the container (`rslave`).
+    pub follow: bool,
 }
 
 /// What a `-v` or `--mount` asks for, and what of it means nothing here.
@@ -51,10 +58,19 @@ pub struct Volume {
 
 impl Volume {
     /// The share that the file server is to make of it.
-    pub fn share(&self) -> NewShare {
-        let options = ShareOptions { read_only: self.bind.read_only, cache: Cache::Live };
-        let source = Source::Path(self.bind.source.clone());
-        NewShare { name: self.name.clone(), source, options }
+    ///
+    /// # Errors
+    /// The host's mounts cannot be followed.
+    pub fn share(&self) -> Result<NewShare, TreeError> {
+        let bind = &self.bind;
+        let options = ShareOptions { read_only: bind.read_only, cache: Cache::Live };
+        let source = if bind.follow && !self.file {
+            let extent = Extent::whole(bind.read_only);
+            Source::Tree(follow(&bind.source, extent, Path::new("/proc/self/exe"))?)
+        } else {
+            Source::Path(bind.source.clone())
+        };
+        Ok(NewShare { name: self.name.clone(), source, options })
     }
 }
 
@@ -75,7 +91,8 @@ pub fn parse_volume(text: &str) -> Result<Asked<Bind>, Error> {
     };
     let source = source_path(source).map_err(|rule| invalid(&rule))?;
     check_target(target).map_err(|rule| invalid(&rule))?;
-    let mut bind = Bind { source, target: target.into(), read_only: false, create: true };
+    let (read_only, create, follow) = (false, true, false);
+    let mut bind = Bind { source, target: target.into(), read_only, create, follow };
     let mut notices = Vec::new();
     for word in words.split(',').filter(|w| !w.is_empty()) {
         match word {
@@ -86,11 +103,8 @@ pub fn parse_volume(text: &str) -> Result<Asked<Bind>, Error> {
             )),
             // What docker's defaults amount to here in any case.
             "rprivate" | "private" | "nocopy" | "cached" | "delegated" | "consistent" => {}
-            "shared" | "rshared" | "slave" | "rslave" => {
-                return Err(invalid(
-                    "mounts do not travel between host and guest: leave the propagation out",
-                ));
-            }
+            "slave" | "rslave" => bind.follow = true,
+            "shared" | "rshared" => return Err(invalid(SHARED)),
             _ => {
                 return Err(invalid(&format!(
                     "unknown option {word:?}: there are ro, rw, z and Z"
@@ -105,7 +119,7 @@ pub fn parse_volume(text: &str) -> Result<Asked<Bind>, Error> {
 pub fn parse_mount(text: &str) -> Result<Asked<Mount>, Error> {
     let invalid = |rule: String| Error::Invalid { what: "mount", value: text.into(), rule };
     let (mut kind, mut source, mut target) = (None, None, None);
-    let mut read_only = false;
+    let (mut read_only, mut follow) = (false, false);
     let mut tmpfs = Vec::new();
     for word in text.split(',').filter(|w| !w.is_empty()) {
         let (key, value) = word.split_once('=').map_or((word, None), |(k, v)| (k, Some(v)));
@@ -126,13 +140,10 @@ pub fn parse_mount(text: &str) -> Result<Asked<Mount>, Error> {
             "tmpfs-size" => tmpfs.push(format!("size={}", needed()?)),
             "tmpfs-mode" => tmpfs.push(format!("mode={}", needed()?)),
             "bind-propagation" => match needed()? {
-                "rprivate" | "private" => {}
-                _ => {
-                    return Err(invalid(
-                        "mounts do not travel between host and guest: leave bind-propagation out"
-                            .into(),
-                    ));
-                }
+                "rprivate" | "private" => follow = false,
+                "rslave" | "slave" => follow = true,
+                "rshared" | "shared" => return Err(invalid(SHARED.into())),
+                _ => return Err(invalid(format!("{key:?} is rprivate or rslave"))),
             },
             "consistency" => {
                 needed()?;
@@ -153,11 +164,14 @@ pub fn parse_mount(text: &str) -> Result<Asked<Mount>, Error> {
                 return Err(invalid("tmpfs-size and tmpfs-mode are for type=tmpfs".into()));
             }
             let source = source_path(source).map_err(invalid)?;
-            Mount::Bind(Bind { source, target: target.into(), read_only, create: false })
+            Mount::Bind(Bind { source, target: target.into(), read_only, create: false, follow })
         }
         Some("tmpfs") => {
             if source.is_some() {
                 return Err(invalid("memory has no source".into()));
+            }
+            if follow {
+                return Err(invalid("bind-propagation is for type=bind".into()));
             }
             if read_only {
                 tmpfs.push("ro".into());
@@ -231,12 +245,31 @@ pub fn resolve(binds: &[Bind], tmpfs: &[Tmpfs]) -> Result<Vec<Volume>, Error> {
             }
             other => other.map_err(|e| invalid(bind, format!("cannot use the source: {e}")))?,
         };
+        if bind.follow {
+            check_followed(&bind.source).map_err(|rule| invalid(bind, rule))?;
+        }
         let name = format!("volume{index}");
         volumes.push(Volume { name, bind: bind.clone(), file: !metadata.is_dir() });
     }
     // Parents before children.
     volumes.sort_by_key(|v| Path::new(&v.bind.target).components().count());
     Ok(volumes)
+}
+
+/// Refuses, as docker does, to follow the mounts of a source that nothing would be heard of.
+fn check_followed(source: &Path) -> Result<(), String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err("rslave: what the host mounts can be followed by root alone".into());
+    }
+    match can_be_followed(source) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(format!(
+            "rslave: {} is in a mount that is neither shared nor a slave: nothing is heard of what the host mounts \
+             there; make it shared (mount --make-rshared) or leave rslave out",
+            source.display()
+        )),
+        Err(e) => Err(format!("rslave: cannot look at the mounts of the source: {e}")),
+    }
 }
 
 /// A path without what does not change its meaning.
@@ -258,6 +291,9 @@ mod tests {
         assert_eq!((plain.source, plain.target), ("/a".into(), "/b".into()));
         assert!(bind("/a:/b:ro").read_only && !bind("/a:/b:rw").read_only && bind("/a:/b").create);
         assert!(bind("./a:/b").source.is_absolute());
+        assert!(
+            bind("/a:/b:ro,rslave").follow && bind("/a:/b:slave").follow && !bind("/a:/b").follow
+        );
         assert_eq!(parse_volume("/a:/b:z,ro").unwrap().notices.len(), 1);
         for (bad, want) in [
             ("/a", "SOURCE:TARGET"),
@@ -267,7 +303,7 @@ mod tests {
             (":/b", "empty"),
             ("/a:/b:ro:x", "SOURCE:TARGET[:OPTIONS]"),
             ("/a:/b:bogus", "\"bogus\""),
-            ("/a:/b:rshared", "do not travel"),
+            ("/a:/b:rshared", "no rshared"),
         ] {
             let error = parse_volume(bad).unwrap_err().to_string();
             assert!(error.contains(want), "{bad}: {error}");
@@ -280,7 +316,11 @@ mod tests {
         let Mount::Bind(bind) = mount("type=bind,src=/a,dst=/b,readonly") else { panic!() };
         assert!(bind.read_only && !bind.create);
         let Mount::Bind(bind) = mount("type=bind,source=/a,target=/b,ro=false") else { panic!() };
-        assert!(!bind.read_only);
+        assert!(!bind.read_only && !bind.follow);
+        let Mount::Bind(bind) = mount("type=bind,src=/a,dst=/b,bind-propagation=rslave") else {
+            panic!()
+        };
+        assert!(bind.follow);
         assert!(matches!(mount("type=tmpfs,target=/t,tmpfs-size=1m"), Mount::Tmpfs(_)));
         for (bad, want) in [
             ("type=bind,target=/b", "source=PATH"),
@@ -289,7 +329,9 @@ mod tests {
             ("type=npipe,source=/a,target=/b", "\"npipe\""),
             ("type=bind,source=/a,target=/b,volume-nocopy", "\"volume-nocopy\""),
             ("type=tmpfs,source=/a,target=/b", "no source"),
-            ("type=bind,source=/a,target=/b,bind-propagation=rslave", "do not travel"),
+            ("type=bind,source=/a,target=/b,bind-propagation=rshared", "no rshared"),
+            ("type=bind,source=/a,target=/b,bind-propagation=x", "rprivate or rslave"),
+            ("type=tmpfs,target=/b,bind-propagation=rslave", "type=bind"),
             ("type=bind,source=/a,target=/b,ro=maybe", "true or false"),
         ] {
             let error = parse_mount(bad).unwrap_err().to_string();
