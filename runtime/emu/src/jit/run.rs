@@ -551,7 +551,10 @@ fn tables(cpu: &Cpu) -> Tables {
 
 /// Bytes of address space for the code of one vCPU: of all of them an eighth of the guest's memory at most.
 fn code_size(cpu: &Cpu) -> usize {
-    let ram: u64 = cpu.mmu.phys().ram().regions().iter().map(|region| region.size).sum();
+    let ram = cpu.mmu.phys().ram();
+    let all: u64 = ram.regions().iter().map(|region| region.size).sum();
+    // What the guest may grow by is most of it, and seldom there.
+    let ram = all - ram.growing_region().map_or(0, |region| region.size);
     let share = ram / 8 / u64::from(cpu.sys.platform.vcpus.max(1));
     share.next_power_of_two().clamp(LEAST_CODE, MOST_CODE) as usize
 }
