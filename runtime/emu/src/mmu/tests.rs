@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 
-use super::phys::PhysMemory;
+use super::phys::{PageRef, PhysMemory};
 use super::raw::HostAddr;
 use super::tlb::{Access, Rights, Tlb, Who};
 use crate::fault::vector;
@@ -158,6 +158,30 @@ fn a_table_that_has_become_larger() {
     assert!(tlb.probe_read(PAGE, 8).is_some() && tlb.probe_read(far, 8).is_none());
     (0..20).for_each(|_| tlb.grow());
     assert_eq!(tlb.slot_mask() >> mask.ilog2(), 15, "there is a bound");
+}
+
+#[test]
+fn slow_writes_are_for_those_who_found_them_however_large_the_tables_are() {
+    // SAFETY: the address is looked at, and nothing else.
+    let host = unsafe { HostAddr::new(0x7000_0123) };
+    let page = PageRef { region: 0, page: 7 };
+    let upper = 0xffff_8000_5000_0000;
+    let all = [Who::User, Who::Supervisor, Who::SupervisorAc, Who::UserAligned];
+    for (linear, who) in [PAGE, upper].into_iter().flat_map(|linear| all.map(|who| (linear, who))) {
+        let mut tlb = Tlb::default();
+        tlb.set_space(3);
+        tlb.select(who);
+        tlb.insert_slow_write(linear, page, host);
+        for _ in 0..4 {
+            for (pcid, other) in (0..8).flat_map(|pcid| all.map(|other| (pcid, other))) {
+                tlb.set_space(pcid);
+                tlb.select(other);
+                let mine = other == who && (pcid == 3 || linear == upper);
+                assert_eq!(tlb.slow_write(linear).is_some(), mine, "{who:?} {pcid} {other:?}");
+            }
+            tlb.grow();
+        }
+    }
 }
 
 #[test]

@@ -113,7 +113,8 @@ struct SlowWrite {
     linear: u64,
     /// For reading, which says whether the translation is current.
     context: u64,
-    table: usize,
+    /// Not where their table starts: that changes, and becomes another's.
+    who: Who,
     host: HostAddr,
     page: PageRef,
 }
@@ -295,8 +296,8 @@ impl Tlb {
     pub fn slow_write(&self, linear: u64) -> Option<(PageRef, HostAddr)> {
         let known = self.slow_writes[slow_slot(linear)]?;
         let context = self.read[(linear >> 63) as usize];
-        let current = (known.linear, known.context, known.table);
-        if current != (linear & PAGE, context, self.active) {
+        let current = (known.linear, known.context, known.who);
+        if current != (linear & PAGE, context, self.who) {
             return None;
         }
         // SAFETY: the start of a page of guest RAM, as a walk found it, and an offset in it.
@@ -308,7 +309,7 @@ impl Tlb {
         // SAFETY: the start of the page that the address is in.
         let host = unsafe { HostAddr::new(host.addr() & PAGE) };
         let (linear, context) = (linear & PAGE, self.read[(linear >> 63) as usize]);
-        let known = SlowWrite { linear, context, table: self.active, host, page };
+        let known = SlowWrite { linear, context, who: self.who, host, page };
         self.slow_writes[slow_slot(linear)] = Some(known);
     }
 
