@@ -27,7 +27,8 @@ fn every_key_is_taken() {
         stop-timeout = 6\n\
         network = \"cni:web\"\n\
         debug-console = true\n\
-        emu.tier = \"jit\"\n";
+        emu.tier = \"jit\"\n\
+        memory-max = \"4g\"\n";
     let values = parsed(text);
     let origin = |line| Origin::File { path: "/etc/mvm/mvm.toml".into(), line };
     assert_eq!(values.engine, Some(Setting { value: EngineChoice::Emu, origin: origin(2) }));
@@ -47,6 +48,7 @@ fn every_key_is_taken() {
     assert_eq!(values.network.unwrap().value, "cni:web");
     assert_eq!(values.debug_console, Some(Setting { value: true, origin: origin(14) }));
     assert_eq!(values.tier, Some(Setting { value: EmuTier::Jit, origin: origin(15) }));
+    assert_eq!(values.memory_max.unwrap().value, "4g");
     for key in KEYS {
         assert!(text.contains(&format!("{key} = ")), "{key}");
     }
