@@ -334,7 +334,8 @@ mod tests {
         };
         let status = serde_json::json!({
             "response": "status", "id": "x", "pid": process.id(), "state": "running", "engine": "emu",
-            "engine_reason": null, "boot": "linux", "vcpus": 1, "memory": 1, "phases": [],
+            "engine_reason": null, "boot": "linux", "vcpus": 1,
+            "memory": { "started": 1, "now": 1, "wanted": 1, "max": 1 }, "phases": [],
         });
         answer("status", status);
         answer("stop", serde_json::json!({ "response": "ok" }));
