@@ -175,7 +175,7 @@ impl Plan {
         self.reads | after & !self.kills
     }
 
-    /// A transfer of control, which ends the block.
+    /// A transfer of control, which ends the block, or a round of it.
     pub fn transfers(&self) -> bool {
         matches!(
             self.kind,

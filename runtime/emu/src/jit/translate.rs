@@ -414,7 +414,8 @@ impl Translator {
         // jrcxz
         let distance = leave as i64 - (self.asm.here() as i64 + 2);
         self.asm.bytes(&[0xe3, distance as i8 as u8]);
-        debug_assert_eq!(self.asm.here() - start, LOOK as usize);
+        // Links count on it.
+        assert_eq!(self.asm.here() - start, LOOK as usize, "the look at the run word");
     }
 
     fn op(&mut self, op: &Op, plan: &Plan, after: Flags, bytes: &[u8]) {
