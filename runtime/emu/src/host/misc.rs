@@ -37,10 +37,8 @@ fn nop(_: &mut Cpu, _: &Op, _: &Block) -> Flow {
 
 /// Guest memory is coherent; what is left of CLFLUSH is its faults.
 fn clflush(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    let probe = mem::address(cpu, op, 1, 0, Access::Read)
-        .and_then(|linear| cpu.host_span(linear, 1, Access::Read).map(drop));
-    match probe {
-        Ok(()) => Flow::Next,
+    match mem::span(cpu, op, 1, 0, Access::Read) {
+        Ok(_) => Flow::Next,
         Err(fault) => cpu.raise(fault),
     }
 }

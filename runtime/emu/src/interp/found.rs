@@ -186,6 +186,16 @@ fn an_access_across_the_end_of_canonical_addresses_is_a_protection_fault() {
 }
 
 #[test]
+fn clflush_in_the_stack_segment_raises_stack_faults() {
+    let mut m = Machine::new();
+    m.cpu.gpr[4] = 1 << 60;
+    // clflush [rsp + 8], clflush [rax]
+    assert_eq!(m.run(&[0x0f, 0xae, 0x7c, 0x24, 8]), End::Fault(Fault::SS0));
+    m.cpu.gpr[0] = 1 << 60;
+    assert_eq!(m.run(&[0x0f, 0xae, 0x38]), End::Fault(Fault::GP0));
+}
+
+#[test]
 fn enter_faults_if_its_frame_cannot_be_written() {
     let mut m = Machine::new();
     m.cpu.gpr[4] = 0xffff_8000_0000_0100;
