@@ -1,7 +1,7 @@
 //! The block cache of one vCPU.
 //!
-//! A direct-mapped table in front of a map by identity. When the arena is full everything goes: what is hot
-//! comes back soon, and no bookkeeping is spent on the rest.
+//! A direct-mapped table in front of a map by identity. When half of the room is taken, what was not looked for since the last time
+//! goes, and no other bookkeeping is spent.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -17,7 +17,7 @@ const JUMPS: usize = 8192;
 /// Memory for ops, in bytes, before the cache is emptied, where all code is interpreted.
 pub const CAPACITY: usize = 24 << 20;
 /// The same where what runs more than a few times is translated.
-pub const CAPACITY_BESIDE_TRANSLATOR: usize = 2 << 20;
+pub const CAPACITY_BESIDE_TRANSLATOR: usize = 4 << 20;
 /// What a block costs beyond its ops, about.
 const OVERHEAD: usize = 160;
 
@@ -51,19 +51,27 @@ struct Jump {
     id: u32,
 }
 
+/// Blocks by identity.
+#[derive(Debug, Default)]
+struct Generation {
+    map: HashMap<u64, u32, BuildHasherDefault<KeyHasher>>,
+    blocks: Vec<Block>,
+    used: usize,
+}
+
 /// Decoded code of one vCPU.
 #[derive(Debug)]
 pub struct BlockCache {
     jumps: Box<[Jump]>,
-    map: HashMap<u64, u32, BuildHasherDefault<KeyHasher>>,
-    blocks: Vec<Block>,
-    used: usize,
+    young: Generation,
+    /// What was young before.
+    old: Generation,
     capacity: usize,
     /// Keeps the pages alive that the blocks' stamps point to.
     _phys: Arc<PhysMemory>,
     /// Blocks decoded, for the metrics.
     pub decoded: u64,
-    /// Times the cache was emptied.
+    /// Times that the old half went.
     pub emptied: u64,
 }
 
@@ -72,9 +80,8 @@ impl BlockCache {
     pub fn new(phys: Arc<PhysMemory>, capacity: usize) -> Self {
         Self {
             jumps: vec![Jump { key: u64::MAX, id: 0 }; JUMPS].into_boxed_slice(),
-            map: HashMap::default(),
-            blocks: Vec::new(),
-            used: 0,
+            young: Generation::default(),
+            old: Generation::default(),
             capacity,
             _phys: phys,
             decoded: 0,
@@ -92,74 +99,71 @@ impl BlockCache {
     #[inline(always)]
     pub fn front(&self, key: u64) -> Option<u32> {
         let jump = &self.jumps[Self::slot(key)];
-        if jump.key == key && self.blocks[jump.id as usize].is_fresh() {
-            Some(jump.id)
-        } else {
-            None
-        }
+        if jump.key == key && self.at(jump.id).is_fresh() { Some(jump.id) } else { None }
     }
 
     /// The number of block `key` if it is in the cache and fresh; brings it to the front.
     pub fn find(&mut self, key: u64) -> Option<u32> {
-        let id = *self.map.get(&key)?;
-        let block = self.blocks.get(id as usize)?;
-        if !block.is_fresh() {
+        let Some(&id) = self.young.map.get(&key) else {
+            let id = self.old.map.remove(&key)?;
+            let block = std::mem::replace(self.old.blocks.get_mut(id as usize)?, Block::nothing());
+            return block.is_fresh().then(|| self.enter(block));
+        };
+        if !self.young.blocks.get(id as usize)?.is_fresh() {
             return None;
         }
         self.jumps[Self::slot(key)] = Jump { key, id };
         Some(id)
     }
 
-    /// Block number `id`, which this cache has given out since it was last emptied.
+    /// Block number `id`, the last that this cache has given out.
     #[inline(always)]
     pub fn at(&self, id: u32) -> &Block {
-        &self.blocks[id as usize]
+        &self.young.blocks[id as usize]
     }
 
-    /// Enters a block, in place of one with the same key.
+    /// Enters a block that was just decoded, in place of one with the same key.
     pub fn insert(&mut self, block: Block) -> u32 {
         self.decoded += 1;
-        let cost = block.ops.len() * size_of::<Op>() + OVERHEAD;
-        if self.used + cost > self.capacity {
-            self.clear();
+        self.enter(block)
+    }
+
+    fn enter(&mut self, block: Block) -> u32 {
+        let cost = |block: &Block| block.ops.len() * size_of::<Op>() + OVERHEAD;
+        if self.young.used + cost(&block) > self.capacity / 2 {
+            self.jumps.fill(Jump { key: u64::MAX, id: 0 });
+            self.old = std::mem::take(&mut self.young);
             self.emptied += 1;
         }
         let key = block.key;
-        let id = match self.map.get(&key) {
+        let Generation { map, blocks, used } = &mut self.young;
+        *used += cost(&block);
+        let id = match map.get(&key) {
             Some(&id) => {
-                if let Some(old) = self.blocks.get_mut(id as usize) {
-                    self.used -= old.ops.len() * size_of::<Op>() + OVERHEAD;
+                if let Some(old) = blocks.get_mut(id as usize) {
+                    *used -= cost(old);
                     *old = block;
                 }
                 id
             }
             None => {
-                let id = self.blocks.len() as u32;
-                self.blocks.push(block);
-                self.map.insert(key, id);
+                let id = blocks.len() as u32;
+                blocks.push(block);
+                map.insert(key, id);
                 id
             }
         };
-        self.used += cost;
         self.jumps[Self::slot(key)] = Jump { key, id };
         id
     }
 
-    /// Forgets everything.
-    pub fn clear(&mut self) {
-        self.jumps.fill(Jump { key: u64::MAX, id: 0 });
-        self.map.clear();
-        self.blocks.clear();
-        self.used = 0;
-    }
-
     /// Bytes of decoded code.
     pub fn used(&self) -> usize {
-        self.used
+        self.young.used + self.old.used
     }
 
     /// Blocks in the cache.
     pub fn len(&self) -> usize {
-        self.blocks.len()
+        self.young.blocks.len() + self.old.map.len()
     }
 }

@@ -18,8 +18,9 @@ use crate::{interp, sys};
 const MAX_OPS: usize = 64;
 /// Rounds of a loop that a block has, at most.
 const MAX_ROUNDS: usize = 4;
-/// Bytes looked at for one block.
+/// Bytes looked at for one block, at most, and at first: most of them end before that.
 const WINDOW: usize = 320;
+const FIRST_LOOK: usize = 64;
 /// Longest instruction (SDM vol. 2, 2.3.11).
 const MAX_INSN: usize = 15;
 
@@ -45,12 +46,15 @@ pub struct BlockDecoder {
 }
 
 /// The bytes that a block is made from: part of one page, or of two.
-#[derive(Debug, Clone)]
+#[derive(Debug, Default)]
 struct Source {
-    bytes: [u8; WINDOW],
+    bytes: Vec<u8>,
+    /// How many of them were read, and were to be.
     len: usize,
+    wanted: usize,
     host: Option<HostAddr>,
     second: Option<HostAddr>,
+    again: Vec<u8>,
 }
 
 /// A run of instructions for translation.
@@ -69,31 +73,46 @@ pub struct Run<'a> {
 }
 
 impl Source {
-    fn first_page(host: HostAddr) -> Self {
-        let mut source = Self { bytes: [0; WINDOW], len: 0, host: Some(host), second: None };
-        source.len = source.read();
-        source
+    /// The same with the bytes at `host`, of an instruction that goes on at `second`, if that is a page.
+    fn look_at(mut self, host: HostAddr, second: Option<HostAddr>) -> Self {
+        self.bytes.resize(WINDOW, 0);
+        self.again.resize(WINDOW, 0);
+        (self.host, self.second, self.wanted) = (Some(host), second, FIRST_LOOK);
+        self.len = read(host, second, FIRST_LOOK, &mut self.bytes);
+        self
     }
 
-    fn two_pages(host: HostAddr, second: HostAddr) -> Self {
-        let mut source =
-            Self { bytes: [0; WINDOW], len: 0, host: Some(host), second: Some(second) };
-        source.len = source.read();
-        source
+    /// Looks at more bytes, if there are any.
+    fn look_further(&mut self) -> bool {
+        let Some(host) = self.host else { return false };
+        if self.second.is_some() || self.len < self.wanted || self.wanted == WINDOW {
+            return false;
+        }
+        self.wanted = WINDOW;
+        self.len = read(host, None, WINDOW, &mut self.bytes);
+        true
     }
 
-    fn read(&mut self) -> usize {
-        let Some(host) = self.host else { return 0 };
-        let head = host.to_page_end().min(WINDOW);
-        let Some(second) = self.second else {
-            host.copy_out(&mut self.bytes[..head]);
-            return head;
-        };
-        let head = head.min(MAX_INSN);
-        host.copy_out(&mut self.bytes[..head]);
-        second.copy_out(&mut self.bytes[head..MAX_INSN]);
-        MAX_INSN
+    /// Are the first `len` bytes still the same?
+    fn is_unchanged(&mut self, len: usize) -> bool {
+        let Some(host) = self.host else { return false };
+        read(host, self.second, len, &mut self.again);
+        self.again[..len] == self.bytes[..len]
     }
+}
+
+/// Reads `wanted` bytes at `host`, less if that page ends before. Of an instruction that goes on at `second`, all that there may be.
+fn read(host: HostAddr, second: Option<HostAddr>, wanted: usize, to: &mut [u8]) -> usize {
+    let head = host.to_page_end();
+    let Some(second) = second else {
+        let head = head.min(wanted);
+        host.copy_out(&mut to[..head]);
+        return head;
+    };
+    let head = head.min(MAX_INSN);
+    host.copy_out(&mut to[..head]);
+    second.copy_out(&mut to[head..MAX_INSN]);
+    MAX_INSN
 }
 
 impl BlockDecoder {
@@ -107,7 +126,7 @@ impl BlockDecoder {
             translating: false,
             ends: false,
             loops: false,
-            source: Source { bytes: [0; WINDOW], len: 0, host: None, second: None },
+            source: Source::default(),
             log_budget: 100,
         }
     }
@@ -124,14 +143,15 @@ impl BlockDecoder {
         unrolled: bool,
     ) -> Option<Run<'_>> {
         let offset = host.addr() & 0xfff;
-        let mut source = Source::first_page(host);
+        let mut source = std::mem::take(&mut self.source).look_at(host, None);
         let mut limit = MAX_OPS;
         let (len, stamp, second) = loop {
             self.translating = true;
-            let len = self.run(&source, Mode::Code64, limit, offset);
+            let len = self.run(&mut source, Mode::Code64, limit, offset);
             self.translating = false;
             if len == 0 && source.second.is_none() {
-                source = Source::two_pages(host, cpu.fetch((linear | 0xfff).wrapping_add(1)).ok()?);
+                let second = cpu.fetch((linear | 0xfff).wrapping_add(1)).ok()?;
+                source = source.look_at(host, Some(second));
                 limit = 1;
                 continue;
             }
@@ -144,11 +164,10 @@ impl BlockDecoder {
                 Some(next) if len > head => Some((next, watch(cpu, next, len - head)?)),
                 _ => None,
             };
-            let seen = source.bytes;
-            source.len = source.read();
-            if seen[..len] == source.bytes[..len] {
+            if source.is_unchanged(len) {
                 break (len, stamp, second);
             }
+            source = source.look_at(host, second.map(|(next, _)| next));
         };
         self.source = source;
         if unrolled && self.loops {
@@ -187,14 +206,14 @@ impl BlockDecoder {
         single: bool,
     ) -> Result<Block, Fault> {
         let limit = if single { 1 } else { MAX_OPS };
-        let mut source = Source::first_page(host);
+        let mut source = std::mem::take(&mut self.source).look_at(host, None);
         loop {
-            let mut len = self.run(&source, cpu.mode, limit, 0);
+            let mut len = self.run(&mut source, cpu.mode, limit, 0);
             if len == 0 && source.second.is_none() {
                 // Not even one instruction in this page.
                 let second = cpu.fetch((linear | 0xfff).wrapping_add(1))?;
-                source = Source::two_pages(host, second);
-                len = self.run(&source, cpu.mode, 1, 0);
+                source = source.look_at(host, Some(second));
+                len = self.run(&mut source, cpu.mode, 1, 0);
             }
             if len == 0 {
                 // Too long for an instruction.
@@ -202,8 +221,11 @@ impl BlockDecoder {
                 self.ops.push(undefined_op(too_long));
                 len = MAX_INSN;
             }
-            let Some(block) = self.publish(cpu, &mut source, len, single) else { continue };
-            return Ok(block);
+            if let Some(block) = self.publish(cpu, &mut source, len, single) {
+                self.source = source;
+                return Ok(block);
+            }
+            source = source.look_at(host, None);
         }
     }
 
@@ -222,9 +244,7 @@ impl BlockDecoder {
             Some(host) if len > head => Some((host.addr(), watch(cpu, host, len - head)?)),
             _ => None,
         };
-        let seen = source.bytes;
-        source.len = source.read();
-        if seen[..len] != source.bytes[..len] {
+        if !source.is_unchanged(len) {
             return None;
         }
         Some(Block {
@@ -238,7 +258,16 @@ impl BlockDecoder {
     }
 
     /// Decodes up to `limit` instructions into `ops`, as if they were at address `base`. Returns the bytes used.
-    fn run(&mut self, source: &Source, mode: Mode, limit: usize, base: u64) -> usize {
+    fn run(&mut self, source: &mut Source, mode: Mode, limit: usize, base: u64) -> usize {
+        let used = self.run_over(source, mode, limit, base);
+        if !self.ends && self.ops.len() < limit && source.look_further() {
+            return self.run_over(source, mode, limit, base);
+        }
+        used
+    }
+
+    /// The same with the bytes that there are.
+    fn run_over(&mut self, source: &Source, mode: Mode, limit: usize, base: u64) -> usize {
         self.ops.clear();
         self.valid.clear();
         self.inlines.clear();
