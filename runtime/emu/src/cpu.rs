@@ -53,12 +53,12 @@ pub mod seg {
 
 /// One virtual processor, as the handlers see it.
 ///
-/// Hot fields first. Everything here is the guest's architectural state or derived from it.
+/// What translated code uses most lies side by side. Everything here is the guest's architectural state or derived from it.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Cpu {
-    /// General registers, then [`reg::ZERO`] and [`reg::BLOCK`].
-    pub gpr: [u64; reg::COUNT],
+    /// Segment registers, then [`seg::FLAT`].
+    pub seg: [SegmentReg; seg::COUNT],
     /// Instruction pointer. Inside a block it is stale (the running instruction is at
     /// `gpr[BLOCK] + op.start`); exact whenever the dispatcher has control.
     pub rip: u64,
@@ -66,8 +66,6 @@ pub struct Cpu {
     pub fault: Option<Fault>,
     /// Linear address of the last page fault raised, on its way to CR2.
     pub fault_address: u64,
-    /// Arithmetic flags.
-    pub cc: Cc,
     /// Privilege level: SS.DPL, cached.
     pub cpl: u8,
     /// Mode of the running code, cached.
@@ -76,10 +74,12 @@ pub struct Cpu {
     pub shadow: bool,
     /// RFLAGS without its arithmetic bits; bit 1 is set.
     pub sysflags: u64,
-    /// Segment registers, then [`seg::FLAT`].
-    pub seg: [SegmentReg; seg::COUNT],
-    /// What translated code needs.
+    /// What translated code needs, most of it last.
     pub(crate) jit: JitEnv,
+    /// General registers, then [`reg::ZERO`] and [`reg::BLOCK`].
+    pub gpr: [u64; reg::COUNT],
+    /// Arithmetic flags.
+    pub cc: Cc,
     /// Address translation and guest memory.
     pub mmu: Mmu,
     /// SIMD and x87 state.

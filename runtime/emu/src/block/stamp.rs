@@ -8,7 +8,7 @@ use mvm_memory::CodePage;
 ///
 /// Lives in a [`super::cache::BlockCache`], which keeps the machine's memory, and with it the page's
 /// record, alive.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CodeStamp {
     page: Option<NonNull<CodePage>>,
     generation: u32,

@@ -1,6 +1,6 @@
 //! A small emitter: one instruction per call, no labels but positions to patch.
 
-use super::layout::CPU;
+use super::layout::{BIAS, CPU};
 
 /// Host registers by number.
 #[allow(missing_docs)]
@@ -39,7 +39,7 @@ impl Ea {
     }
     /// A field of the [`Cpu`](crate::cpu::Cpu).
     pub const fn cpu(offset: i32) -> Self {
-        Self::at(CPU, offset)
+        Self::at(CPU, offset - BIAS)
     }
 }
 
@@ -75,6 +75,28 @@ impl Code {
     pub const fn sized(op: u8, size: u8) -> Self {
         Self { wide: size == 8, p66: size == 2, ..Self::one(op) }
     }
+
+    /// Does it do the same with its operand in memory as with one in a register? XCHG is a locked access there; BT and its like
+    /// go beyond the operand; BSWAP has none.
+    pub const fn may_access_memory(self) -> bool {
+        match self.map {
+            0 => !matches!(self.op, 0x86 | 0x87 | 0x0f),
+            1 => !matches!(self.op, 0xa3 | 0xab | 0xb3 | 0xbb),
+            _ => false,
+        }
+    }
+
+    /// The opcode for the other order of operands, for an instruction of more than 8 bits that leaves its register operand as
+    /// it is.
+    pub const fn with_operands_swapped(self) -> Option<Self> {
+        match (self.map, self.op) {
+            (0, 0x01 | 0x09 | 0x11 | 0x19 | 0x21 | 0x29 | 0x31 | 0x39 | 0x89) => {
+                Some(Self { op: self.op + 2, ..self })
+            }
+            (0, 0x85) => Some(self),
+            _ => None,
+        }
+    }
 }
 
 /// What rcx and rdx are copies of, by offset of a field of the [`Cpu`](crate::cpu::Cpu).
@@ -85,21 +107,79 @@ fn copy_in(register: u8) -> Option<usize> {
     [RCX, RDX].into_iter().position(|known| known == register)
 }
 
+/// The bytes of one instruction.
+#[derive(Default)]
+struct Bytes {
+    bytes: [u8; 16],
+    len: usize,
+}
+
+impl Bytes {
+    #[inline(always)]
+    fn push(&mut self, byte: u8) {
+        self.bytes[self.len & 15] = byte;
+        self.len += 1;
+    }
+    #[inline(always)]
+    fn imm32(&mut self, value: i32) {
+        let at = self.len & 15;
+        if let Some(place) = self.bytes.get_mut(at..at + 4) {
+            place.copy_from_slice(&value.to_le_bytes());
+        }
+        self.len += 4;
+    }
+
+    /// The ModRM byte for `ea` and what follows it; `reg` is the field in its place.
+    #[inline(always)]
+    fn ea(&mut self, reg: u8, ea: Ea) {
+        let Some(base) = ea.base else {
+            // SIB without base; index 4 is none.
+            let (index, scale) = ea.index.map_or((4, 0), |(i, s)| (i & 7, s));
+            self.push(reg | 4);
+            self.push(scale << 6 | index << 3 | 5);
+            return self.imm32(ea.disp);
+        };
+        let small = i8::try_from(ea.disp);
+        let mode = match small {
+            Ok(0) if base & 7 != 5 => 0x00,
+            Ok(_) => 0x40,
+            Err(_) => 0x80,
+        };
+        match ea.index {
+            None if base & 7 != 4 => self.push(mode | reg | base & 7),
+            index => {
+                let (index, scale) = index.map_or((4, 0), |(i, s)| (i & 7, s));
+                self.push(mode | reg | 4);
+                self.push(scale << 6 | index << 3 | base & 7);
+            }
+        }
+        match mode {
+            0x00 => {}
+            0x40 => self.push(small.unwrap_or(0) as u8),
+            _ => self.imm32(ea.disp),
+        }
+    }
+}
+
 /// Code that will be in the arena, in one piece or in two.
 #[derive(Debug, Default)]
 pub struct Asm {
-    pub code: Vec<u8>,
+    /// Those that are made, and room for more.
+    room: Vec<u8>,
+    len: usize,
     base: usize,
     /// The second piece: where it starts in `code`, and where it will be.
     second: Option<(usize, usize)>,
     /// Of those fields that do not change behind its back, here.
     pub copies: Copies,
+    /// The host has BMI2.
+    pub bmi2: bool,
 }
 
 impl Asm {
     /// Starts anew, with code that will be at `base`.
     pub fn restart(&mut self, base: usize) {
-        self.code.clear();
+        self.len = 0;
         self.base = base;
         self.second = None;
         self.copies = Copies::default();
@@ -110,7 +190,7 @@ impl Asm {
     }
     /// Both pieces.
     pub fn pieces(&self) -> (&[u8], &[u8]) {
-        self.code.split_at(self.second.map_or(self.here(), |(start, _)| start))
+        self.code().split_at(self.second.map_or(self.here(), |(start, _)| start))
     }
     /// Where in the arena the byte at `position` will be.
     pub fn place(&self, position: usize) -> usize {
@@ -120,14 +200,48 @@ impl Asm {
         }
     }
     /// Position of the next byte.
+    #[inline(always)]
     pub fn here(&self) -> usize {
-        self.code.len()
+        self.len
     }
+    /// All of it.
+    pub fn code(&self) -> &[u8] {
+        &self.room[..self.len]
+    }
+    #[inline(always)]
+    pub fn byte(&mut self, byte: u8) {
+        self.bytes(&[byte]);
+    }
+    /// Most often of a length that the compiler knows.
+    #[inline(always)]
     pub fn bytes(&mut self, bytes: &[u8]) {
-        self.code.extend_from_slice(bytes);
+        let end = self.len + bytes.len();
+        if end > self.room.len() {
+            self.more_room(end);
+        }
+        self.room[self.len..end].copy_from_slice(bytes);
+        self.len = end;
     }
+    #[inline(always)]
+    fn put(&mut self, instruction: &Bytes) {
+        let end = self.len + instruction.bytes.len();
+        if end > self.room.len() {
+            self.more_room(end);
+        }
+        self.room[self.len..end].copy_from_slice(&instruction.bytes);
+        self.len += instruction.len;
+    }
+    #[cold]
+    fn more_room(&mut self, end: usize) {
+        self.room.resize((2 * end).max(4096), 0);
+    }
+    #[inline(always)]
     pub fn imm32(&mut self, value: i32) {
         self.bytes(&value.to_le_bytes());
+    }
+    /// Puts `byte` at `position`.
+    pub fn set_byte(&mut self, position: usize, byte: u8) {
+        self.room[position] = byte;
     }
 
     /// Host register `register` is not what it was, perhaps.
@@ -135,6 +249,19 @@ impl Asm {
         if let Some(copy) = copy_in(register).and_then(|at| self.copies.get_mut(at)) {
             *copy = None;
         }
+    }
+    /// No register counts as a copy of the field at `offset` any more.
+    pub fn forget_copy(&mut self, offset: i32) {
+        for copy in self.copies.iter_mut().filter(|copy| **copy == Some(offset)) {
+            *copy = None;
+        }
+    }
+    /// Which register, rcx or rdx, has the value of the field at `offset`.
+    pub fn copy_of(&self, offset: i32) -> Option<u8> {
+        [RCX, RDX]
+            .into_iter()
+            .zip(self.copies)
+            .find_map(|(r, copy)| (copy == Some(offset)).then_some(r))
     }
     /// Brings the value of the field at `offset` to `register`, rcx or rdx.
     pub fn copy_to(&mut self, register: u8, offset: i32) {
@@ -172,14 +299,15 @@ impl Asm {
         if let Rm::Reg(register) = rm {
             self.written(register);
         }
+        let mut out = Bytes::default();
         if code.lock {
-            self.code.push(0xf0);
+            out.push(0xf0);
         }
         if code.p66 {
-            self.code.push(0x66);
+            out.push(0x66);
         }
         if code.rep != 0 {
-            self.code.push(code.rep);
+            out.push(code.rep);
         }
         let (b, x) = match rm {
             Rm::Reg(r) => (r, 0),
@@ -188,49 +316,38 @@ impl Asm {
         let rex = 0x40 | u8::from(code.wide) << 3 | (reg >> 3) << 2 | (x >> 3) << 1 | b >> 3;
         let byte = code.bytes && (reg >= 4 || matches!(rm, Rm::Reg(r) if r >= 4));
         if rex != 0x40 || byte {
-            self.code.push(rex);
+            out.push(rex);
         }
-        match code.map {
-            0 => {}
-            1 => self.bytes(&[0x0f]),
-            2 => self.bytes(&[0x0f, 0x38]),
-            _ => self.bytes(&[0x0f, 0x3a]),
+        if code.map != 0 {
+            out.push(0x0f);
         }
-        self.code.push(code.op);
+        if code.map > 1 {
+            out.push(if code.map == 2 { 0x38 } else { 0x3a });
+        }
+        out.push(code.op);
         let reg = (reg & 7) << 3;
         match rm {
-            Rm::Reg(r) => self.code.push(0xc0 | reg | r & 7),
-            Rm::Mem(ea) => self.ea(reg, ea),
+            Rm::Reg(r) => out.push(0xc0 | reg | r & 7),
+            Rm::Mem(ea) => out.ea(reg, ea),
+        }
+        self.put(&out);
+    }
+
+    /// The same with an opcode extension in the place of a register.
+    pub fn op_digit(&mut self, code: Code, digit: u8, rm: Rm) {
+        let copies = self.copies;
+        self.op(code, digit, rm);
+        self.copies = copies;
+        if let Rm::Reg(register) = rm {
+            self.written(register);
         }
     }
 
     /// The ModRM byte for `ea` and what follows it; `reg` is the field in its place.
     pub fn ea(&mut self, reg: u8, ea: Ea) {
-        let Some(base) = ea.base else {
-            // SIB without base; index 4 is none.
-            let (index, scale) = ea.index.map_or((4, 0), |(i, s)| (i & 7, s));
-            self.bytes(&[reg | 4, scale << 6 | index << 3 | 5]);
-            self.imm32(ea.disp);
-            return;
-        };
-        let small = i8::try_from(ea.disp);
-        let mode = match small {
-            Ok(0) if base & 7 != 5 => 0x00,
-            Ok(_) => 0x40,
-            Err(_) => 0x80,
-        };
-        match ea.index {
-            None if base & 7 != 4 => self.code.push(mode | reg | base & 7),
-            index => {
-                let (index, scale) = index.map_or((4, 0), |(i, s)| (i & 7, s));
-                self.bytes(&[mode | reg | 4, scale << 6 | index << 3 | base & 7]);
-            }
-        }
-        match mode {
-            0x00 => {}
-            0x40 => self.code.push(small.unwrap_or(0) as u8),
-            _ => self.imm32(ea.disp),
-        }
+        let mut out = Bytes::default();
+        out.ea(reg, ea);
+        self.put(&out);
     }
 
     /// `mov d, s`, 64 bits.
@@ -258,12 +375,12 @@ impl Asm {
     }
     /// `mov ecx, imm`.
     pub fn mov_ecx(&mut self, value: u32) {
-        self.code.push(0xb9);
+        self.byte(0xb9);
         self.bytes(&value.to_le_bytes());
     }
     /// `mov eax, imm`.
     pub fn mov_eax(&mut self, value: u32) {
-        self.code.push(0xb8);
+        self.byte(0xb8);
         self.bytes(&value.to_le_bytes());
     }
 
@@ -280,13 +397,13 @@ impl Asm {
 
     /// A jump whose distance is to be patched: returns its position.
     pub fn jmp(&mut self) -> usize {
-        self.code.push(0xe9);
+        self.byte(0xe9);
         self.imm32(0);
         self.here() - 4
     }
     /// The same for a call.
     pub fn call(&mut self) -> usize {
-        self.code.push(0xe8);
+        self.byte(0xe8);
         self.imm32(0);
         self.here() - 4
     }
@@ -299,7 +416,7 @@ impl Asm {
     /// Makes the jump at `position` go to `target`, both from the start.
     pub fn patch(&mut self, position: usize, target: usize) {
         let distance = self.place(target) as i64 - (self.place(position) as i64 + 4);
-        self.code[position..position + 4].copy_from_slice(&(distance as i32).to_le_bytes());
+        self.room[position..position + 4].copy_from_slice(&(distance as i32).to_le_bytes());
     }
     /// Makes the jump at `position` come here.
     pub fn land(&mut self, position: usize) {
@@ -313,25 +430,36 @@ impl Asm {
     }
     /// A jump (0xe9) or call (0xe8) to `offset` of the arena.
     pub fn far(&mut self, opcode: u8, offset: u32) {
-        self.code.push(opcode);
+        self.byte(opcode);
         let from = (self.place(self.here()) + 4) as i64;
         self.imm32((i64::from(offset) - from) as i32);
     }
 
-    /// The slot of a table for the page of the address in rcx, in rax. Destroys flags.
-    pub fn tlb_slot(&mut self, mask: u32, table: i32) {
-        self.mov32(RAX, RCX);
-        self.bytes(&[0xc1, 0xe8, 7]); // shr eax, 7
-        self.code.push(0x25); // and eax, mask
+    /// The entry for the page of the address that `ea` says in the table that the field at `table` points to, in rax. Destroys flags.
+    pub fn tlb_slot(&mut self, ea: Ea, mask: u32, table: i32) {
+        match ea {
+            Ea { base: Some(base), index: None, disp: 0 } if self.bmi2 => {
+                // rorx eax, base, 7: the mask leaves out what comes in again.
+                self.bytes(&[0xc4, 0xe3 & !(base >> 3 << 5), 0x7b, 0xf0, 0xc0 | base & 7, 7]);
+            }
+            Ea { base: Some(base), index: None, disp: 0 } => {
+                self.mov32(RAX, base);
+                self.bytes(&[0xc1, 0xe8, 7]); // shr eax, 7
+            }
+            ea => {
+                self.op(Code::one(0x8d), RAX, Rm::Mem(ea));
+                self.bytes(&[0xc1, 0xe8, 7]);
+            }
+        }
+        self.byte(0x25); // and eax, mask
         self.bytes(&mask.to_le_bytes());
         self.op(Code::wide(0x03), RAX, Rm::Mem(Ea::cpu(table)));
     }
-    /// The page of the last of `bytes` bytes at rcx, in rdx.
-    pub fn last_page(&mut self, bytes: i32) {
-        if bytes > 1 {
-            self.lea(RDX, Ea::at(RCX, bytes - 1));
-        } else {
-            self.mov(RDX, RCX);
+    /// The page of the byte that `ea` says, in rdx.
+    pub fn page_of(&mut self, ea: Ea) {
+        match ea {
+            Ea { base: Some(base), index: None, disp: 0 } => self.mov(RDX, base),
+            ea => self.lea(RDX, ea),
         }
         self.op(Code::wide(0x81), 4, Rm::Reg(RDX));
         self.imm32(-4096);

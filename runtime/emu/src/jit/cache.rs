@@ -1,4 +1,4 @@
-//! The translated blocks of one vCPU, by host address of their first byte, and by page.
+//! The translated blocks of one vCPU, by the page of host memory that they are in.
 
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
@@ -14,7 +14,6 @@ pub struct Block {
     /// Offsets of its entries in the arena.
     pub memory: u32,
     pub native: u32,
-    stamp: CodeStamp,
     /// Which life of its page it belongs to.
     pub life: u32,
     /// It is a bridge: the rest of it is in [`Cache::bridge`].
@@ -28,7 +27,6 @@ pub struct Bridge {
     pub next: u64,
     /// Offset in the arena of the entry that does not ask whether that is the next page.
     pub checked: u32,
-    stamp: CodeStamp,
 }
 
 /// A direct jump inside a page (J6).
@@ -49,39 +47,92 @@ pub struct Link {
 /// Added to the addresses of blocks without spans (J14), which host addresses of user space leave free.
 pub const PLAIN: u64 = 1 << 63;
 
-#[derive(Debug, Default)]
-struct Page {
+/// A block as it is kept: there are tens of thousands.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    /// Offset in the page, with [`Entry::PLAIN`].
+    key: u16,
+    bridge: bool,
+    /// From the entry for flags in memory to the other one.
+    native: i8,
+    memory: u32,
+}
+
+impl Entry {
+    const PLAIN: u16 = 1 << 15;
+
+    fn key(name: u64) -> u16 {
+        (name & 0xfff) as u16 | if name & PLAIN == 0 { 0 } else { Self::PLAIN }
+    }
+}
+
+/// Places that a page's blocks are jumped to at, by virtual address, and remembered one by one. Code that is mapped at more
+/// (a library's, to which every process has a place of its own) seldom dies.
+const PLACES: usize = 8;
+
+/// A page with translated code. All of it is of the same bytes.
+#[derive(Debug)]
+pub struct Page {
     life: u32,
-    /// The blocks' names.
-    blocks: Vec<u64>,
+    stamp: CodeStamp,
+    /// By key.
+    blocks: Vec<Entry>,
     /// Pages with a bridge to this one, which die with it.
     bridges_from: Vec<u64>,
+    /// Where it is in the jump cache: virtual addresses, and what moves them there.
+    places: Vec<(u64, u32)>,
+    /// Links from other pages. Some of them may be somewhere else since.
+    incoming: Vec<u32>,
+    /// When to look for such.
+    crowded: usize,
+}
+
+impl Page {
+    /// Offsets in the page of what may have been jumped to.
+    pub fn offsets(&self) -> impl Iterator<Item = u16> {
+        self.blocks.iter().map(|entry| entry.key & !Entry::PLAIN)
+    }
+
+    /// Virtual addresses of the page in the jump cache, and what moves them there. None: everywhere.
+    pub fn places(&self) -> Option<&[(u64, u32)]> {
+        (self.places.len() <= PLACES).then_some(&*self.places)
+    }
 }
 
 /// Blocks, pages, links.
 #[derive(Debug, Default)]
 pub struct Cache {
-    blocks: Map<Block>,
-    bridges: Map<Bridge>,
     pages: Map<Page>,
+    bridges: Map<Bridge>,
     pub links: Vec<Link>,
     pub far_links: Vec<FarLink>,
     lives: u32,
+    blocks: usize,
 }
 
 impl Cache {
     /// The block at host address `host` (plus [`PLAIN`]); its page's life is over if its code was written to.
     pub fn find(&self, name: u64) -> Found {
-        match self.blocks.get(&name) {
-            None => Found::None,
-            Some(block) if self.is_current(name, block) => Found::Block(*block),
-            Some(_) => Found::Stale,
+        let Some(page) = self.pages.get(&page_of(name)) else { return Found::None };
+        if !page.stamp.is_current() {
+            return Found::Stale;
+        }
+        let key = Entry::key(name);
+        let Ok(at) = page.blocks.binary_search_by_key(&key, |entry| entry.key) else {
+            return Found::None;
+        };
+        let Entry { bridge, native, memory, .. } = page.blocks[at];
+        let native = memory.wrapping_add_signed(native.into());
+        let block = Block { memory, native, life: page.life, bridge };
+        match self.bridges.get(&name) {
+            None if bridge => Found::None,
+            Some(other) if bridge && !self.is_current(other.next) => Found::Stale,
+            _ => Found::Block(block),
         }
     }
 
-    fn is_current(&self, name: u64, block: &Block) -> bool {
-        let other_half = || self.bridges.get(&name).is_some_and(|bridge| bridge.stamp.is_current());
-        block.stamp.is_current() && (!block.bridge || other_half())
+    fn is_current(&self, page: u64) -> bool {
+        self.pages.get(&page).is_some_and(|page| page.stamp.is_current())
     }
 
     /// The other half of bridge `name`.
@@ -89,73 +140,121 @@ impl Cache {
         self.bridges.get(&name).copied()
     }
 
-    /// Makes block `name` a bridge to the page at host address `next`, whose entry for those who know that is `checked`.
-    pub fn make_bridge(&mut self, name: u64, next: u64, checked: u32, stamp: CodeStamp) {
-        let page = name & !PLAIN & !0xfff;
-        self.life(next);
+    /// Makes block `name` a bridge to the page at host address `next`, which has been started, whose entry for those who know
+    /// that is `checked`.
+    pub fn make_bridge(&mut self, name: u64, next: u64, checked: u32) {
+        let page = page_of(name);
         if let Some(next) = self.pages.get_mut(&next)
             && !next.bridges_from.contains(&page)
         {
             next.bridges_from.push(page);
         }
-        if let Some(block) = self.blocks.get_mut(&name) {
-            block.bridge = true;
-        }
-        self.bridges.insert(name, Bridge { next, checked, stamp });
+        self.bridges.insert(name, Bridge { next, checked });
     }
 
     /// Another page follows than the one that bridge `name` goes to: it is not found any more. Jumps that are linked
     /// to it find out by themselves.
     pub fn drop_bridge(&mut self, name: u64) {
-        self.blocks.remove(&name);
         self.bridges.remove(&name);
     }
 
+    /// Is there a page at `host` of other bytes than those of `stamp`?
+    pub fn is_another(&self, host: u64, stamp: &CodeStamp) -> bool {
+        self.pages.get(&page_of(host)).is_some_and(|page| page.stamp != *stamp)
+    }
+
     /// Starts or continues the life of the page of `host`.
-    pub fn life(&mut self, host: u64) -> u32 {
+    pub fn life(&mut self, host: u64, stamp: CodeStamp) -> u32 {
         let lives = &mut self.lives;
-        let page = self.pages.entry(host & !0xfff).or_insert_with(|| {
+        let page = self.pages.entry(page_of(host)).or_insert_with(|| {
             *lives += 1;
-            Page { life: *lives, ..Page::default() }
+            Page {
+                life: *lives,
+                stamp,
+                blocks: Vec::new(),
+                bridges_from: Vec::new(),
+                places: Vec::new(),
+                incoming: Vec::new(),
+                crowded: 16,
+            }
         });
         page.life
     }
 
-    /// Enters a block by the name that it is found by.
-    pub fn insert(&mut self, name: u64, memory: u32, native: u32, stamp: CodeStamp) -> Block {
-        let host = name & !PLAIN;
-        let life = self.life(host);
-        if let Some(page) = self.pages.get_mut(&(host & !0xfff)) {
-            page.blocks.push(name);
+    /// Enters a block of a page that lives by the name that it is found by.
+    pub fn insert(&mut self, name: u64, memory: u32, native: u32, bridge: bool) -> Option<Block> {
+        let page = self.pages.get_mut(&page_of(name))?;
+        // They are some instructions apart.
+        let distance = i8::try_from(i64::from(native) - i64::from(memory)).ok()?;
+        let entry = Entry { key: Entry::key(name), bridge, native: distance, memory };
+        match page.blocks.binary_search_by_key(&entry.key, |entry| entry.key) {
+            Ok(at) => page.blocks[at] = entry,
+            Err(at) => {
+                page.blocks.insert(at, entry);
+                self.blocks += 1;
+            }
         }
-        let block = Block { memory, native, stamp, life, bridge: false };
-        self.blocks.insert(name, block);
-        block
+        Some(Block { memory, native, life: page.life, bridge })
     }
 
-    /// Ends the life of the page at host address `page`, and puts its blocks' names to `names`. False: nothing of it was
-    /// there.
-    pub fn kill(&mut self, page: u64, names: &mut Vec<u64>) -> bool {
-        let Some(dead) = self.pages.remove(&page) else { return false };
-        for name in &dead.blocks {
-            self.blocks.remove(name);
-            self.bridges.remove(name);
+    /// The jump cache has a place of the page at `host`, at virtual address `at`, which `salt` moves.
+    pub fn jumped_to(&mut self, host: u64, at: u64, salt: u32) {
+        let Some(page) = self.pages.get_mut(&page_of(host)) else { return };
+        let place = (at & !0xfff, salt);
+        if page.places.len() <= PLACES && !page.places.contains(&place) {
+            page.places.push(place);
         }
-        names.extend(dead.blocks);
-        for page in dead.bridges_from {
-            self.kill(page, names);
+    }
+
+    /// Link `number` goes to the page at `host` from now on.
+    pub fn linked_to(&mut self, number: u32, host: u64) {
+        let Some(page) = self.pages.get_mut(&page_of(host)) else { return };
+        let Some(link) = self.far_links.get_mut(number as usize) else { return };
+        if link.life == page.life {
+            return;
         }
-        true
+        link.life = page.life;
+        if page.incoming.len() >= page.crowded {
+            // A link that goes to and fro is here more than once.
+            page.incoming.sort_unstable();
+            page.incoming.dedup();
+            let links = &self.far_links;
+            let stays = |link: &u32| links.get(*link as usize).is_some_and(|l| l.life == page.life);
+            page.incoming.retain(stays);
+            page.crowded = 2 * page.incoming.len().max(8);
+        }
+        page.incoming.push(number);
+    }
+
+    /// Ends the life of the page at host address `page`, and of those that have a bridge to it: they are put to `dead`.
+    pub fn kill(&mut self, page: u64, dead: &mut Vec<(u64, Page)>) {
+        let Some(gone) = self.pages.remove(&page) else { return };
+        self.blocks -= gone.blocks.len();
+        for entry in gone.blocks.iter().filter(|entry| entry.bridge) {
+            let plain = if entry.key & Entry::PLAIN == 0 { 0 } else { PLAIN };
+            self.bridges.remove(&(page | u64::from(entry.key & !Entry::PLAIN) | plain));
+        }
+        let from = gone.bridges_from.clone();
+        dead.push((page, gone));
+        for page in from {
+            self.kill(page, dead);
+        }
+    }
+
+    /// The links to a page that has died, from other pages.
+    pub fn links_to<'a>(&'a self, dead: &'a Page) -> impl Iterator<Item = &'a FarLink> {
+        let links = dead.incoming.iter().filter_map(|link| self.far_links.get(*link as usize));
+        links.filter(|link| link.life == dead.life)
     }
 
     /// The pages whose code was written to.
     pub fn stale_pages(&self) -> Vec<u64> {
-        let stale = self.blocks.iter().filter(|(name, block)| !self.is_current(**name, block));
-        stale.map(|(name, _)| name & !PLAIN & !0xfff).collect()
+        let stale = self.pages.iter().filter(|(_, page)| !page.stamp.is_current());
+        stale.map(|(host, _)| *host).collect()
     }
 
     pub fn clear(&mut self) {
-        self.blocks.clear();
+        self.blocks = 0;
         self.bridges.clear();
         self.pages.clear();
         self.links.clear();
@@ -164,16 +263,27 @@ impl Cache {
 
     /// Bytes of memory for all of it, about.
     pub fn memory(&self) -> usize {
-        self.blocks.capacity() * (size_of::<(u64, Block)>() + 1)
-            + self.pages.capacity() * (size_of::<(u64, Page)>() + 1)
-            + self.blocks.len() * size_of::<u16>()
+        let of_page = |page: &Page| {
+            page.blocks.capacity() * size_of::<Entry>()
+                + page.bridges_from.capacity() * size_of::<u64>()
+                + page.places.capacity() * size_of::<(u64, u32)>()
+                + page.incoming.capacity() * size_of::<u32>()
+        };
+        self.pages.capacity() * (size_of::<(u64, Page)>() + 1)
+            + self.pages.values().map(of_page).sum::<usize>()
+            + self.bridges.capacity() * (size_of::<(u64, Bridge)>() + 1)
             + self.links.capacity() * size_of::<Link>()
             + self.far_links.capacity() * size_of::<FarLink>()
     }
 
     pub fn len(&self) -> usize {
-        self.blocks.len()
+        self.blocks
     }
+}
+
+/// The page of a block, by its name.
+fn page_of(name: u64) -> u64 {
+    name & !PLAIN & !0xfff
 }
 
 /// Result of a look-up.

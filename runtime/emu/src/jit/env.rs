@@ -100,22 +100,29 @@ pub struct Counted {
     pub returns: u64,
 }
 
-/// The translator's part of a `Cpu`. Empty if there is no translator.
+/// The translator's part of a `Cpu`. Empty if there is no translator. What code uses most comes last.
 #[derive(Debug, Default)]
+#[repr(C)]
 pub struct JitEnv {
     jumps: Box<[Jump]>,
     /// Of the same entries.
     origins: Box<[Origin]>,
-    /// Changes when translated code dies.
+    /// Changes when translated code dies of which nobody knows where it was jumped to.
     life: u64,
     /// Entries whose code lives, and that were lost to others.
     losses: usize,
-    /// Address of `jumps`.
-    pub(super) table: u64,
-    /// Address of the arena's code.
-    pub(super) code: u64,
-    /// Address of the attention's run word.
-    pub(super) run: u64,
+    /// The pages that code jumps to from others, by number.
+    pages: HashSet<u64, BuildHasherDefault<KeyHasher>>,
+    /// Handlers called, by opcode.
+    pub(super) calls: Calls,
+    pub(super) counted: Counted,
+    /// Address of the [`CalledOp`] whose handler did not say "next".
+    pub(super) called: u64,
+    /// How many jumps between pages that are linked to another place may still go by the jump cache before
+    /// one of them is linked anew.
+    pub(super) patience: i32,
+    /// The far link that is to go where the handler being called goes, plus 1.
+    pub(super) linking: u32,
     /// Between the two accesses of an indirect call, or of a push.
     pub(super) target: u64,
     /// Where an indirect call pushes to, as an address of the host.
@@ -123,20 +130,14 @@ pub struct JitEnv {
     /// The host's stack: where it starts for translated code, and from where on there is no more room (J17).
     pub(super) stack: u64,
     pub(super) stack_floor: u64,
-    /// Address of the [`CalledOp`] whose handler did not say "next".
-    pub(super) called: u64,
-    /// Of the spans of the running block (J14): what they add to addresses of the guest.
+    /// Address of `jumps`.
+    pub(super) table: u64,
+    /// Address of the arena's code.
+    pub(super) code: u64,
+    /// Of the spans of the running block (J14): what they add to addresses of the guest. The first slot comes last.
     pub(super) spans: [u64; SLOTS],
-    /// Handlers called, by opcode.
-    pub(super) calls: Calls,
-    pub(super) counted: Counted,
-    /// The pages that code jumps to from others, by number.
-    pages: HashSet<u64, BuildHasherDefault<KeyHasher>>,
-    /// How many jumps between pages that are linked to another place may still go by the jump cache before
-    /// one of them is linked anew.
-    pub(super) patience: i32,
-    /// The far link that is to go where the handler being called goes, plus 1.
-    pub(super) linking: u32,
+    /// Address of the attention's run word.
+    pub(super) run: u64,
 }
 
 impl JitEnv {
@@ -240,6 +241,19 @@ impl JitEnv {
         let code = self.jumps[found].code;
         self.insert(address, key, host, code);
         Some(self.code + u64::from(code))
+    }
+
+    /// Drops the place at `address`, which `salt` moves, if its code is in the page at host address `page`.
+    pub(super) fn forget(&mut self, address: u64, salt: u32, page: u64) {
+        let slot = self.slot(address, salt);
+        for slot in [slot, slot ^ 1] {
+            if let (Some(jump), Some(origin)) =
+                (self.jumps.get_mut(slot), self.origins.get_mut(slot))
+                && origin.host & !0xfff == page
+            {
+                (*jump, *origin) = (NONE, Origin::default());
+            }
+        }
     }
 
     /// Drops everything.

@@ -95,7 +95,7 @@ impl Translator {
         if !self.upper {
             self.asm.op(Code::one(0x33), RAX, Rm::Mem(Ea::cpu(layout::JUMP_SALT)));
         }
-        self.asm.code.push(0x25); // and eax, mask
+        self.asm.byte(0x25); // and eax, mask
         self.asm.imm32((1 << self.tables.jump_bits) - 1);
         const { assert!(size_of::<Jump>() == 1 << 4) };
         self.asm.bytes(&[0xc1, 0xe0, 4]); // shl eax, 4

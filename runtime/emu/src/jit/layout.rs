@@ -5,6 +5,7 @@ use std::mem::offset_of;
 
 use super::asm::host::{R8, R9, R10, R11, R12, R13, R14, R15, RBP, RBX, RDI, RSI};
 use super::env::{Counted, JitEnv};
+use super::spans::SLOTS;
 use crate::apic::Lapic;
 use crate::cpu::{Cpu, SegmentReg};
 use crate::host::{VectorState, X87Pointers};
@@ -12,8 +13,11 @@ use crate::mmu::{Mmu, TlbLayout};
 use crate::op::reg;
 use crate::sys::{Msrs, SystemState};
 
-/// The host register that points to the `Cpu`.
+/// The host register that points into the `Cpu`.
 pub const CPU: u8 = R15;
+/// Where to: what is used most is within 128 bytes, so that displacements are short.
+pub const BIAS: i32 = offset_of!(Cpu, gpr) as i32 + 76;
+const _: () = assert!(JUMP_SALT - BIAS < 128 && RUN - BIAS >= -128 && span(4) - BIAS >= -128);
 
 /// The host register of guest register `guest`; `None`: it stays in [`Cpu::gpr`].
 pub const fn host_of(guest: u8) -> Option<u8> {
@@ -109,7 +113,7 @@ pub const STACK: i32 = (ENV + offset_of!(JitEnv, stack)) as i32;
 pub const STACK_FLOOR: i32 = (ENV + offset_of!(JitEnv, stack_floor)) as i32;
 /// What the span in `slot` adds to addresses of the guest.
 pub const fn span(slot: u8) -> i32 {
-    (ENV + offset_of!(JitEnv, spans) + slot as usize * 8) as i32
+    (ENV + offset_of!(JitEnv, spans) + (SLOTS - 1 - slot as usize) * 8) as i32
 }
 const COUNTED: usize = ENV + offset_of!(JitEnv, counted);
 pub const COUNTED_BLOCKS: i32 = (COUNTED + offset_of!(Counted, blocks)) as i32;

@@ -23,6 +23,7 @@ mod registers;
 mod returns;
 mod run;
 mod spans;
+mod strings;
 mod stubs;
 mod system;
 mod translate;

@@ -79,8 +79,8 @@ mod tests {
             for place in places {
                 let mut asm = Asm::default();
                 emit(&mut asm, &code, modrm, place);
-                let made = iced_x86::Decoder::new(64, &asm.code, 0).decode();
-                assert_eq!((made.code(), made.len()), (wanted.code(), asm.code.len()));
+                let made = iced_x86::Decoder::new(64, asm.code(), 0).decode();
+                assert_eq!((made.code(), made.len()), (wanted.code(), asm.here()));
                 let register = |register: iced_x86::Register| {
                     (register != iced_x86::Register::None).then(|| register.number() as u8)
                 };

@@ -137,6 +137,15 @@ pub enum Kind {
         code: Code,
     },
     System(System),
+    /// STOS, with a prefix or without.
+    Fill {
+        repeated: bool,
+    },
+    /// BT and its like with memory and a number in a register.
+    BitString {
+        code: Code,
+        register: u8,
+    },
     /// A vector instruction in place.
     Vector,
     /// Transfers.
@@ -161,6 +170,8 @@ pub struct Plan {
     pub mem: Mem,
     /// Bytes of the memory operand.
     pub size: u8,
+    /// Bits of its address that must be zero: otherwise the instruction faults.
+    pub align: u8,
     pub reads: Flags,
     /// Written whatever the operands are.
     pub kills: Flags,
@@ -193,6 +204,7 @@ const CALL: Plan = Plan {
     kind: Kind::Call,
     mem: Mem::None,
     size: 0,
+    align: 0,
     reads: ALL,
     kills: 0,
     sets: false,
@@ -247,7 +259,10 @@ fn may_lock(plan: &Plan) -> bool {
     plan.mem == Mem::Write
         && matches!(
             plan.kind,
-            Kind::Copy { .. } | Kind::CompareExchange { .. } | Kind::CompareExchange16 { .. }
+            Kind::Copy { .. }
+                | Kind::CompareExchange { .. }
+                | Kind::CompareExchange16 { .. }
+                | Kind::BitString { .. }
         )
 }
 
@@ -257,7 +272,7 @@ fn fits(op: &Op) -> bool {
 }
 
 fn native(kind: Kind) -> Plan {
-    Plan { kind, mem: Mem::None, size: 0, reads: 0, kills: 0, sets: false, opcode: 0 }
+    Plan { kind, mem: Mem::None, size: 0, align: 0, reads: 0, kills: 0, sets: false, opcode: 0 }
 }
 
 /// What an instruction does with its r/m operand.
@@ -442,6 +457,10 @@ fn one_byte(raw: &Raw) -> Option<Plan> {
             let kind = Kind::Copy { code, field: Field::Digit(0), operand, imm: imm_size(by_bit) };
             alu_flags(native(kind), 7)
         }
+        0xaa | 0xab => {
+            let kind = Kind::Fill { repeated: raw.rep != 0 };
+            Plan { mem: Mem::Write, size: by_bit, ..native(kind) }
+        }
         0xb0..=0xb7 => {
             let register = raw.low();
             let code = Code { op: 0xc6, ..raw.code(1) };
@@ -540,7 +559,7 @@ fn two_bytes(raw: &Raw) -> Option<Plan> {
         }
         0xc7 if raw.digit() == 1 && raw.rm().is_none() && size == 8 => {
             let kind = Kind::CompareExchange16 { code: raw.code(8) };
-            Plan { mem: Mem::Write, size: 16, kills: ZF, sets: true, ..native(kind) }
+            Plan { mem: Mem::Write, size: 16, align: 15, kills: ZF, sets: true, ..native(kind) }
         }
         // Prefetches, and what is reserved for hints.
         0x0d | 0x18 | 0x19 | 0x1c..=0x1f => native(Kind::Nop),
@@ -559,6 +578,11 @@ fn two_bytes(raw: &Raw) -> Option<Plan> {
         0xa3 | 0xab | 0xb3 | 0xbb if raw.rm().is_some() => {
             let rm = if op == 0xa3 { Use::Read } else { Use::Both };
             Plan { kills: CF, sets: true, ..copy(raw.reg_read(), rm, 0)? }
+        }
+        0xa3 | 0xab | 0xb3 | 0xbb if size >= 4 => {
+            let mem = if op == 0xa3 { Mem::Read } else { Mem::Write };
+            let kind = Kind::BitString { code: raw.code(size), register: raw.reg() };
+            Plan { mem, size, kills: CF, sets: true, ..native(kind) }
         }
         0xba if raw.digit() >= 4 => {
             let rm = if raw.digit() == 4 { Use::Read } else { Use::Both };

@@ -4,7 +4,7 @@
 //! processors that keep track, legacy SSE instructions stay free of a dependency on them.
 
 use super::asm::{Asm, Code, Ea, Rm};
-use super::layout::{AWAY, CPU, WIDE, ymm};
+use super::layout::{AWAY, BIAS, CPU, WIDE, ymm};
 
 const REGISTERS: u8 = 16;
 /// MOVAPS to a register, and to memory; with VEX, VMOVAPS.
@@ -88,7 +88,7 @@ fn whole(asm: &mut Asm, opcode: u8, register: u8) {
     let inverted = if register < 8 { 0x80 } else { 0 };
     asm.bytes(&[0xc4, inverted | 0x41, 0x7c, opcode]);
     asm.bytes(&[0x80 | (register & 7) << 3 | CPU & 7]);
-    asm.imm32(ymm(register));
+    asm.imm32(ymm(register) - BIAS);
 }
 
 fn vzeroupper(asm: &mut Asm) {

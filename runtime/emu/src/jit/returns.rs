@@ -9,8 +9,7 @@ use super::asm::{Asm, Code, Ea, Rm};
 use super::far::CALL;
 use super::flow::{at_fixed_place, in_page};
 use super::layout::{self, GUEST_SP, PAGE, PUSHED, STACK, STACK_FLOOR, TARGET};
-use super::plan::{ALL, Mem, Plan};
-use super::spans::Address;
+use super::plan::{ALL, Plan};
 use super::translate::{At, Translator};
 use crate::op::Op;
 
@@ -80,7 +79,8 @@ impl Translator {
             None => {
                 self.load_target(op, plan, register);
                 self.asm.store(Ea::cpu(TARGET), RCX);
-                self.probe(&Address::PUSHED, Mem::Write, 8);
+                let place = self.probe_pushed();
+                self.asm.lea(RCX, place);
                 self.asm.store(Ea::cpu(PUSHED), RCX);
                 self.asm.load(RCX, Ea::cpu(TARGET));
             }

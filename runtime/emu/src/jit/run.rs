@@ -16,12 +16,12 @@ use super::translate::{Goes, Input, LOOK, MAX_BLOCK, Tables, Translator};
 use crate::apic::NEVER;
 use crate::block::{BlockDecoder, Stop};
 use crate::cpu::Cpu;
-use crate::mmu::HostAddr;
+use crate::mmu::{HostAddr, NO_JUMP};
 use crate::op::{Flow, reg};
 
-/// How often code is interpreted before it is translated. Measured with a Linux boot: up to 4 times takes as much
-/// time as translating at once, and makes 15 MB of code rather than 26.
-pub(super) const TRIALS: u8 = 4;
+/// How often code is interpreted before it is translated. Measured with a Linux boot: 4, 8 and 12 times take the same time, and
+/// make 13, 10.7 and 9.3 MB of code. A block takes as long to translate as to interpret some eight times.
+pub(super) const TRIALS: u8 = 8;
 /// The same for code that has taken the place of other code that was translated: it will perhaps be replaced as well. So many
 /// runs take about as long as a translation.
 const TRIALS_ANEW: u8 = 24;
@@ -31,7 +31,7 @@ const PATIENCE: i32 = 64;
 const LEAST_CODE: u64 = 64 << 20;
 const MOST_CODE: u64 = 256 << 20;
 /// Counters of code that is not translated yet, by address; what shares one is translated sooner.
-const SEEN: usize = 1 << 16;
+const SEEN: usize = 1 << 17;
 
 /// The translator of one vCPU.
 #[derive(Debug)]
@@ -100,7 +100,7 @@ impl Jit {
         let block = Box::new(crate::block::Block::nothing());
         let mut asm = Asm::default();
         let stubs = Stubs::make(&mut asm, &raw const *block);
-        arena.write(0, &asm.code);
+        arena.write(0, asm.code());
         let floor = asm.here().next_multiple_of(64);
         cpu.jit = JitEnv::with_jumps(arena.entry(0));
         let notices = cpu.mmu.phys().notices();
@@ -160,16 +160,24 @@ impl Jit {
             }
         };
         let (pending, far) = (self.pending.take(), self.pending_far.take());
+        if self.on_trial(host) {
+            self.counters.interpreted_blocks += 1;
+            return Ran::Interpret;
+        }
         let look = std::mem::take(&mut self.at_bridge) || pending.is_some();
         let key = cpu.mmu.tlb.jump_key(cpu.rip);
         let known = if look {
             None
         } else {
             let jumps = &mut cpu.jit;
-            jumps.find(cpu.rip, key).or_else(|| jumps.find_again(cpu.rip, key, host.addr()))
+            jumps.find(cpu.rip, key).or_else(|| {
+                let code = jumps.find_again(cpu.rip, key, host.addr())?;
+                self.cache.jumped_to(host.addr(), cpu.rip, key.salt);
+                Some(code)
+            })
         };
         if let (Some(code), Some(link)) = (known, far) {
-            self.link_far(link, cpu.rip, key.tag, (code - self.arena.entry(0)) as u32);
+            self.link_far(link, cpu.rip, host, key.tag, (code - self.arena.entry(0)) as u32);
         }
         let Some(code) = known.or_else(|| self.look_up(cpu, decoder, host, pending, far)) else {
             self.counters.interpreted_blocks += 1;
@@ -212,8 +220,9 @@ impl Jit {
         if !plain {
             let key = cpu.mmu.tlb.jump_key(cpu.rip);
             cpu.jit.insert(cpu.rip, key, host.addr(), block.memory);
+            self.cache.jumped_to(host.addr(), cpu.rip, key.salt);
             if let Some(link) = far {
-                self.link_far(link, cpu.rip, key.tag, block.memory);
+                self.link_far(link, cpu.rip, host, key.tag, block.memory);
             }
         }
         Some(self.arena.entry(entry))
@@ -344,7 +353,17 @@ impl Jit {
             self.clear(cpu);
         }
         let run = decoder.decode_run(cpu, cpu.rip, host, !plain)?;
-        let life = self.cache.life(host.addr());
+        let second = run.second.map(|(next, stamp)| (next.addr(), stamp));
+        // What was translated of these pages before, of other bytes, would be taken for theirs.
+        for (host, stamp) in [(host.addr(), run.stamp)].into_iter().chain(second) {
+            if self.cache.is_another(host, &stamp) {
+                self.kill(cpu, host & PAGE);
+            }
+        }
+        let life = self.cache.life(host.addr(), run.stamp);
+        if let Some((next, stamp)) = second {
+            self.cache.life(next, stamp);
+        }
         let input = Input {
             ops: run.ops,
             valid: run.valid,
@@ -354,7 +373,7 @@ impl Jit {
             page: cpu.rip & PAGE,
             native: how.native,
             plain,
-            next: run.second.map(|(next, _)| next.addr()),
+            next: second.map(|(next, _)| next),
         };
         let first = [self.cache.links.len(), self.cache.far_links.len()];
         let entries = self.translator.block(&input, [self.used, self.used_cold], first);
@@ -391,11 +410,11 @@ impl Jit {
         self.arena.went_on_to(self.used_cold);
         c.used = (self.used + self.used_cold - self.arena.cold()) as u64;
         let name = name(host, plain);
-        let mut block = self.cache.insert(name, entries.memory, entries.native, run.stamp);
-        if let Some((next, stamp)) = run.second {
-            self.cache.make_bridge(name, next.addr(), entries.checked, stamp);
-            block.bridge = true;
+        if let Some((next, _)) = second {
+            self.cache.make_bridge(name, next, entries.checked);
         }
+        let block = self.cache.insert(name, entries.memory, entries.native, second.is_some())?;
+        self.link_to_known(host, first[0]);
         Some(block)
     }
 
@@ -403,6 +422,17 @@ impl Jit {
     fn goes_plain(&self, number: u32, rip: u64) -> bool {
         let link = self.cache.links.get(number as usize);
         link.is_some_and(|link| link.plain && u64::from(link.target) == rip & !PAGE)
+    }
+
+    /// Links those from number `first` on to the blocks that there are, all in the page of `host`.
+    fn link_to_known(&mut self, host: HostAddr, first: usize) {
+        for number in first..self.cache.links.len() {
+            let Link { target, plain, .. } = self.cache.links[number];
+            let name = host.addr() & PAGE | u64::from(target) | if plain { PLAIN } else { 0 };
+            if let Found::Block(block) = self.cache.find(name) {
+                self.link(number as u32, target.into(), &block);
+            }
+        }
     }
 
     /// Makes link `number` go to `block`, which is at `rip`.
@@ -420,8 +450,8 @@ impl Jit {
         self.counters.links += 1;
     }
 
-    /// Makes far link `number` go to `code`, which is that for `rip`, as long as `tag` counts.
-    fn link_far(&mut self, number: u32, rip: u64, tag: u32, code: u32) {
+    /// Makes far link `number` go to `code`, which is that for `rip` at `host`, as long as `tag` counts.
+    fn link_far(&mut self, number: u32, rip: u64, host: HostAddr, tag: u32, code: u32) {
         let Some(link) = self.cache.far_links.get(number as usize) else { return };
         match link.goes {
             // It is elsewhere than when it was made, or what came in between has taken us elsewhere.
@@ -432,6 +462,7 @@ impl Jit {
         let distance = i64::from(code) - (i64::from(link.site) + 4);
         self.arena.write(link.site as usize, &(distance as i32).to_le_bytes());
         self.arena.write(link.tag as usize, &tag.to_le_bytes());
+        self.cache.linked_to(number, host.addr());
         self.counters.links += 1;
     }
 
@@ -449,17 +480,30 @@ impl Jit {
         }
     }
 
+    /// Ends the life of a page's code. Nobody comes there any more: not by the jump cache, nor by a link (J6).
     fn kill(&mut self, cpu: &mut Cpu, page: u64) {
-        let mut names = Vec::new();
-        if self.cache.kill(page, &mut names) {
-            self.counters.killed_pages += 1;
-            cpu.forget_jumps();
-            cpu.jit.forget_code();
-        }
+        let mut dead = Vec::new();
+        self.cache.kill(page, &mut dead);
         let anew = if self.trials == 0 { 0 } else { TRIALS_ANEW };
-        for name in names {
-            if let Some(left) = self.trials_left.get_mut(trial(name & !PLAIN)) {
-                *left = anew;
+        self.counters.killed_pages += u64::from(!dead.is_empty());
+        for (host, page) in dead {
+            for offset in page.offsets() {
+                if let Some(left) = self.trials_left.get_mut(trial(host | u64::from(offset))) {
+                    *left = anew;
+                }
+            }
+            for link in self.cache.links_to(&page) {
+                self.arena.write(link.tag as usize, &NO_JUMP.to_le_bytes());
+            }
+            let Some(places) = page.places() else {
+                cpu.forget_jumps();
+                cpu.jit.forget_code();
+                continue;
+            };
+            for (at, salt) in places {
+                for offset in page.offsets() {
+                    cpu.jit.forget(at | u64::from(offset), *salt, host);
+                }
             }
         }
     }
@@ -559,9 +603,10 @@ fn code_size(cpu: &Cpu) -> usize {
     share.next_power_of_two().clamp(LEAST_CODE, MOST_CODE) as usize
 }
 
-/// The counter for code at host address `host`.
+/// The counter for code at host address `host`. Those of a page lie side by side, one for four bytes.
 fn trial(host: u64) -> usize {
-    (host.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SEEN.ilog2())) as usize
+    let page = (host >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SEEN.ilog2());
+    (page as usize & !63) + (host & 0xfff) as usize / 4 & (SEEN - 1)
 }
 
 /// What a block at `host` is called in the cache.

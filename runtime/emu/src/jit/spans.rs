@@ -3,6 +3,7 @@
 //! Registers are followed through the block as a symbol plus a distance, so that stack accesses between pushes and
 //! pops, fields of a structure, and elements of an array off the same index are known to lie side by side.
 
+use super::layout::host_of;
 use super::plan::{Field, Kind, Mem, Operand, Plan};
 use super::system::System;
 use crate::host::inline::Inline;
@@ -33,6 +34,12 @@ impl Address {
     /// Where 8 bytes are pushed to.
     pub const PUSHED: Self = Self::at(SP, -8);
 
+    /// The register of the guest's that it is off, if that alone is in it, and in a register of the host's.
+    fn register(&self) -> Option<u8> {
+        let alone = self.index == reg::ZERO && self.seg.is_none() && self.base < reg::ZERO;
+        if alone && host_of(self.base).is_some() { Some(self.base) } else { None }
+    }
+
     /// `disp` beyond register `base`.
     const fn at(base: u8, disp: i32) -> Self {
         Self { base, index: reg::ZERO, scale: 0, disp, seg: None }
@@ -47,21 +54,34 @@ impl Address {
             | Kind::CallIndirect { register: Some(_) } => Self::PUSHED,
             Kind::Pop { .. } | Kind::Return => Self::at(SP, 0),
             Kind::Leave => Self::at(BP, 0),
+            Kind::Fill { .. } => Self::at(DI, 0),
             _ => Self::of_operand(op),
         }
     }
 }
 
+/// Does an op leave rcx alone, but for its access?
+fn leaves_rcx(plan: &Plan, inline: Option<&Inline>) -> bool {
+    match plan.kind {
+        Kind::Vector => inline.is_some_and(|i| {
+            i.note.is_none() && !i.loads_control_word && i.moves.iter().all(Option::is_none)
+        }),
+        Kind::Nop | Kind::MovImm { .. } | Kind::Copy { .. } | Kind::Branch { .. } => true,
+        _ => false,
+    }
+}
+
 const SP: u8 = 4;
 const BP: u8 = 5;
+const DI: u8 = 7;
 
 /// What an access of a block does for its neighbours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Nothing: it has a probe of its own.
     Alone,
-    /// Its probe is for the bytes from `low` (relative to its address) on, and is kept in `slot`.
-    Head { slot: u8, low: i16, bytes: u16, write: bool },
+    /// Its probe is for the bytes from `low` (relative to its address) on, and is kept in `slot`, or only in rcx, if it is `brief`.
+    Head { slot: u8, low: i16, bytes: u16, write: bool, brief: bool },
     /// It goes by the probe that is in `slot`, `at` so many bytes from the head's address.
     Member { slot: u8, at: i16 },
 }
@@ -92,8 +112,17 @@ struct Group {
     high: i64,
     head_at: i64,
     write: bool,
-    /// Ops, and their addresses as distances from the key.
-    members: Vec<(usize, i64)>,
+    number: usize,
+    members: usize,
+}
+
+/// An access after the first one of its group.
+#[derive(Debug, Clone, Copy)]
+struct Member {
+    group: usize,
+    op: usize,
+    /// Its address, as a distance from the key.
+    at: i64,
 }
 
 /// Finds the spans of blocks. Keeps its buffers.
@@ -103,6 +132,9 @@ pub struct Spans {
     next: u16,
     open: Vec<Group>,
     closed: Vec<Group>,
+    /// Of groups, by number.
+    slots: Vec<Option<(u8, i64)>>,
+    members: Vec<Member>,
     roles: Vec<Role>,
 }
 
@@ -130,20 +162,27 @@ impl Spans {
         inlines: &[Option<Inline>],
         immediate: impl Fn(usize) -> i64,
     ) {
+        self.slots.clear();
         self.roles.clear();
         self.roles.resize(plans.len(), Role::Alone);
         self.next = u16::from(reg::BLOCK) + 1;
         self.values.clear();
         self.values.extend((0..self.next).map(|symbol| Value { symbol, distance: 0 }));
         for (i, ((op, plan), inline)) in ops.iter().zip(plans).zip(inlines).enumerate() {
-            if plan.kind == Kind::Call {
+            if matches!(plan.kind, Kind::Call) {
                 // The handler may change the surroundings, and any register.
                 self.closed.append(&mut self.open);
                 (0..16).for_each(|register| self.forget(register));
                 continue;
             }
-            // These have two accesses.
-            let two = matches!(plan.kind, Kind::CallIndirect { register: None } | Kind::PushMemory);
+            // These have two accesses, or one that is not where and what the operand says.
+            let two = matches!(
+                plan.kind,
+                Kind::CallIndirect { register: None }
+                    | Kind::PushMemory
+                    | Kind::Fill { repeated: true }
+                    | Kind::BitString { .. }
+            );
             // The head of a span reaches below its own displacement.
             let address = Address::of(op, plan);
             let far = i64::from(address.disp) < i64::from(i32::MIN) + SPAN;
@@ -153,7 +192,16 @@ impl Spans {
             self.effect(op, plan, inline.as_ref(), immediate(i));
         }
         self.closed.append(&mut self.open);
-        self.assign();
+        self.assign(|group| {
+            let direct = |at: usize| Address::of(&ops[at], &plans[at]).register();
+            let leaves_rcx = |at: usize| leaves_rcx(&plans[at], inlines[at].as_ref());
+            group.members == 1
+                && direct(group.head).is_some()
+                && direct(group.head) == direct(group.last)
+                && leaves_rcx(group.head)
+                && (group.head + 1..group.last)
+                    .all(|at| plans[at].mem == Mem::None && leaves_rcx(at))
+        });
     }
 
     fn value(&self, register: u8) -> Value {
@@ -189,9 +237,12 @@ impl Spans {
             (group.low, group.high) = (group.low.min(low), group.high.max(high));
             group.write |= write;
             group.last = i;
-            group.members.push((i, low));
+            group.members += 1;
+            self.members.push(Member { group: group.number, op: i, at });
             return;
         }
+        let number = self.slots.len();
+        self.slots.push(None);
         self.open.push(Group {
             key,
             head: i,
@@ -200,7 +251,8 @@ impl Spans {
             high,
             head_at: at,
             write,
-            members: Vec::new(),
+            number,
+            members: 0,
         });
     }
 
@@ -251,6 +303,13 @@ impl Spans {
                 self.set(SP, SP, 8);
                 self.forget(register);
             }
+            Kind::Fill { repeated } => {
+                self.forget(DI);
+                if repeated {
+                    self.forget(1);
+                }
+            }
+            Kind::BitString { .. } => {}
             Kind::Leave => {
                 self.set(SP, BP, 8);
                 self.forget(BP);
@@ -285,11 +344,12 @@ impl Spans {
         }
     }
 
-    /// Gives slots to the groups of more than one access, as long as there are any.
-    fn assign(&mut self) {
+    /// Gives slots to the groups of more than one access, as long as there are any. `brief`: nothing happens until its only
+    /// member.
+    fn assign(&mut self, brief: impl Fn(&Group) -> bool) {
         self.closed.sort_by_key(|group| group.head);
         let mut busy = [None; SLOTS];
-        for group in self.closed.drain(..).filter(|group| !group.members.is_empty()) {
+        for group in self.closed.drain(..).filter(|group| group.members != 0) {
             let free = busy.iter().position(|last| last.is_none_or(|last| last < group.head));
             let Some(slot) = free else { continue };
             busy[slot] = Some(group.last);
@@ -299,10 +359,13 @@ impl Spans {
                 low: (group.low - group.head_at) as i16,
                 bytes: (group.high - group.low) as u16,
                 write: group.write,
+                brief: brief(&group),
             };
-            for (member, at) in group.members {
-                let at = (at - group.head_at) as i16;
-                self.roles[member] = Role::Member { slot, at };
+            self.slots[group.number] = Some((slot, group.head_at));
+        }
+        for Member { group, op, at } in self.members.drain(..) {
+            if let Some((slot, head_at)) = self.slots[group] {
+                self.roles[op] = Role::Member { slot, at: (at - head_at) as i16 };
             }
         }
     }

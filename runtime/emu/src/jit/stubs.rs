@@ -7,7 +7,7 @@ use iced_x86::CpuidFeature;
 use super::asm::host::{RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use super::asm::{Asm, Code, Ea, Rm};
 use super::env::CalledOp;
-use super::layout::{AWAY, CALLED, CC, CPU, PINNED, RIP, STACK, gpr, host_of};
+use super::layout::{AWAY, BIAS, CALLED, CC, CPU, PINNED, RIP, STACK, gpr, host_of};
 use super::registers;
 use super::returns;
 use crate::block::Block;
@@ -106,7 +106,7 @@ impl Stubs {
         }
         asm.op(Code::wide(0x83), 5, Rm::Reg(RSP)); // sub rsp, 8
         asm.bytes(&[8]);
-        asm.mov(CPU, RDI);
+        asm.lea(CPU, Ea::at(RDI, BIAS));
         let bottom = returns::make_bottom(asm);
         asm.mov(RAX, RSI);
         load_all(asm);
@@ -153,7 +153,7 @@ impl Stubs {
         let call_vectors = save_if_loaded(asm);
         asm.store(Ea::cpu(CALLED), RDX);
         asm.mov(RSI, RDX);
-        asm.mov(RDI, CPU);
+        asm.lea(RDI, Ea::at(CPU, -BIAS));
         asm.mov_imm64(RDX, block as u64);
         asm.mov_imm64(RAX, call_handler as *const () as u64);
         asm.op(Code::wide(0x83), 5, Rm::Reg(RSP)); // the return address: sub rsp, 8

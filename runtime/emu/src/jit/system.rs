@@ -62,9 +62,6 @@ impl Translator {
         self.keep_flags(live);
         let place = self.access(op, plan, live);
         self.asm.lea(RCX, place);
-        // It would fault (J3).
-        self.asm.bytes(&[0xf6, 0xc1, 15]); // test cl, 15
-        self.miss_if(5);
         self.need_flags(live);
         self.asm.mov(RAX, GUEST_AX);
         self.asm.mov(RDX, GUEST_DX);
@@ -90,7 +87,7 @@ impl Translator {
         self.asm.bytes(&[0xc1, 0xe0, rflags::OF.ilog2() as u8]); // shl eax, place of OF
         self.asm.op(Code::one(0x09), RAX, Rm::Reg(RDX)); // or edx, eax
         self.asm.op(Code::one(0x8b), RAX, Rm::Mem(Ea::cpu(SYSTEM_FLAGS)));
-        self.asm.code.push(0x25); // and eax, all but RF and VM
+        self.asm.byte(0x25); // and eax, all but RF and VM
         self.asm.imm32(!((rflags::RF | rflags::VM) as i32));
         self.asm.op(Code::one(0x09), RAX, Rm::Reg(RDX));
     }

@@ -103,11 +103,54 @@ fn calls_between_pages_go_through_the_jump_cache() {
 #[test]
 fn the_registers_without_host_registers() {
     let code = asm!(64 at CODE;
-        mov(r8, r9); add(r8d, r9d); xchg(r10, r11); imul_3(r9, r15, 77i32); mov(r11b, r8b); cmovnz(r15d, r10d);
+        mov(r8, r9); add(r8d, r9d); xchg(r10, r11); imul_3(r9, r15, 77i32); mov(r11b, r8b); cmovnz(r15d, r10d); adc(rax, r9); sub(ebx, r10d); cmp(rsi, r11); sbb(r12w, r8w); and(r9, rbx); xor(r10d, ecx); test(rdx, r15); mov(rbp, r15); mov(r15, rsi); bts(r9, rdx); btr(rdx, r10);
+        shld(r8, rdx, 5i32); shrd(rcx, r11, 9i32); add(r11w, r8w); bts(r9, 40i32); btc(r10d, 3i32); xor(r8d, r8d); test(r9, r9); setz(r10b); or(r11b, cl); sbb(r8, r8); imul_2(rbx, r9); popcnt(rsi, r11); movsxd(r10, r9d);
         lea(r10, ptr(r8 + r9 * 4 + 5)); bswap(r9); xadd(r8, r15); shl(r8, cl); movzx(r9d, r15w); cmp(r8, r9); setb(r10b);
         neg(r11); not(r15w); push(r15); pop(r8); mul(r9); cdq(); mov(ecx, 77i32); div(ecx); test(r8d, r8d); ud2();
     );
     both(&[(CODE, &code)]);
+}
+
+#[test]
+fn fills_and_bits_of_strings() {
+    // Of all lengths, none among them, across pages, downwards; bits far before and behind their operands.
+    let code = asm!(64 at CODE, [again];
+        mov(r12d, 45i32); mov(r13, DATA); mov(rax, 0x0123_4567_89ab_cdefu64); set_label(&mut again);
+        lea(rcx, ptr(r12 - 1)); imul_2(rcx, rcx); mov(rdi, r13); rep().stosb(); add(rax, rdi);
+        lea(rdi, ptr(r13 + r12 * 4 + 0x7f3)); mov(ecx, r12d); rep().stosq(); lea(rdi, ptr(r13 + 0xfc0)); lea(ecx, ptr(r12 - 20)); and(ecx, 31i32);
+        cmp(ecx, 30i32); rep().stosd(); setb(al); add(rax, rdi); std(); stosw(); stosb(); cld(); stosd(); stosq(); stosb(); add(rax, rdi); mov(word_ptr(rdi), ax);
+        lea(rbx, ptr(r12 - 30)); imul_3(rbx, rbx, 77i32); mov(r9, rbx); cmp(r12d, 9i32); bts(qword_ptr(r13 + 0x400), rbx); adc(rax, r9); jz(again);
+        lock().btr(dword_ptr(r13 + 0x404), r9d); adc(rax, rax); btc(qword_ptr(r13 + r12 * 8 + 0x300), r9); adc(rax, rbx); bt(dword_ptr(rdi - 60), ebx);
+        adc(rax, rbx); bt(word_ptr(rdi - 60), bx); rcr(rax, 1i32); dec(r12); jnz(again); ud2();
+    );
+    let (exception, _, counters) = both(&[(CODE, &code)]);
+    assert_eq!(exception.vector, vector::UD);
+    // STD, CLD and BT of 16 bits, in overlapping blocks.
+    assert!(counters.called_instructions < 10, "{counters:?}");
+}
+
+#[test]
+fn reads_with_their_writes_a_little_later() {
+    // What is between has opcode extensions of all numbers, names, flags, vectors, ways out; the pages are one and two.
+    let code = asm!(64 at CODE, [again, out];
+        mov(r12d, 40i32); lea(rsi, ptr(rdi + 0xff4)); set_label(&mut again);
+        mov(eax, dword_ptr(rsi + 4)); or(eax, 8i32); mov(dword_ptr(rsi + 4), eax); mov(rax, qword_ptr(rdi + 8)); ror(rax, 7i32); not(rax); mov(qword_ptr(rdi + 8), rax);
+        mov(rcx, qword_ptr(rdi + 0x20)); adc(rcx, 77i32); sbb(rcx, rdx); rcl(rcx, 3i32); mov(r9, rcx); xor(r9, r11); inc(rcx); mov(dword_ptr(rdi + 0x24), ecx);
+        mov(rbx, qword_ptr(rsi - 8)); xchg(rbx, rdx); sar(rdx, 2i32); neg(rdx); cmp(r12d, 3i32); je(out); mov(qword_ptr(rsi - 1), rdx);
+        movdqu(xmm1, xmmword_ptr(rdi + 0x40)); paddq(xmm1, xmm2); movd(xmm2, eax); pxor(xmm2, xmm1); movdqa(xmmword_ptr(rdi + 0x40), xmm2);
+        mov(bl, byte_ptr(rdi + 0x61)); mov(ah, bl); bswap(rbx); mov(byte_ptr(rdi + 0x60), ah); movups(xmm3, xmmword_ptr(rsi + 3)); addps(xmm3, xmm1); movups(xmmword_ptr(rsi + 2), xmm3);
+        cmp(rax, qword_ptr(rdi + 0x70)); setc(bl); dec(rbx); mov(qword_ptr(rdi + 0x70), rbx); add(rsi, 1i32); dec(r12d); jnz(again);
+        set_label(&mut out); ud2();
+    );
+    let (exception, ..) = both(&[(CODE, &code)]);
+    assert_eq!(exception.vector, vector::UD);
+    // A loop of a few rounds.
+    let code = asm!(64 at CODE, [again];
+        mov(r12d, 700i32); mov(rsi, rdi); set_label(&mut again);
+        mov(rax, qword_ptr(rsi)); ror(rax, 9i32); lea(rax, ptr(rax + r12)); or(rax, 1i32); mov(qword_ptr(rsi), rax); add(rsi, 5i32); dec(r12d); jnz(again); ud2();
+    );
+    let (exception, ..) = both(&[(CODE, &code)]);
+    assert_eq!(exception.vector, vector::UD);
 }
 
 /// A little of everything that accesses memory off one register, which is `rdi` and may be anywhere.

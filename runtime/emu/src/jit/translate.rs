@@ -1,14 +1,17 @@
 //! One block into host code, in one pass over plans made beforehand.
 
+use iced_x86::CpuidFeature;
+
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Asm, Code, Copies, Ea, Rm};
 use super::env::CalledOp;
 use super::far::{Elsewhere, Unlinked};
 use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_CX, GUEST_DX, GUEST_SP, host_of};
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Operand, Plan};
-use super::spans::{Address, SLOTS, Spans};
+use super::spans::{SLOTS, Spans};
 use super::stubs::Stubs;
 use super::vector::{GuardMiss, Known};
+use crate::host::HostFeatures;
 use crate::host::inline::Inline;
 use crate::op::Op;
 
@@ -42,6 +45,8 @@ pub struct FarLink {
     pub site: u32,
     pub tag: u32,
     pub goes: Goes,
+    /// Life of the page that it is linked to; 0: to none.
+    pub life: u32,
 }
 
 /// Where such a jump goes.
@@ -67,8 +72,24 @@ pub(super) enum Miss {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SpanMiss {
     pub slot: u8,
+    /// Its linear address: a register of the guest's and a distance, or rcx.
+    pub at: Ea,
+    pub wanted: Wanted,
+}
+
+/// What a probe asks for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
     pub bytes: u16,
     pub write: bool,
+}
+
+/// An instruction with its operands.
+#[derive(Clone, Copy)]
+struct Form {
+    code: Code,
+    field: Field,
+    operand: Operand,
 }
 
 /// Where a missed access or an unlinked jump goes on, after the block.
@@ -156,6 +177,10 @@ pub struct Translator {
     pub(super) known: Known,
     /// By slot of a span: where in it an operand is that is aligned, and to what.
     pub(super) aligned: [Option<(i16, u8)>; SLOTS],
+    /// By slot of a span: what it adds is in rcx alone.
+    pub(super) brief: [bool; SLOTS],
+    /// The op being translated leaves rdx alone until its access is done.
+    pub(super) spares_rdx: bool,
     /// The next op notes itself as an x87 instruction, and nobody can look before.
     pub(super) noted_next: bool,
     pub(super) page: u64,
@@ -190,13 +215,15 @@ impl std::fmt::Debug for Translator {
 }
 
 /// Bytes of the look at the run word, by which the entries of blocks begin, but for bridges.
-pub const LOOK: u32 = 11;
+pub const LOOK: u32 = 8;
 /// Bytes of code that a block takes at most.
 pub const MAX_BLOCK: usize = 48 << 10;
 
 impl Translator {
     pub fn new(stubs: Stubs, tables: Tables, counting: bool) -> Self {
-        Self { stubs, tables, counting, ..Self::default() }
+        let mut asm = Asm::default();
+        asm.bmi2 = HostFeatures::detect().has(CpuidFeature::BMI2);
+        Self { asm, stubs, tables, counting, ..Self::default() }
     }
 
     /// The tables that code is made for.
@@ -236,6 +263,7 @@ impl Translator {
         self.plain = input.plain;
         self.known = Known::default();
         self.aligned = [None; SLOTS];
+        self.brief = [false; SLOTS];
         self.last = input.ops.len().saturating_sub(1);
         let start = input.ops.first().map_or(0, |op| op.start);
         self.start = start;
@@ -251,6 +279,7 @@ impl Translator {
             let from = usize::from(op.start - start);
             let bytes = &input.bytes[from..usize::from(op.end - start)];
             self.noted_next = self.is_x87(input, i + 1);
+            self.spares_rdx = spares_rdx(&plan, input.inlines[i].as_ref());
             match (plan.kind, &input.inlines[i]) {
                 (Kind::Vector, Some(inline)) => self.vector(op, &plan, inline, plan.live(after)),
                 _ => self.op(op, &plan, after, bytes),
@@ -258,9 +287,14 @@ impl Translator {
             let resume = self.asm.here();
             let restore = self.at() != At::Memory;
             let (known, copies) = (self.known, self.asm.copies);
-            for miss in std::mem::take(&mut self.misses) {
-                self.cold.push(Cold::Miss { miss, op: i, resume, restore, known, copies });
-            }
+            self.cold.extend(self.misses.drain(..).map(|miss| Cold::Miss {
+                miss,
+                op: i,
+                resume,
+                restore,
+                known,
+                copies,
+            }));
         }
         self.finish(input, bases[1]);
         entries
@@ -268,7 +302,7 @@ impl Translator {
 
     /// Instructions of the block made last that are called.
     pub fn called(&self) -> usize {
-        self.plans.iter().filter(|plan| plan.kind == Kind::Call).count()
+        self.plans.iter().filter(|plan| matches!(plan.kind, Kind::Call)).count()
     }
 
     /// Accesses of the block made last that are not called, and those that go by a neighbour's probe.
@@ -301,7 +335,7 @@ impl Translator {
 
     /// Is op `index` an x87 instruction in place that accesses no memory?
     fn is_x87(&self, input: &Input<'_>, index: usize) -> bool {
-        let vector = self.plans.get(index).is_some_and(|plan| plan.kind == Kind::Vector);
+        let vector = self.plans.get(index).is_some_and(|plan| matches!(plan.kind, Kind::Vector));
         let inline = input.inlines.get(index).and_then(Option::as_ref);
         vector && inline.is_some_and(|inline| inline.note.is_some() && inline.memory.is_none())
     }
@@ -358,7 +392,8 @@ impl Translator {
             over = self.asm.here();
             memory = self.entry_memory(leave, live);
         }
-        self.asm.code[over - 1] = (self.asm.here() - over) as u8;
+        let distance = self.asm.here() - over;
+        self.asm.set_byte(over - 1, distance as u8);
         if self.counting {
             // Flags may be in use.
             self.asm.load(RCX, Ea::cpu(layout::COUNTED_BLOCKS));
@@ -429,7 +464,7 @@ impl Translator {
                     self.need_flags(live);
                 }
                 let imm = &bytes[bytes.len() - usize::from(imm)..];
-                self.copy(code, field, operand, place, imm);
+                self.copy(plan, Form { code, field, operand }, place, imm);
                 if plan.sets {
                     self.at = Some(At::Native);
                 }
@@ -490,7 +525,7 @@ impl Translator {
                 let place = self.access(op, plan, live);
                 self.asm.load(RDX, place);
                 self.asm.store(Ea::cpu(layout::TARGET), RDX);
-                let place = self.probe(&Address::PUSHED, Mem::Write, 8);
+                let place = self.probe_pushed();
                 self.asm.load(RDX, Ea::cpu(layout::TARGET));
                 self.asm.store(place, RDX);
                 self.asm.lea(GUEST_SP, Ea::at(GUEST_SP, -8));
@@ -520,6 +555,8 @@ impl Translator {
             }
             Kind::CompareExchange16 { code } => self.compare_exchange_16(op, plan, code, live),
             Kind::System(system) => self.system(op, plan, system, live),
+            Kind::Fill { repeated } => self.fill(op, plan, repeated, live),
+            Kind::BitString { code, register } => self.bit_string(op, plan, code, register, live),
             Kind::Multiply { operand, size, signed } => {
                 let rm = self.wide_operand(op, plan, live, operand);
                 self.need_flags(live);
@@ -632,7 +669,13 @@ impl Translator {
         }
     }
 
-    fn copy(&mut self, code: Code, field: Field, operand: Operand, place: Ea, imm: &[u8]) {
+    fn copy(&mut self, plan: &Plan, form: Form, place: Ea, imm: &[u8]) {
+        let Form { code, field, operand } = form;
+        if let Some((code, reg, rm)) = self.at_home(plan, form) {
+            self.emit(code, field, reg, rm);
+            self.asm.bytes(imm);
+            return self.put_back(field, reg, operand, rm);
+        }
         // One register of the guest in two scratch registers would come apart if it is written.
         let same = match (field, operand) {
             (Field::Reg(a, ..), Operand::Reg(b, ..)) => a == b && host_of(a).is_none(),
@@ -648,9 +691,38 @@ impl Translator {
             }
             _ => self.field(field, RDX),
         };
-        self.asm.op(code, reg, rm);
+        self.emit(code, field, reg, rm);
         self.asm.bytes(imm);
         self.put_back(field, reg, operand, rm);
+    }
+
+    fn emit(&mut self, code: Code, field: Field, reg: u8, rm: Rm) {
+        match field {
+            Field::Digit(digit) => self.asm.op_digit(code, digit, rm),
+            _ => self.asm.op(code, reg, rm),
+        }
+    }
+
+    /// An instruction between registers of the guest's one of which is in memory, as one that accesses it there, if there is
+    /// such a form: its opcode and operands.
+    fn at_home(&mut self, plan: &Plan, form: Form) -> Option<(Code, u8, Rm)> {
+        let Form { code, field, operand } = form;
+        let Operand::Reg(guest, _, written) = operand else { return None };
+        let home = |guest| Rm::Mem(Ea::cpu(layout::gpr(guest)));
+        match (host_of(guest), field) {
+            // The low half of a register that is written clears the other one.
+            (None, _) if written && plan.size == 4 || plan.size == 0 => None,
+            (None, Field::Reg(other, ..)) if other == guest => None,
+            (None, Field::High(..)) => None,
+            (None, _) if code.may_access_memory() => {
+                let reg = self.field(field, RDX);
+                Some((code, reg, home(guest)))
+            }
+            (Some(host), Field::Reg(other, true, false)) if host_of(other).is_none() => {
+                Some((code.with_operands_swapped()?, host, home(other)))
+            }
+            _ => None,
+        }
     }
 
     fn by_cl(&mut self, code: Code, field: Field, operand: Operand, place: Ea) {
@@ -783,7 +855,7 @@ impl Translator {
     pub(super) fn add_far_link(&mut self, site: usize, tag: usize, goes: Goes) -> u32 {
         let number = self.first_far_link + self.far_links.len() as u32;
         let [site, tag] = [site, tag].map(|position| self.asm.place(position) as u32);
-        self.far_links.push(FarLink { site, tag, goes });
+        self.far_links.push(FarLink { site, tag, goes, life: 0 });
         number
     }
 
@@ -791,7 +863,7 @@ impl Translator {
         let last = self.plans.last().copied();
         let end = input.ops.last().map_or(0, |op| op.end);
         if !last.is_some_and(|plan| plan.transfers()) {
-            if input.ends && last.is_some_and(|plan| plan.kind == Kind::Call) {
+            if input.ends && last.is_some_and(|plan| matches!(plan.kind, Kind::Call)) {
                 self.leave_to(i64::from(end));
             } else {
                 self.go_to(i64::from(end));
@@ -799,11 +871,12 @@ impl Translator {
         }
         self.pad();
         self.asm.go_on_at(cold);
-        while !self.cold.is_empty() {
-            for cold in std::mem::take(&mut self.cold) {
-                self.cold(cold, input);
-            }
+        let mut cold = std::mem::take(&mut self.cold);
+        while !cold.is_empty() {
+            cold.drain(..).for_each(|cold| self.cold(cold, input));
+            std::mem::swap(&mut cold, &mut self.cold);
         }
+        self.cold = cold;
         self.place_ops(input.ops);
         self.pad();
     }
@@ -883,16 +956,37 @@ impl Translator {
         while !self.asm.place(self.asm.here()).is_multiple_of(align_of::<CalledOp>()) {
             self.asm.bytes(&[0xcc]);
         }
-        let mut places: Vec<Option<usize>> = vec![None; ops.len()];
-        for (position, op) in std::mem::take(&mut self.references) {
-            let place = *places[op].get_or_insert_with(|| {
-                let place = self.asm.here();
-                let called = CalledOp { op: ops[op], opcode: self.plans[op].opcode };
-                self.asm.bytes(called.as_bytes());
-                place
-            });
+        // In the order of their ops, but for few.
+        let mut references = std::mem::take(&mut self.references);
+        references.sort_by_key(|(_, op)| *op);
+        let mut last = None;
+        for (position, op) in references.drain(..) {
+            let place = match last {
+                Some((known, place)) if known == op => place,
+                _ => {
+                    let place = self.asm.here();
+                    let called = CalledOp { op: ops[op], opcode: self.plans[op].opcode };
+                    self.asm.bytes(called.as_bytes());
+                    place
+                }
+            };
+            last = Some((op, place));
             self.asm.patch(position, place);
         }
+        self.references = references;
+    }
+}
+
+/// Does the op leave rdx alone until its access to memory is done?
+fn spares_rdx(plan: &Plan, inline: Option<&Inline>) -> bool {
+    let own = |guest| host_of(guest).is_some();
+    match plan.kind {
+        Kind::Vector => inline.is_some_and(|i| i.moves.iter().flatten().all(|m| m.host != RDX)),
+        Kind::Copy { field: Field::Digit(_), .. } | Kind::Push { register: None } => true,
+        Kind::Copy { field: Field::Reg(guest, ..), .. }
+        | Kind::Push { register: Some(guest) }
+        | Kind::Pop { register: guest } => own(guest),
+        _ => false,
     }
 }
 

@@ -7,7 +7,6 @@ use super::asm::{Code, Ea, Rm};
 use super::layout::{self, GUARD, host_of};
 use super::place;
 use super::plan::{CF, Flags, Kind, Mem, OF, PF, Plan, SF, ZF};
-use super::spans::Role;
 use super::translate::{Miss, Translator};
 use crate::host::guard;
 use crate::host::inline::{Inline, Names};
@@ -43,15 +42,16 @@ fn flags(bits: u32) -> Flags {
 
 /// The plan for `inline`, counted as `opcode`.
 pub fn plan(inline: &Inline, opcode: u32) -> Plan {
-    let (mem, size) = match inline.memory {
-        None => (Mem::None, 0),
-        Some(operand) if operand.access == Access::Read => (Mem::Read, operand.size),
-        Some(operand) => (Mem::Write, operand.size),
+    let (mem, size, align) = match inline.memory {
+        None => (Mem::None, 0, 0),
+        Some(operand) if operand.access == Access::Read => (Mem::Read, operand.size, operand.align),
+        Some(operand) => (Mem::Write, operand.size, operand.align),
     };
     Plan {
         kind: Kind::Vector,
         mem,
         size,
+        align,
         reads: flags(inline.flags_read),
         kills: flags(inline.flags_written),
         sets: flags(inline.flags_modified) != 0,
@@ -86,18 +86,8 @@ impl Translator {
         // First of all: a handler that does what an access misses may do it in spite of the guard.
         self.look_at_guard(inline, live);
         let mut place = None;
-        if let Some(operand) = inline.memory {
-            let mut at = self.access(op, plan, live);
-            if operand.align != 0 && !self.is_aligned(operand.align) {
-                self.keep_flags(live);
-                if at != Ea::at(RCX, 0) {
-                    self.asm.lea(RCX, at);
-                    at = Ea::at(RCX, 0);
-                }
-                self.asm.op(Code::one(0xf6), 0, Rm::Reg(RCX));
-                self.asm.bytes(&[operand.align]);
-                self.miss_if(5);
-            }
+        if inline.memory.is_some() {
+            let at = self.access(op, plan, live);
             if inline.loads_control_word {
                 self.load_control_word(at, live);
                 return;
@@ -153,24 +143,6 @@ impl Translator {
         self.asm.op(Code::one(0xd9), 5, Rm::Mem(Ea::cpu(layout::TARGET))); // fldcw
         // Not so if the handler did it.
         self.known.clear &= !guard::PENDING;
-    }
-
-    /// Is the current op's operand known to be aligned to `mask`, or will be when it is done?
-    fn is_aligned(&mut self, mask: u8) -> bool {
-        let (slot, at) = match self.spans.role(self.current) {
-            Role::Alone => return false,
-            Role::Head { slot, .. } => (slot, 0),
-            Role::Member { slot, at } => (slot, at),
-        };
-        let Some(known) = self.aligned.get_mut(usize::from(slot)) else { return false };
-        if let Some((aligned, known_mask)) = *known
-            && known_mask >= mask
-            && (at - aligned) & i16::from(mask) == 0
-        {
-            return true;
-        }
-        *known = Some((at, mask));
-        false
     }
 
     /// Makes sure that the instruction may simply run and has its registers, unless that is known.

@@ -31,6 +31,7 @@ use tlb::Tlb;
 
 /// Address translation of one vCPU.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Mmu {
     pub(crate) tlb: Tlb,
     pub(crate) phys: Arc<PhysMemory>,

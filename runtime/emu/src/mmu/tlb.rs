@@ -122,26 +122,27 @@ struct SlowWrite {
 /// Of them, by page.
 const SLOW_WRITES: usize = 8;
 
-/// The software TLB of one vCPU.
+/// The software TLB of one vCPU. What translated code uses comes first.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Tlb {
-    entries: Box<[Entry]>,
-    /// Entries of each table, less one.
-    mask: usize,
-    slow_writes: [Option<SlowWrite>; SLOW_WRITES],
-    /// Whose table is the current one, and where it starts.
-    who: Who,
-    active: usize,
-    /// Its address, for translated code.
+    /// Address of the current table, for translated code.
     table: u64,
-    /// What entries of the jump cache must be tagged with to count, lower and upper half: context and privilege.
-    jump_tags: [u32; 2],
-    /// [`JumpKey::salt`] of the lower half. The upper one has none.
-    jump_salt: u32,
     /// Current contexts for reading and fetching: lower half, upper half.
     read: [u64; 2],
     /// Current contexts for writing.
     write: [u64; 2],
+    /// What entries of the jump cache must be tagged with to count, lower and upper half: context and privilege.
+    jump_tags: [u32; 2],
+    /// [`JumpKey::salt`] of the lower half. The upper one has none.
+    jump_salt: u32,
+    /// Whose table is the current one, and where it starts.
+    who: Who,
+    active: usize,
+    entries: Box<[Entry]>,
+    /// Entries of each table, less one.
+    mask: usize,
+    slow_writes: [Option<SlowWrite>; SLOW_WRITES],
     next_context: u64,
     spaces: [Space; SPACES],
     current: usize,
