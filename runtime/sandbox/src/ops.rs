@@ -170,6 +170,11 @@ impl Found {
     /// The specification it was started with.
     pub fn spec(&self) -> Result<oci_spec::runtime::Spec, Error> {
         let path = self.place.dir.join(SPEC_FILE);
+        if self.state.status == Status::Running && !self.state.bare && !path.exists() {
+            return Err(self.wrong(
+                "it is a pod's machine, with no process of its own; `crictl exec` runs one in a container of it",
+            ));
+        }
         Ok(oci_spec::runtime::Spec::load(path).map_err(crate::spec::Error::from)?)
     }
 
