@@ -211,6 +211,11 @@ pub(super) fn refuse_what_does_not_hold(
         (file && args.entrypoint.is_some(), "--entrypoint", "its kernel is the program"),
         (args.hostname.is_some(), "--hostname", "nothing in it takes one"),
         (args.stop_signal.is_some(), "--stop-signal", "it takes no signals"),
+        (
+            args.memory_max.is_some(),
+            "--memory-max",
+            "its memory stays as it is: it has no agent of mvm's",
+        ),
         (args.console.is_some(), "--console", "its console is what it prints"),
         (!args.tmpfs.is_empty(), "--tmpfs", "it has no file systems of mvm's"),
         (
@@ -452,6 +457,7 @@ mod tests {
             "--read-only",
             "--privileged",
             "--user=1",
+            "--memory-max=1g",
             "--tmpfs=/x",
             "--cap-add=ALL",
         ] {

@@ -26,8 +26,8 @@ use super::modules;
 use super::{Context, unikernel, volumes};
 use crate::cli::{RunArgs, TimingsFormat};
 use crate::images::{self, Ready};
-use crate::output::{EXIT_CLOSED, complain, size};
-use crate::settings::{Config, Setting, Settings};
+use crate::output::{EXIT_CLOSED, causes, complain, size};
+use crate::settings::{Config, Origin, Setting, Settings};
 use crate::signals::{ENDING, Signals};
 use crate::terminal::{self, Raw};
 use crate::{detach, embedded, env_file};
@@ -76,6 +76,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     }
     settings.suggest(size);
     let resources = Resources::of(&settings, MIN_MEMORY)?;
+    let note = growth(&settings, &resources)?;
     options.cpus = Some(resources.cpus);
     let engine = outlook.decide(engine::Guest::Linux).map_err(Error::from)?;
     let kernel = embedded::kernel(settings.kernel.value.as_deref())?;
@@ -85,6 +86,9 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     }
     if args.background {
         detach::leave_session()?;
+    }
+    if let Some(note) = note {
+        complain(&format!("note: {note}"));
     }
 
     let signals = Signals::catch()?;
@@ -206,6 +210,32 @@ pub(super) fn memory_max(settings: &Settings) -> anyhow::Result<Option<u64>> {
         );
     }
     Ok(Some(bytes))
+}
+
+/// Checks what the machine can grow to against what it starts with. Who asks for less than that for this machine is refused;
+/// what is set for all machines holds for those that it can hold for, and this returns what to tell of another one.
+fn growth(settings: &Settings, resources: &Resources) -> anyhow::Result<Option<String>> {
+    let short = short_of(settings, resources.memory, resources.memory_max);
+    let Some(short) = short else { return Ok(None) };
+    if settings.memory_max.origin == Origin::Flag {
+        bail!(
+            "{short}; with more of the one or less of the other ({}) it can grow",
+            settings.memory.named("memory")
+        );
+    }
+    Ok(Some(format!("{short}: it cannot grow")))
+}
+
+/// What is wrong with a size to grow to that is below the size of the machine.
+pub(super) fn short_of(settings: &Settings, memory: u64, memory_max: u64) -> Option<String> {
+    let asked = settings.memory_max.value.as_deref()?;
+    let named = settings.memory_max.named("memory-max");
+    (1..memory).contains(&memory_max).then(|| {
+        format!(
+            "{named} {asked}: less than the {} of memory that the machine starts with",
+            size(memory)
+        )
+    })
 }
 
 pub(super) fn cpus(settings: &Settings) -> anyhow::Result<CpuShare> {
@@ -501,6 +531,7 @@ mod tests {
 
     use super::*;
     use crate::cli::{Cli, Command};
+    use crate::settings::Places;
 
     fn args(list: &[&str]) -> Box<RunArgs> {
         let all = ["mvm", "run"].iter().chain(list).chain(&["image"]);
@@ -513,7 +544,9 @@ mod tests {
     fn refused(list: &[&str]) -> String {
         let args = args(list);
         let settings = Settings::of_run(&args, &Config::default()).unwrap();
-        match (options(&args, &settings), Resources::of(&settings, MIN_MEMORY)) {
+        let resources = Resources::of(&settings, MIN_MEMORY);
+        let grown = resources.and_then(|resources| growth(&settings, &resources));
+        match (options(&args, &settings), grown) {
             (Err(e), _) | (_, Err(e)) => format!("{e:#}"),
             _ => panic!("{list:?} is taken"),
         }
@@ -546,11 +579,34 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_of_growth_that_is_set_for_all_machines_does_not_stop_larger_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("mvm.toml");
+        let told = |max: &str, list: &[&str]| {
+            std::fs::write(&file, format!("memory-max = '{max}'\n")).unwrap();
+            let config = Config::load(&Places::current(Some(&file))).unwrap();
+            let settings = Settings::of_run(&args(list), &config).unwrap();
+            let resources = Resources::of(&settings, MIN_MEMORY).unwrap();
+            growth(&settings, &resources).unwrap()
+        };
+        let note = told("1g", &["--memory", "2g"]).unwrap();
+        assert!(note.starts_with("memory-max in ") && note.contains("mvm.toml:1 1g"), "{note}");
+        assert!(note.ends_with("2.0GiB of memory that the machine starts with: it cannot grow"));
+        for (max, list) in
+            [("1g", &["--memory", "1g"][..]), ("0", &[]), ("1g", &["--memory-max=0"])]
+        {
+            assert_eq!(told(max, list), None);
+        }
+    }
+
+    #[test]
     fn bad_values_are_refused_by_name() {
         for (list, want) in [
             (&["--memory", "8m"][..], "--memory 8m: a guest needs at least 64.0MiB"),
             (&["--memory", "lots"], "\"lots\""),
             (&["--memory", "600g"], "at most 512GiB"),
+            (&["--memory-max", "511m"], "--memory-max 511m: less than the 512MiB of memory"),
+            (&["--memory", "2g", "--memory-max=1g"], "(--memory)"),
             (&["--cpus", "0"], "\"0\""),
             (&["--cap-add", "NOPE"], "\"NOPE\""),
             (&["--ulimit", "x=1"], "\"x=1\""),

@@ -54,14 +54,18 @@ impl Host for Program {
             None => parse_size(&settings.memory.value)?,
         };
         let memory = memory.checked_next_multiple_of(PIECE).unwrap_or(u64::MAX);
+        let memory = memory.clamp(MIN_MEMORY, mvm_vmm::layout::MAX_MEMORY);
         let memory_max = match super::run::memory_max(&settings)? {
             Some(bytes) => bytes,
             None if settings.hugepages.value == HugePages::Pool => 0,
             None => host_memory()?,
         };
+        if let Some(short) = super::run::short_of(&settings, memory, memory_max) {
+            tracing::warn!("{short}: it cannot grow");
+        }
         Ok(Hardware {
             vcpus,
-            memory: memory.clamp(MIN_MEMORY, mvm_vmm::layout::MAX_MEMORY),
+            memory,
             memory_max,
             hugepages: settings.hugepages.value,
             engine: outlook.decide(engine::Guest::Linux)?,
