@@ -33,7 +33,7 @@ use super::disk::{self, Asked};
 use super::modules;
 use super::run::{self, announce_engine, cpus, give_up, interrupted, output_failed, stopped};
 use crate::cli::RunArgs;
-use crate::output::{complain, size};
+use crate::output::{causes, complain, size};
 use crate::settings::{Config, Origin, Settings};
 use crate::signals::{ENDING, Signals};
 use crate::terminal::{self, Raw};
@@ -327,11 +327,12 @@ fn lead(
     let ending = ended?;
     timings.mark("process ended");
     let cost = args.timings.and_then(|_| sandbox.cost());
-    let code = ending.exit_code;
-    sandbox.finish(&ending)?;
+    let code = run::finish(sandbox, &ending);
     timings.mark("teardown");
-    if !args.background {
-        run::show_timings(args, timings, cost.as_ref())?;
+    if !args.background
+        && let Err(e) = run::show_timings(args, timings, cost.as_ref())
+    {
+        complain(&causes(&e));
     }
     Ok(code)
 }

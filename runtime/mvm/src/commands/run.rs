@@ -429,13 +429,14 @@ impl Run<'_> {
         if ending.oom_killed {
             complain("the container ran out of memory; give it more by --memory");
         }
-        let code = ending.exit_code;
         let cost = self.args.timings.and_then(|_| self.sandbox.cost());
         let Self { args, sandbox, mut timings, .. } = self;
-        sandbox.finish(&ending)?;
+        let code = finish(sandbox, &ending);
         timings.mark("teardown");
-        if !args.background {
-            show_timings(args, &timings, cost.as_ref())?;
+        if !args.background
+            && let Err(e) = show_timings(args, &timings, cost.as_ref())
+        {
+            complain(&causes(&e));
         }
         match failure {
             Some(e) => Err(e.into()),
@@ -460,16 +461,38 @@ pub(super) fn announce_engine(sandbox: &Sandbox, notice: Option<&str>) {
     }
 }
 
+/// Takes the machine down, and returns the exit code. What of that fails, on a full disk for instance, is told, and changes
+/// nothing about how the container ended.
+pub(super) fn finish(sandbox: Sandbox, ending: &Ending) -> i32 {
+    let name = sandbox.state().name.clone();
+    match sandbox.finish(ending) {
+        Ok(()) => {}
+        Err(e @ Error::State(_)) => {
+            complain(&format!("cannot record how container {name} ended: {e}"))
+        }
+        Err(e) => complain(&format!("cannot clean up after container {name}: {e}")),
+    }
+    ending.exit_code
+}
+
+/// The same of a container that nobody ran: nothing is left. Why it did not run is what matters.
+fn abandon(sandbox: Sandbox, reason: &str) {
+    let name = sandbox.state().name.clone();
+    if let Err(e) = sandbox.abandon(reason) {
+        complain(&format!("cannot clean up after container {name}: {e}"));
+    }
+}
+
 /// The guest's program never ran: nothing is left, and the caller says why.
 pub(super) fn give_up(sandbox: Sandbox, error: Error) -> anyhow::Result<i32> {
-    sandbox.abandon(&error.to_string())?;
+    abandon(sandbox, &error.to_string());
     Err(error.into())
 }
 
 /// A signal came while the machine was starting: nothing is left.
 pub(super) fn interrupted(sandbox: Sandbox, signal: i32) -> anyhow::Result<i32> {
     let reason = format!("interrupted by {} while the machine was starting", signal_name(signal));
-    sandbox.abandon(&reason)?;
+    abandon(sandbox, &reason);
     complain(&reason);
     Ok(128 + signal)
 }
