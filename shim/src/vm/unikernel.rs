@@ -82,7 +82,8 @@ pub fn boot(
     interrupt: &Flag,
 ) -> Result<Streams> {
     let Files { kernel, initrd, disk } =
-        Files::extract(plan, &DirTree::open(root).map_err(bad)?).map_err(bad)?;
+        Files::extract(plan, &DirTree::open(root).map_err(bad)?, &sandbox.place().logs)
+            .map_err(bad)?;
     let mut dialect = plan.dialect.clone();
     dialect.look_into(&kernel).map_err(Error::failed_to("cannot read the kernel"))?;
     let mut left_out = plan.left_out.clone();
