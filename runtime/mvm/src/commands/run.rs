@@ -128,6 +128,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         Ok(shares) => (!shares.is_empty()).then_some(shares),
         Err(e) => return give_up(sandbox, Error::Setup(e.to_string())),
     };
+    let boot_limit = settings.boot_limit();
     let plan = MachinePlan {
         vcpus: resources.cpus.vcpus(),
         memory: resources.memory,
@@ -142,7 +143,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         shares,
         cmdline: settings.cmdline.value.unwrap_or_default(),
         console: args.console.as_deref().map(open_console).transpose()?,
-        boot_limit: Duration::from_secs(settings.boot_timeout.value),
+        boot_limit,
         owner_gone: OwnerGone::Continue,
     };
     let code = Run { args, signals, sandbox, timings }.lead(plan, &container)?;

@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use containerd_shim_mvm::host::{Bare, Hardware, Host, Size};
@@ -73,7 +72,7 @@ impl Host for Program {
             kernel: embedded::kernel(settings.kernel.value.as_deref())?,
             initramfs: embedded::initramfs(settings.initrd.value.as_deref())?,
             cmdline: settings.cmdline.value.clone().unwrap_or_default(),
-            boot_limit: Duration::from_secs(settings.boot_timeout.value),
+            boot_limit: settings.boot_limit(),
             stop_timeout: settings.stop_timeout.value,
         })
     }
