@@ -265,6 +265,27 @@ fn a_container_on_a_disk_that_became_full_can_be_removed() {
 }
 
 #[test]
+fn a_disk_that_becomes_full_during_a_run_takes_no_exit_code_away() {
+    let run = on_small_disk(
+        "8m",
+        "mvm=\"$0\"; root=\"$1\"; archive=\"$2\"; mvm() { \"$mvm\" --root \"$root\" \"$@\"; }
+         mvm image import \"$archive\" >&2
+         fill() { until grep -qs up \"$root/../out\"; do sleep 0.1; done
+                  head -c 9m /dev/zero >\"$root/filler\" 2>/dev/null; echo go; }
+         fill | mvm run -i --name full --engine emu busybox sh -c 'echo up; read x; exit 7' >\"$root/../out\"
+         echo code $?; mvm wait full; mvm rm full",
+    )
+    .expect_code(0);
+    assert_eq!(run.out(), "code 7\n7\nfull\n", "{}", run.err());
+    let told = run
+        .err()
+        .lines()
+        .filter(|line| line.contains("cannot record how container full ended"))
+        .count();
+    assert!(told == 1 && run.err().contains("No space left on device"), "{}", run.err());
+}
+
+#[test]
 fn a_disk_that_is_full_before_a_run() {
     let run = on_small_disk(
         "8m",

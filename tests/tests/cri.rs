@@ -283,12 +283,13 @@ fn exec_and_attach_have_streams() {
     let pod = cri.run_pod(cri.pod_config("streams"));
     let mut config = cri.container_config(
         "talker",
-        "echo up; while read line; do echo \"heard $line\"; echo \"$line\" >&2; \
+        "echo up; while sleep 0.2; do echo tick; echo tock >&2; done & \
+         while read line; do echo \"heard $line\"; echo \"$line\" >&2; \
          [ \"$line\" != end ] || exit 4; done",
     );
     config.stdin = true;
     let id = cri.start(&pod, config);
-    eventually("its output", || cri.log(&pod, "talker") == "up\n");
+    eventually("its output", || cri.log(&pod, "talker").starts_with("up\n"));
 
     let mut exec = cri.exec_session(&id, "read a; echo out $a; echo err >&2; exit 3", false);
     exec.say(STDIN, b"in\n");
@@ -311,12 +312,19 @@ fn exec_and_attach_have_streams() {
     exec.wait_for(STDOUT, "sized now");
     assert_eq!(exec.code(), Ok(0));
 
-    // To attach is to hear what comes from now on; who goes leaves the process as it is.
-    let mut first = cri.attach(&id, false);
+    // To attach is to hear what comes from now on, on both streams once containerd has joined them: input comes through
+    // before. Who goes leaves the process as it is.
+    let attach = || {
+        let mut session = cri.attach(&id, false);
+        session.wait_for(STDOUT, "tick");
+        session.wait_for(STDERR, "tock");
+        session
+    };
+    let mut first = attach();
     first.say(STDIN, b"one\n");
     first.wait_for(STDOUT, "heard one");
     drop(first);
-    let mut second = cri.attach(&id, false);
+    let mut second = attach();
     second.say(STDIN, b"two\n");
     second.wait_for(STDOUT, "heard two");
     second.wait_for(STDERR, "two");

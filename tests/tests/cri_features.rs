@@ -79,6 +79,25 @@ fn limits_are_changed_while_it_runs_and_figures_are_told() {
     let all = cri.all_stats();
     assert_eq!(all.len(), 2, "{all:?}");
     assert!(all.contains_key(&id) && all.contains_key(&other), "{all:?}");
+
+    // The node's own view: the pod's machine, and what is in it.
+    let machine = ctd.mvm(&["ps", "-q"]).expect_code(0).out();
+    let stats = ["stats", "--format", "json", machine.trim()];
+    let stats = ctd.mvm(&stats).expect_code(0).out();
+    let stats: serde_json::Value = serde_json::from_str(&stats).expect("JSON");
+    let figure = |pointer: &str| stats.pointer(pointer).and_then(serde_json::Value::as_f64);
+    let some =
+        |pointer: &str| assert!(figure(pointer).is_some_and(|n| n > 0.0), "{pointer}: {stats}");
+    for pointer in ["/memory", "/host/cpu_seconds", "/guest/memory_total", "/guest/memory_current"]
+    {
+        some(pointer);
+    }
+    for container in [&id, &other] {
+        some(&format!("/guest/containers/{container}/cpu/usage_usec"));
+        some(&format!("/guest/containers/{container}/pids"));
+    }
+    let table = ctd.mvm(&["stats"]).expect_code(0).out();
+    assert!(table.contains(&id[..13]) && table.contains(&other[..13]), "{table}");
     end(&cri, &ctd, &pod);
 }
 

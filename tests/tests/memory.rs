@@ -81,6 +81,9 @@ fn a_machine_that_was_not_made_to_grow_says_so() {
     let both = ["run", "--rm", "--memory-max", "1g", "--hugepages", "2m", "busybox", "true"];
     let refused = world.mvm(&both).expect_code(125);
     assert!(refused.err().contains("huge pages"), "{}", refused.err());
+    let less = ["run", "--rm", "--memory", "1g", "--memory-max", "512m", "busybox", "true"];
+    let refused = world.mvm(&less).expect_code(125);
+    assert!(refused.err().contains("--memory-max 512m: less than"), "{}", refused.err());
 }
 
 #[test]

@@ -28,6 +28,9 @@ use crate::sys::{self, Clone};
 /// How long a hook may take that does not say it itself.
 const LIMIT: Duration = Duration::from_secs(300);
 
+/// What is as good as no limit, and can be added to the time.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// Most bytes of what a failed hook wrote that an error shows.
 const MAX_SHOWN: u64 = 2048;
 
@@ -37,7 +40,7 @@ const NOT_EXECUTED: i32 = 127;
 /// How long a hook may take.
 pub fn limit(hook: &Hook) -> Duration {
     let seconds = hook.timeout().and_then(|t| u64::try_from(t).ok()).filter(|t| *t > 0);
-    seconds.map_or(LIMIT, Duration::from_secs)
+    seconds.map_or(LIMIT, Duration::from_secs).min(LONGEST)
 }
 
 /// What the process that is to become the program has got ready for it.
@@ -204,5 +207,15 @@ mod tests {
         assert_eq!(told["pid"], getpid().as_raw());
         assert_eq!((&told["id"], &told["status"]), (&"c1".into(), &"created".into()));
         assert!(matches!(state(b"[]"), Err(Error::Invalid(_))));
+    }
+
+    #[test]
+    fn any_limit_can_be_added_to_the_time() {
+        for (timeout, seconds) in [(0, 300), (-5, 300), (7, 7), (i64::MAX, LONGEST.as_secs())] {
+            let hook = serde_json::json!({ "path": "/x", "timeout": timeout });
+            let limit = limit(&serde_json::from_value(hook).unwrap());
+            assert_eq!(limit, Duration::from_secs(seconds));
+            assert!(Instant::now().checked_add(limit).is_some());
+        }
     }
 }

@@ -366,6 +366,18 @@ mod tests {
     use super::*;
     use vm_memory::Bytes;
 
+    /// The same RAM, as another process has it.
+    fn borrower(ram: &GuestRam) -> GuestRam {
+        let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
+        let loans = ram.lend().into_iter().map(|l| Loan {
+            start: l.start,
+            size: l.size,
+            ram: own(l.ram),
+            tracker: own(l.tracker),
+        });
+        GuestRam::attach(loans.collect()).unwrap()
+    }
+
     #[test]
     fn writes_through_the_memory_view_reach_the_tracker() {
         let ram = GuestRam::new(&[(0, 0x4000), (0x1_0000, 0x2000)]).unwrap();
@@ -413,14 +425,7 @@ mod tests {
         memory.write_obj(7u8, GuestAddress(0x1_1fff)).unwrap();
         assert!(memory.write_obj(7u16, GuestAddress(0x1_1fff)).is_err());
         // Those who borrow it are bound by the same limit.
-        let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
-        let loans = ram.lend().into_iter().map(|l| Loan {
-            start: l.start,
-            size: l.size,
-            ram: own(l.ram),
-            tracker: own(l.tracker),
-        });
-        let borrower = GuestRam::attach(loans.collect()).unwrap();
+        let borrower = borrower(&ram);
         assert!(borrower.memory().write_obj(1u8, GuestAddress(0x1_2000)).is_err());
         growing.tracker.make_usable(0x4000);
         borrower.memory().write_obj(1u8, GuestAddress(0x1_2000)).unwrap();
@@ -484,14 +489,7 @@ mod tests {
     #[test]
     fn a_borrower_writes_the_same_ram_and_the_lender_hears_of_it() {
         let ram = GuestRam::new(&[(0, 0x4000), (0x1_0000, 0x2000)]).unwrap();
-        let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
-        let loans = ram.lend().into_iter().map(|l| Loan {
-            start: l.start,
-            size: l.size,
-            ram: own(l.ram),
-            tracker: own(l.tracker),
-        });
-        let borrower = GuestRam::attach(loans.collect()).unwrap();
+        let borrower = borrower(&ram);
         let generation = ram.regions()[1].tracker.code_page(1).unwrap().watch(0, 16);
         assert_eq!(ram.regions()[0].tracker.notices().count(), 0);
         borrower.memory().write_obj(0x55_u8, GuestAddress(0x1_1008)).unwrap();

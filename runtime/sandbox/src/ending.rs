@@ -1,7 +1,8 @@
 //! How a sandbox ended, told to those who wait for it.
 //!
-//! Each sandbox has a file that is empty until its end. Waiters hold it open: they are woken when
-//! it is written, and can still read it when `--rm` has removed the directory.
+//! Each sandbox has a file that is blank until its end. Waiters hold it open: they are woken when
+//! it is written, and can still read it when `--rm` has removed the directory. Its room on the disk is taken
+//! at the start: the end can be told on a disk that has become full.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -18,6 +19,9 @@ use crate::procid::{PidFd, ProcessId};
 /// The file's name in the sandbox's directory.
 pub const ENDING_FILE: &str = "ending";
 
+/// Bytes that are kept for it: enough for any reason of ours, which are a line.
+const ROOM: usize = 1024;
+
 /// How a sandbox ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ending {
@@ -29,9 +33,14 @@ pub struct Ending {
     pub reason: Option<String>,
 }
 
-/// Makes the empty file.
+/// Makes the blank file.
 pub fn prepare(dir: &Path) -> io::Result<()> {
-    File::create(dir.join(ENDING_FILE)).map(drop)
+    File::create(dir.join(ENDING_FILE))?.write_all(&[b' '; ROOM])
+}
+
+/// What it says, if the sandbox in `dir` has ended.
+pub fn look(dir: &Path) -> Option<Ending> {
+    serde_json::from_slice(&std::fs::read(dir.join(ENDING_FILE)).ok()?).ok()
 }
 
 /// Writes it and so wakes the waiters. In place: they hold this very file.
@@ -137,6 +146,20 @@ mod tests {
 
     fn ending() -> Ending {
         Ending { exit_code: 3, oom_killed: false, reason: Some("why".into()) }
+    }
+
+    #[test]
+    fn what_is_told_fits_into_the_room_that_was_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(look(dir.path()), None);
+        prepare(dir.path()).unwrap();
+        assert_eq!(look(dir.path()), None, "blank");
+        let size = || std::fs::metadata(dir.path().join(ENDING_FILE)).unwrap().len();
+        let before = size();
+        let reason = Some("its monitor process 4194304 was ended by SIGKILL ".repeat(10));
+        let ending = Ending { reason, ..ending() };
+        announce(dir.path(), &ending).unwrap();
+        assert_eq!((look(dir.path()), size()), (Some(ending), before));
     }
 
     #[test]

@@ -16,6 +16,9 @@ const STALL: Duration = Duration::from_secs(10);
 /// once.
 const PAUSE: Duration = Duration::from_secs(3);
 
+/// How long all of it may take, whatever progress there is: a guest is not trusted to get on with it.
+const LONGEST: Duration = Duration::from_secs(600);
+
 /// How often it is looked whether it has. No event of the guest tells: it is its kernel's own affair.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -34,14 +37,14 @@ pub fn resize(control: &mut ControlClient, guest: &Guest, bytes: u64) -> Result<
     if more == 0 {
         return Ok(control.status()?.memory);
     }
-    let now = reach(wanted, STALL, || Ok(control.status()?.memory.now))?;
+    let now = reach(wanted, STALL, LONGEST, || Ok(control.status()?.memory.now))?;
     if now < wanted {
         control.resize(now)?;
         return Err(Error::NotGrown { now, wanted });
     }
     // The driver has it; the kernel puts it to use a moment later.
     let known = known.saturating_add(more);
-    let used = reach(known, STALL, || Ok(guest.info()?.memory_total_bytes))?;
+    let used = reach(known, STALL, LONGEST, || Ok(guest.info()?.memory_total_bytes))?;
     if used < known {
         tracing::warn!(
             "the guest has plugged {more} bytes more, and its kernel says that it has {used} of {known}"
@@ -58,18 +61,20 @@ pub fn settle(control: &mut ControlClient) -> Result<MemorySize, Error> {
     let wanted = control.status()?.memory.wanted;
     // What is left, counted down.
     let left = |size: MemorySize| u64::MAX - size.now.saturating_sub(wanted);
-    reach(u64::MAX, PAUSE, || Ok(left(control.status()?.memory)))?;
+    reach(u64::MAX, PAUSE, LONGEST, || Ok(left(control.status()?.memory)))?;
     Ok(control.status()?.memory)
 }
 
-/// Looks until the value is `goal` or more, or has not changed for `stall`. Returns the last one.
+/// Looks until the value is `goal` or more, or has not changed for `stall`, or `longest` is over. Returns the last one.
 fn reach(
     goal: u64,
     stall: Duration,
+    longest: Duration,
     mut look: impl FnMut() -> Result<u64, Error>,
 ) -> Result<u64, Error> {
-    let (mut last, mut changed) = (look()?, Instant::now());
-    while last < goal && changed.elapsed() < stall {
+    let begun = Instant::now();
+    let (mut last, mut changed) = (look()?, begun);
+    while last < goal && changed.elapsed() < stall && begun.elapsed() < longest {
         std::thread::sleep(LOOK);
         let now = look()?;
         if now != last {
@@ -87,9 +92,21 @@ mod tests {
     fn growth_is_waited_for_as_long_as_there_is_some() {
         let mut steps = [5, 5, 6, 7, 9].into_iter();
         let mut look = || Ok(steps.next().unwrap());
-        assert_eq!(reach(8, Duration::from_secs(600), &mut look).unwrap(), 9);
-        assert_eq!(reach(8, Duration::ZERO, || Ok(7)).unwrap(), 7, "it is given up");
-        assert_eq!(reach(8, Duration::from_millis(30), || Ok(7)).unwrap(), 7);
-        assert!(reach(8, STALL, || Err(Error::Interrupted)).is_err());
+        let long = Duration::from_secs(600);
+        assert_eq!(reach(8, long, long, &mut look).unwrap(), 9);
+        assert_eq!(reach(8, Duration::ZERO, long, || Ok(7)).unwrap(), 7, "it is given up");
+        assert_eq!(reach(8, Duration::from_millis(30), long, || Ok(7)).unwrap(), 7);
+        assert!(reach(8, STALL, long, || Err(Error::Interrupted)).is_err());
+    }
+
+    #[test]
+    fn a_guest_that_dawdles_is_waited_for_so_long_and_no_longer() {
+        let (mut now, long) = (0, Duration::from_secs(600));
+        let dawdle = || {
+            now += 1;
+            Ok(now)
+        };
+        let reached = reach(u64::MAX, long, Duration::from_millis(30), dawdle).unwrap();
+        assert!((1..u64::MAX).contains(&reached));
     }
 }

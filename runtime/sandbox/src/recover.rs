@@ -63,6 +63,10 @@ fn judge(place: &Place, state: &State) -> Verdict {
     if state.boot_id != boot_id() {
         return ended(EXIT_UNKNOWN, "the host was restarted while it ran".into());
     }
+    // Its owner has told that, and could not write the rest down.
+    if let Some(ending) = ending::look(&place.dir) {
+        return Verdict::Ended(ending);
+    }
     let owner = state.owner.pid;
     let Some(monitor) = state.monitor.filter(ProcessId::is_alive) else {
         return machine_gone(place, state);
@@ -123,10 +127,10 @@ fn record(place: &Place, mut state: State, ending: &Ending) -> Result<State, Err
         tracing::warn!("the socket to the guest of sandbox {}: {e}", state.id);
     }
     state.finish(ending);
-    let announced = || ending::announce(&place.dir, ending);
     let saved = state.save(&place.dir).map_err(Error::from);
+    let announced = ending::announce(&place.dir, ending);
     let what = || place.dir.display().to_string();
-    if let Err(e) = saved.and_then(|()| announced().map_err(Error::io(what()))) {
+    if let Err(e) = saved.and_then(|()| announced.map_err(Error::io(what()))) {
         // On a full disk for instance, where it has to be possible to remove it. Whoever looks next finds out the same.
         tracing::warn!("the end of sandbox {} cannot be written down: {e}", state.id);
     }
@@ -171,6 +175,10 @@ mod tests {
     use crate::state::sample;
 
     fn stale(change: impl FnOnce(&mut State)) -> State {
+        stale_and(change, |_| {})
+    }
+
+    fn stale_and(change: impl FnOnce(&mut State), more: impl FnOnce(&Place)) -> State {
         let dir = tempfile::tempdir().unwrap();
         let registry = Registry::open(Layout::at(dir.path())).unwrap();
         let (place, mut state) =
@@ -181,6 +189,7 @@ mod tests {
         state.owner = ProcessId { start: me.start + 1, ..me };
         change(&mut state);
         state.save(&place.dir).unwrap();
+        more(&place);
         let state = refresh(&place, state).unwrap();
         let saved = State::load(&place.dir).unwrap();
         if state.status == Status::Exited {
@@ -207,6 +216,14 @@ mod tests {
     fn owner_killed_before_the_machine_started_is_told() {
         let state = stale(|s| s.status = Status::Creating);
         assert!(state.reason.unwrap().contains("before the machine started"));
+    }
+
+    #[test]
+    fn an_end_that_was_told_and_not_recorded_is_known() {
+        let ending = Ending { exit_code: 7, oom_killed: false, reason: None };
+        let told = |place: &Place| ending::announce(&place.dir, &ending).unwrap();
+        let state = stale_and(|s| s.monitor = Some(s.owner), told);
+        assert_eq!((state.status, state.exit_code), (Status::Exited, Some(7)));
     }
 
     #[test]

@@ -18,8 +18,11 @@ use serde_json::json;
 /// How long a hook may take that does not say it itself.
 const LIMIT: Duration = Duration::from_secs(300);
 
+/// What is as good as no limit, and can be added to the time.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// Most bytes of what a failed hook wrote that an error shows.
-const MAX_SHOWN: usize = 2048;
+const MAX_SHOWN: u64 = 2048;
 
 /// The file in a bundle that says that `poststop` hooks are to be run.
 const POSTSTOP: &str = "mvm-poststop";
@@ -157,8 +160,11 @@ fn run_all(kind: &str, hooks: &[Hook], told: &Told<'_>) -> Result<(), String> {
 
 fn one(hook: &Hook, state: &str) -> Result<(), String> {
     let text = |e: io::Error| e.to_string();
-    // A file: a hook that writes much to a pipe that is read at the end would wait for ever.
-    let mut said = tempfile::tempfile().map_err(text)?;
+    // Files: a hook that writes much to a pipe that is read at the end would wait for ever, and so would we for one that does
+    // not read a state that is larger than a pipe.
+    let [mut input, mut said] =
+        [tempfile::tempfile().map_err(text)?, tempfile::tempfile().map_err(text)?];
+    input.write_all(state.as_bytes()).and_then(|()| input.rewind()).map_err(text)?;
     let mut command = Command::new(hook.path());
     if let Some((name, rest)) = hook.args().as_deref().and_then(<[String]>::split_first) {
         command.arg0(name).args(rest);
@@ -169,15 +175,10 @@ fn one(hook: &Hook, state: &str) -> Result<(), String> {
             command.env(name, value);
         }
     }
-    command.stdin(Stdio::piped()).stdout(Stdio::null());
+    command.stdin(input).stdout(Stdio::null());
     command.stderr(said.try_clone().map_err(text)?);
     let mut child = command.spawn().map_err(text)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // The state fits a pipe, and a hook may well end without reading it.
-        let _ = stdin.write_all(state.as_bytes());
-    }
-    let seconds = hook.timeout().and_then(|t| u64::try_from(t).ok()).filter(|t| *t > 0);
-    let until = Instant::now() + seconds.map_or(LIMIT, Duration::from_secs);
+    let until = Instant::now() + limit(hook);
     let status = loop {
         match child.try_wait().map_err(text)? {
             Some(status) => break Some(status),
@@ -193,10 +194,17 @@ fn one(hook: &Hook, state: &str) -> Result<(), String> {
         return Ok(());
     }
     let mut output = Vec::new();
-    said.seek(SeekFrom::Start(0)).and_then(|_| said.read_to_end(&mut output)).map_err(text)?;
-    let start = output.len().saturating_sub(MAX_SHOWN);
-    let output = String::from_utf8_lossy(&output[start..]);
+    let length = said.metadata().map_err(text)?.len();
+    said.seek(SeekFrom::Start(length.saturating_sub(MAX_SHOWN))).map_err(text)?;
+    said.take(MAX_SHOWN).read_to_end(&mut output).map_err(text)?;
+    let output = String::from_utf8_lossy(&output);
     Err(format!("{status}: {}", output.trim()))
+}
+
+/// How long a hook may take.
+fn limit(hook: &Hook) -> Duration {
+    let seconds = hook.timeout().and_then(|t| u64::try_from(t).ok()).filter(|t| *t > 0);
+    seconds.map_or(LIMIT, Duration::from_secs).min(LONGEST)
 }
 
 #[cfg(test)]
@@ -263,5 +271,13 @@ mod tests {
         assert!(error.contains("x hook /bin/sh") && error.contains("oops"), "{error}");
         let error = run_one(hook("sleep 1000", 1)).unwrap_err();
         assert!(error.contains("in time"), "{error}");
+        run_one(hook("true", i64::MAX)).unwrap();
+    }
+
+    #[test]
+    fn a_state_that_nobody_reads_holds_up_nothing_however_large() {
+        let error = one(&hook("sleep 1000", 1), &"x".repeat(1 << 20)).unwrap_err();
+        assert!(error.contains("in time"), "{error}");
+        one(&hook("test $(wc -c) = 1048576", 60), &"x".repeat(1 << 20)).unwrap();
     }
 }

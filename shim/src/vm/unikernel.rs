@@ -82,7 +82,8 @@ pub fn boot(
     interrupt: &Flag,
 ) -> Result<Streams> {
     let Files { kernel, initrd, disk } =
-        Files::extract(plan, &DirTree::open(root).map_err(bad)?).map_err(bad)?;
+        Files::extract(plan, &DirTree::open(root).map_err(bad)?, &sandbox.place().logs)
+            .map_err(bad)?;
     let mut dialect = plan.dialect.clone();
     dialect.look_into(&kernel).map_err(Error::failed_to("cannot read the kernel"))?;
     let mut left_out = plan.left_out.clone();
@@ -170,15 +171,15 @@ impl Unikernel {
     /// Waits for its end and takes its machine down. Returns the exit code. To be called once.
     ///
     /// # Errors
-    /// The host cannot say, or something of it is left.
+    /// Somebody waits for it already.
     pub fn wait(&self) -> Result<u32> {
         let Some((sandbox, groups)) = self.phase().booted.take() else {
             return Err(Error::FailedPrecondition("somebody waits for its end already".into()));
         };
-        self.lead(*sandbox, groups)
+        Ok(self.lead(*sandbox, groups))
     }
 
-    fn lead(&self, mut sandbox: Sandbox, groups: Cgroups) -> Result<u32> {
+    fn lead(&self, mut sandbox: Sandbox, groups: Cgroups) -> u32 {
         let woken = sandbox.wait_machine(&mut Timings::start(), &[self.stop.as_fd()]);
         let (exit_code, reason) = match woken {
             Ok(Woken::Ended(outcome)) => {
@@ -199,8 +200,10 @@ impl Unikernel {
         drop(groups);
         self.phase().ended = true;
         self.changed.notify_all();
-        finished?;
-        Ok(u32::try_from(exit_code).unwrap_or(255))
+        if let Err(e) = finished {
+            tracing::warn!(sandbox = self.id, "cannot clean up: {e}");
+        }
+        u32::try_from(exit_code).unwrap_or(255)
     }
 
     /// What would end a process ends the machine.
@@ -227,9 +230,7 @@ impl Unikernel {
         self.stop.raise();
         if let Some((sandbox, groups)) = phase.booted.take() {
             drop(phase);
-            if let Err(e) = self.lead(*sandbox, groups) {
-                tracing::warn!(sandbox = self.id, "cannot clean up: {e}");
-            }
+            self.lead(*sandbox, groups);
             return;
         }
         // Whoever waits for its end has been told.

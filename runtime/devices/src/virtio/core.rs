@@ -4,7 +4,12 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::{Drained, DriverLink, QueueError, QueueSlot};
+use mvm_memory::GuestMemory;
+
+use super::{
+    ActivateError, Activation, Chain, Drained, DriverLink, QueueError, QueueSlot, QueueState,
+    VirtQueue,
+};
 
 /// The common part of a device; `T` is what it works on (its open queues and what goes with them).
 ///
@@ -137,6 +142,35 @@ impl<T> Core<T> {
 
     fn lock(&self) -> MutexGuard<'_, Slot<T>> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The working part of a device that has one queue and takes each request by itself.
+#[derive(Debug)]
+pub struct OneQueue {
+    queue: VirtQueue,
+    chain: Chain,
+}
+
+impl Core<OneQueue> {
+    /// Starts work on the queue that the driver has set up.
+    ///
+    /// # Errors
+    /// [`ActivateError`]: there is none, or it cannot be used.
+    pub fn start_one(&self, mut activation: Activation) -> Result<(), ActivateError> {
+        self.start(OneQueue { queue: activation.take(0)?, chain: Chain::default() });
+        Ok(())
+    }
+
+    /// One round, at its doorbell: `answer` is as [`VirtQueue::drain`] has it.
+    pub fn serve_one(&self, answer: impl FnMut(&Chain, &GuestMemory) -> Result<u32, QueueError>) {
+        self.slots.iter().for_each(QueueSlot::clear);
+        self.serve_queue(0, |work| work.queue.drain(&mut work.chain, answer).map(Some));
+    }
+
+    /// Where the queue is.
+    pub fn states_of_one(&self) -> Vec<Option<QueueState>> {
+        vec![self.inspect(|work| work.queue.state())]
     }
 }
 

@@ -25,8 +25,8 @@ use std::sync::Arc;
 use mvm_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
-pub use self::core::Core;
 pub(crate) use self::core::common_device_methods;
+pub use self::core::{Core, OneQueue};
 pub use link::DriverLink;
 pub use mmio::{MmioState, MmioTransport};
 pub use queue::{

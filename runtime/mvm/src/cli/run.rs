@@ -114,7 +114,7 @@ pub struct RunArgs {
     #[arg(short, long, value_name = "SIZE", help_heading = "Resources")]
     pub memory: Option<String>,
 
-    /// Memory that the machine can grow to by `mvm update` [default: none, it stays as it is]
+    /// Memory that the machine can grow to by `mvm update`, not less than --memory; 0 for none [default: none, it stays as it is]
     #[arg(long, value_name = "SIZE", help_heading = "Resources")]
     pub memory_max: Option<String>,
 

@@ -33,7 +33,7 @@ use super::disk::{self, Asked};
 use super::modules;
 use super::run::{self, announce_engine, cpus, give_up, interrupted, output_failed, stopped};
 use crate::cli::RunArgs;
-use crate::output::{complain, size};
+use crate::output::{causes, complain, size};
 use crate::settings::{Config, Origin, Settings};
 use crate::signals::{ENDING, Signals};
 use crate::terminal::{self, Raw};
@@ -211,6 +211,11 @@ pub(super) fn refuse_what_does_not_hold(
         (file && args.entrypoint.is_some(), "--entrypoint", "its kernel is the program"),
         (args.hostname.is_some(), "--hostname", "nothing in it takes one"),
         (args.stop_signal.is_some(), "--stop-signal", "it takes no signals"),
+        (
+            args.memory_max.is_some(),
+            "--memory-max",
+            "its memory stays as it is: it has no agent of mvm's",
+        ),
         (args.console.is_some(), "--console", "its console is what it prints"),
         (!args.tmpfs.is_empty(), "--tmpfs", "it has no file systems of mvm's"),
         (
@@ -322,11 +327,12 @@ fn lead(
     let ending = ended?;
     timings.mark("process ended");
     let cost = args.timings.and_then(|_| sandbox.cost());
-    let code = ending.exit_code;
-    sandbox.finish(&ending)?;
+    let code = run::finish(sandbox, &ending);
     timings.mark("teardown");
-    if !args.background {
-        run::show_timings(args, timings, cost.as_ref())?;
+    if !args.background
+        && let Err(e) = run::show_timings(args, timings, cost.as_ref())
+    {
+        complain(&causes(&e));
     }
     Ok(code)
 }
@@ -452,6 +458,7 @@ mod tests {
             "--read-only",
             "--privileged",
             "--user=1",
+            "--memory-max=1g",
             "--tmpfs=/x",
             "--cap-add=ALL",
         ] {

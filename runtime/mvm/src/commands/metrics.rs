@@ -202,7 +202,7 @@ fn of_machines(page: &mut Page, machines: &[(Found, Option<Stats>)]) {
     page.metric(name, "gauge", "RAM that the guest has.");
     for (found, stats) in machines {
         // One that has not answered had as much at its start.
-        let memory = stats.as_ref().map_or(found.state.memory, |stats| stats.memory.now);
+        let memory = stats.as_ref().map_or(found.state.memory, |s| super::stats::memory(found, s));
         page.sample(name, &[("id", &found.state.id)], memory);
     }
     for (name, kind, help, value) in GAUGES {

@@ -26,8 +26,8 @@ use super::modules;
 use super::{Context, unikernel, volumes};
 use crate::cli::{RunArgs, TimingsFormat};
 use crate::images::{self, Ready};
-use crate::output::{EXIT_CLOSED, complain, size};
-use crate::settings::{Config, Setting, Settings};
+use crate::output::{EXIT_CLOSED, causes, complain, size};
+use crate::settings::{Config, Origin, Setting, Settings};
 use crate::signals::{ENDING, Signals};
 use crate::terminal::{self, Raw};
 use crate::{detach, embedded, env_file};
@@ -76,6 +76,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     }
     settings.suggest(size);
     let resources = Resources::of(&settings, MIN_MEMORY)?;
+    let note = growth(&settings, &resources)?;
     options.cpus = Some(resources.cpus);
     let engine = outlook.decide(engine::Guest::Linux).map_err(Error::from)?;
     let kernel = embedded::kernel(settings.kernel.value.as_deref())?;
@@ -85,6 +86,9 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
     }
     if args.background {
         detach::leave_session()?;
+    }
+    if let Some(note) = note {
+        complain(&format!("note: {note}"));
     }
 
     let signals = Signals::catch()?;
@@ -124,6 +128,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         Ok(shares) => (!shares.is_empty()).then_some(shares),
         Err(e) => return give_up(sandbox, Error::Setup(e.to_string())),
     };
+    let boot_limit = settings.boot_limit();
     let plan = MachinePlan {
         vcpus: resources.cpus.vcpus(),
         memory: resources.memory,
@@ -138,7 +143,7 @@ pub fn run(context: &Context, args: &RunArgs) -> anyhow::Result<i32> {
         shares,
         cmdline: settings.cmdline.value.unwrap_or_default(),
         console: args.console.as_deref().map(open_console).transpose()?,
-        boot_limit: Duration::from_secs(settings.boot_timeout.value),
+        boot_limit,
         owner_gone: OwnerGone::Continue,
     };
     let code = Run { args, signals, sandbox, timings }.lead(plan, &container)?;
@@ -206,6 +211,32 @@ pub(super) fn memory_max(settings: &Settings) -> anyhow::Result<Option<u64>> {
         );
     }
     Ok(Some(bytes))
+}
+
+/// Checks what the machine can grow to against what it starts with. Who asks for less than that for this machine is refused;
+/// what is set for all machines holds for those that it can hold for, and this returns what to tell of another one.
+fn growth(settings: &Settings, resources: &Resources) -> anyhow::Result<Option<String>> {
+    let short = short_of(settings, resources.memory, resources.memory_max);
+    let Some(short) = short else { return Ok(None) };
+    if settings.memory_max.origin == Origin::Flag {
+        bail!(
+            "{short}; with more of the one or less of the other ({}) it can grow",
+            settings.memory.named("memory")
+        );
+    }
+    Ok(Some(format!("{short}: it cannot grow")))
+}
+
+/// What is wrong with a size to grow to that is below the size of the machine.
+pub(super) fn short_of(settings: &Settings, memory: u64, memory_max: u64) -> Option<String> {
+    let asked = settings.memory_max.value.as_deref()?;
+    let named = settings.memory_max.named("memory-max");
+    (1..memory).contains(&memory_max).then(|| {
+        format!(
+            "{named} {asked}: less than the {} of memory that the machine starts with",
+            size(memory)
+        )
+    })
 }
 
 pub(super) fn cpus(settings: &Settings) -> anyhow::Result<CpuShare> {
@@ -399,13 +430,14 @@ impl Run<'_> {
         if ending.oom_killed {
             complain("the container ran out of memory; give it more by --memory");
         }
-        let code = ending.exit_code;
         let cost = self.args.timings.and_then(|_| self.sandbox.cost());
         let Self { args, sandbox, mut timings, .. } = self;
-        sandbox.finish(&ending)?;
+        let code = finish(sandbox, &ending);
         timings.mark("teardown");
-        if !args.background {
-            show_timings(args, &timings, cost.as_ref())?;
+        if !args.background
+            && let Err(e) = show_timings(args, &timings, cost.as_ref())
+        {
+            complain(&causes(&e));
         }
         match failure {
             Some(e) => Err(e.into()),
@@ -430,16 +462,38 @@ pub(super) fn announce_engine(sandbox: &Sandbox, notice: Option<&str>) {
     }
 }
 
+/// Takes the machine down, and returns the exit code. What of that fails, on a full disk for instance, is told, and changes
+/// nothing about how the container ended.
+pub(super) fn finish(sandbox: Sandbox, ending: &Ending) -> i32 {
+    let name = sandbox.state().name.clone();
+    match sandbox.finish(ending) {
+        Ok(()) => {}
+        Err(e @ Error::State(_)) => {
+            complain(&format!("cannot record how container {name} ended: {e}"))
+        }
+        Err(e) => complain(&format!("cannot clean up after container {name}: {e}")),
+    }
+    ending.exit_code
+}
+
+/// The same of a container that nobody ran: nothing is left. Why it did not run is what matters.
+fn abandon(sandbox: Sandbox, reason: &str) {
+    let name = sandbox.state().name.clone();
+    if let Err(e) = sandbox.abandon(reason) {
+        complain(&format!("cannot clean up after container {name}: {e}"));
+    }
+}
+
 /// The guest's program never ran: nothing is left, and the caller says why.
 pub(super) fn give_up(sandbox: Sandbox, error: Error) -> anyhow::Result<i32> {
-    sandbox.abandon(&error.to_string())?;
+    abandon(sandbox, &error.to_string());
     Err(error.into())
 }
 
 /// A signal came while the machine was starting: nothing is left.
 pub(super) fn interrupted(sandbox: Sandbox, signal: i32) -> anyhow::Result<i32> {
     let reason = format!("interrupted by {} while the machine was starting", signal_name(signal));
-    sandbox.abandon(&reason)?;
+    abandon(sandbox, &reason);
     complain(&reason);
     Ok(128 + signal)
 }
@@ -501,6 +555,7 @@ mod tests {
 
     use super::*;
     use crate::cli::{Cli, Command};
+    use crate::settings::Places;
 
     fn args(list: &[&str]) -> Box<RunArgs> {
         let all = ["mvm", "run"].iter().chain(list).chain(&["image"]);
@@ -513,7 +568,9 @@ mod tests {
     fn refused(list: &[&str]) -> String {
         let args = args(list);
         let settings = Settings::of_run(&args, &Config::default()).unwrap();
-        match (options(&args, &settings), Resources::of(&settings, MIN_MEMORY)) {
+        let resources = Resources::of(&settings, MIN_MEMORY);
+        let grown = resources.and_then(|resources| growth(&settings, &resources));
+        match (options(&args, &settings), grown) {
             (Err(e), _) | (_, Err(e)) => format!("{e:#}"),
             _ => panic!("{list:?} is taken"),
         }
@@ -546,11 +603,34 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_of_growth_that_is_set_for_all_machines_does_not_stop_larger_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("mvm.toml");
+        let told = |max: &str, list: &[&str]| {
+            std::fs::write(&file, format!("memory-max = '{max}'\n")).unwrap();
+            let config = Config::load(&Places::current(Some(&file))).unwrap();
+            let settings = Settings::of_run(&args(list), &config).unwrap();
+            let resources = Resources::of(&settings, MIN_MEMORY).unwrap();
+            growth(&settings, &resources).unwrap()
+        };
+        let note = told("1g", &["--memory", "2g"]).unwrap();
+        assert!(note.starts_with("memory-max in ") && note.contains("mvm.toml:1 1g"), "{note}");
+        assert!(note.ends_with("2.0GiB of memory that the machine starts with: it cannot grow"));
+        for (max, list) in
+            [("1g", &["--memory", "1g"][..]), ("0", &[]), ("1g", &["--memory-max=0"])]
+        {
+            assert_eq!(told(max, list), None);
+        }
+    }
+
+    #[test]
     fn bad_values_are_refused_by_name() {
         for (list, want) in [
             (&["--memory", "8m"][..], "--memory 8m: a guest needs at least 64.0MiB"),
             (&["--memory", "lots"], "\"lots\""),
             (&["--memory", "600g"], "at most 512GiB"),
+            (&["--memory-max", "511m"], "--memory-max 511m: less than the 512MiB of memory"),
+            (&["--memory", "2g", "--memory-max=1g"], "(--memory)"),
             (&["--cpus", "0"], "\"0\""),
             (&["--cap-add", "NOPE"], "\"NOPE\""),
             (&["--ulimit", "x=1"], "\"x=1\""),

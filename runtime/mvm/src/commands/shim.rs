@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use containerd_shim_mvm::host::{Bare, Hardware, Host, Size};
@@ -54,14 +53,18 @@ impl Host for Program {
             None => parse_size(&settings.memory.value)?,
         };
         let memory = memory.checked_next_multiple_of(PIECE).unwrap_or(u64::MAX);
+        let memory = memory.clamp(MIN_MEMORY, mvm_vmm::layout::MAX_MEMORY);
         let memory_max = match super::run::memory_max(&settings)? {
             Some(bytes) => bytes,
             None if settings.hugepages.value == HugePages::Pool => 0,
             None => host_memory()?,
         };
+        if let Some(short) = super::run::short_of(&settings, memory, memory_max) {
+            tracing::warn!("{short}: it cannot grow");
+        }
         Ok(Hardware {
             vcpus,
-            memory: memory.clamp(MIN_MEMORY, mvm_vmm::layout::MAX_MEMORY),
+            memory,
             memory_max,
             hugepages: settings.hugepages.value,
             engine: outlook.decide(engine::Guest::Linux)?,
@@ -69,7 +72,7 @@ impl Host for Program {
             kernel: embedded::kernel(settings.kernel.value.as_deref())?,
             initramfs: embedded::initramfs(settings.initrd.value.as_deref())?,
             cmdline: settings.cmdline.value.clone().unwrap_or_default(),
-            boot_limit: Duration::from_secs(settings.boot_timeout.value),
+            boot_limit: settings.boot_limit(),
             stop_timeout: settings.stop_timeout.value,
         })
     }

@@ -71,7 +71,7 @@ pub fn run(
         bail!("--kernel and --initrd cannot hold: image {} has a kernel of its own", args.image());
     }
     let tree = ErofsTree::open(ready.rootfs.file()).map_err(Error::from)?;
-    let files = Files::extract(&plan, &tree).map_err(Error::from);
+    let files = Files::extract(&plan, &tree, &context.layout.logs()).map_err(Error::from);
     let Files { kernel, initrd, disk } =
         files.with_context(|| format!("cannot run image {}", args.image()))?;
     let mut dialect = plan.dialect;

@@ -7,6 +7,7 @@ mod places;
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::anyhow;
 use mvm_sandbox::engine::{EmuTier, EngineChoice, Wish};
@@ -259,6 +260,13 @@ impl Settings {
         if let (Some(memory), Origin::Default) = (size.memory, &self.memory.origin) {
             self.memory.value = format!("{}m", memory >> 20);
         }
+    }
+
+    /// How long a guest may take to start.
+    pub fn boot_limit(&self) -> Duration {
+        /// As good as no limit, and can be added to the time.
+        const LONGEST: u64 = 365 * 24 * 60 * 60;
+        Duration::from_secs(self.boot_timeout.value.min(LONGEST))
     }
 
     /// What is wanted of the engine.

@@ -91,3 +91,11 @@ fn required_hardware_tells_who_requires_it() {
     let off = settings(&["--require-hardware=false"], "require-hardware = true").wish(false);
     assert_eq!(off.require_hardware, None);
 }
+
+#[test]
+fn any_time_for_the_start_can_be_added_to_the_clock() {
+    let limit = |text: &str| settings(&["--boot-timeout", text], "").boot_limit();
+    assert_eq!(limit("7").as_secs(), 7);
+    let longest = limit(&u64::MAX.to_string());
+    assert!(std::time::Instant::now().checked_add(longest).is_some());
+}

@@ -210,13 +210,15 @@ impl Container {
     pub fn hooks_limit(&self) -> Duration {
         /// How long one may take that does not say it itself. The agent knows the same.
         const LIMIT: Duration = Duration::from_secs(300);
+        /// What is as good as no limit, and can be added to the time.
+        const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
         let hooks = self.spec.hooks().as_ref().and_then(|h| h.start_container().as_deref());
         let limit = |hook: &Hook| {
             let seconds = hook.timeout().and_then(|t| u64::try_from(t).ok()).filter(|t| *t > 0);
             seconds.map_or(LIMIT, Duration::from_secs)
         };
         let all = hooks.unwrap_or_default().iter().map(limit);
-        all.fold(Duration::ZERO, Duration::saturating_add)
+        all.fold(Duration::ZERO, Duration::saturating_add).min(LONGEST)
     }
 }
 

@@ -31,7 +31,7 @@ pub use address::{Addressed, Addresses, Given, Told};
 pub use cmdline::Words;
 pub use krun::Size;
 pub use mounts::{Mount, MountPoint};
-pub use tree::{DirTree, ErofsTree, Files};
+pub use tree::{DirTree, ErofsTree, Files, Room};
 
 /// Keys and values as labels and annotations have them.
 pub type Pairs = BTreeMap<String, String>;
@@ -239,17 +239,18 @@ pub trait Tree: fmt::Debug {
 
 /// Takes files out of an image.
 pub trait Extract: Tree {
-    /// A copy of a regular file in memory, of which nobody else has a name or descriptor.
+    /// A copy of a regular file, in a file without a name of which nobody else has a descriptor. What is zero in it takes no
+    /// room.
     ///
     /// # Errors
     /// There is no such file, it is larger than `limit` bytes, or it cannot be copied.
-    fn extract(&self, path: &str, limit: u64) -> Result<File, Error>;
+    fn extract(&self, path: &str, limit: u64, room: Room<'_>) -> Result<File, Error>;
 
-    /// A disk in memory that holds all that is in the image, as ext2.
+    /// A disk that holds all that is in the image, as ext2, in such a file.
     ///
     /// # Errors
     /// There is more than `limit` bytes of it, or it cannot be copied.
-    fn whole(&self, limit: u64) -> Result<File, Error>;
+    fn whole(&self, limit: u64, room: Room<'_>) -> Result<File, Error>;
 }
 
 /// What a disk is made of.

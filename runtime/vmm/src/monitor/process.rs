@@ -11,7 +11,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::control::{Answerer, Server};
 use super::fds::{self, FdTable};
-use super::protocol::{Event, Phase, PhaseMark, Request, Response, RunState, Stats, Status};
+use super::protocol::{
+    CONTROL_VERSION, Event, Phase, PhaseMark, Request, Response, RunState, Stats, Status,
+};
 use super::sys;
 use super::usage::Usage;
 use super::wiring;
@@ -292,6 +294,7 @@ impl View<'_> {
             RunState::Paused
         };
         Status {
+            version: CONTROL_VERSION,
             id: self.config.id.clone(),
             pid: std::process::id(),
             state,

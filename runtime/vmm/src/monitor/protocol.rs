@@ -4,15 +4,22 @@
 //!   one config with its descriptors goes down ([`super::fds`]), [`Event`]s come up, each as one
 //!   length-prefixed JSON message. Its end of file is how either side learns that the other is
 //!   gone.
-//! * The **control socket** takes a [`Request`] a line and answers with a [`Response`] a line.
+//! * The **control socket** takes a [`Request`] a line and answers with a [`Response`] a line. Who asks may be of
+//!   another version than the monitor, which goes on when mvm is replaced: what is added to an answer has a default,
+//!   what has changed its form is read in both, and a request that a monitor does not know it refuses by name.
+//!   [`Status::version`] says what to expect.
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::MemorySize;
 use crate::config::BootProtocol;
 use crate::outcome::Outcome;
+
+/// The version of what is said over the control socket. Monitors from before there were versions are 0: they may tell their
+/// memory as a number, and cannot be resized then.
+pub const CONTROL_VERSION: u32 = 1;
 
 /// What the monitor tells its owner.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,6 +141,9 @@ pub enum Response {
 /// Where a machine is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
+    /// [`CONTROL_VERSION`] of the monitor.
+    #[serde(default)]
+    pub version: u32,
     /// Its name.
     pub id: String,
     /// Process id of the monitor.
@@ -149,9 +159,30 @@ pub struct Status {
     /// Number of vCPUs.
     pub vcpus: u32,
     /// Guest RAM.
+    #[serde(deserialize_with = "memory_size")]
     pub memory: MemorySize,
-    /// Phases reached so far.
+    /// Phases reached so far, as far as they are known here.
+    #[serde(deserialize_with = "known_phases")]
     pub phases: Vec<PhaseMark>,
+}
+
+/// A machine of version 0 has as many bytes as it says, and stays so.
+fn memory_size<'de, D: Deserializer<'de>>(from: D) -> Result<MemorySize, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Told {
+        Bytes(u64),
+        Size(MemorySize),
+    }
+    Ok(match Told::deserialize(from)? {
+        Told::Bytes(all) => MemorySize { started: all, now: all, wanted: all, max: all },
+        Told::Size(size) => size,
+    })
+}
+
+fn known_phases<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PhaseMark>, D::Error> {
+    let told = Vec::<serde_json::Value>::deserialize(from)?;
+    Ok(told.into_iter().filter_map(|mark| serde_json::from_value(mark).ok()).collect())
 }
 
 /// Whether the vCPUs run.
@@ -174,7 +205,7 @@ pub struct Stats {
     pub engine: Vec<(String, u64)>,
     /// What the devices count: name and value.
     pub devices: Vec<(String, u64)>,
-    /// Guest RAM.
+    /// Guest RAM; all zero from a monitor of version 0.
     #[serde(default)]
     pub memory: MemorySize,
     /// Memory of the monitor that is resident on the host, guest RAM included, in bytes.
@@ -187,4 +218,44 @@ pub struct Stats {
     pub cpu_time: Duration,
     /// Processor time used by each vCPU thread.
     pub vcpu_time: Vec<Duration>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(line: &str) -> Status {
+        match serde_json::from_str(line).unwrap() {
+            Response::Status(status) => status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn monitors_of_other_versions_are_understood() {
+        let old = status(
+            r#"{"response":"status","id":"a","pid":7,"state":"paused","engine":"emu","engine_reason":null,"boot":"linux","vcpus":2,
+                "memory":536870912,"phases":[{"phase":"monitor","at_ns":5,"cpu_ns":3}]}"#,
+        );
+        let all = 512 << 20;
+        assert_eq!((old.version, old.pid, old.state), (0, 7, RunState::Paused));
+        assert_eq!(old.memory, MemorySize { started: all, now: all, wanted: all, max: all });
+        let new = status(
+            r#"{"response":"status","version":9,"id":"a","pid":7,"state":"running","engine":"emu","engine_reason":null,"boot":"linux",
+                "vcpus":2,"memory":{"started":1,"now":2,"wanted":3,"max":4,"lent":5},"weather":"fine",
+                "phases":[{"phase":"monitor","at_ns":5,"cpu_ns":3},{"phase":"dawn","at_ns":6,"cpu_ns":4}]}"#,
+        );
+        assert_eq!((new.version, new.memory.max, new.phases.len()), (9, 4, 1));
+        assert_eq!(new.phases, old.phases);
+    }
+
+    #[test]
+    fn figures_of_an_old_monitor_lack_what_it_did_not_tell() {
+        let line = r#"{"response":"stats","engine":[],"devices":[],"resident":1,"guest_resident":2,"overhead":3,
+            "cpu_time":{"secs":1,"nanos":0},"vcpu_time":[]}"#;
+        let Response::Stats(stats) = serde_json::from_str(line).unwrap() else {
+            panic!("no figures")
+        };
+        assert_eq!((stats.memory, stats.overhead), (MemorySize::default(), 3));
+    }
 }

@@ -21,8 +21,8 @@ use mvm_memory::{GuestRam, RamRegion};
 use serde::Serialize;
 
 use super::{
-    ActivateError, Activation, Chain, Core, DeviceState, DeviceType, QueueState, VirtQueue,
-    VirtioDevice, common_device_methods,
+    ActivateError, Activation, Core, DeviceState, DeviceType, OneQueue, QueueState, VirtioDevice,
+    common_device_methods,
 };
 use crate::event_loop::{EventLoop, EventLoopError, Interest, Source, Subscriber};
 use blocks::Blocks;
@@ -103,16 +103,10 @@ pub struct MemStats {
     pub refused: u64,
 }
 
-#[derive(Debug)]
-struct Work {
-    queue: VirtQueue,
-    chain: Chain,
-}
-
 /// The device.
 #[derive(Debug)]
 pub struct Mem {
-    core: Core<Work>,
+    core: Core<OneQueue>,
     ram: GuestRam,
     region: RamRegion,
     step: u64,
@@ -175,7 +169,12 @@ impl Mem {
     pub fn request(&self, bytes: u64) -> Result<(), TooMuch> {
         self.check(bytes)?;
         let bytes = bytes.next_multiple_of(BLOCK);
-        if self.requested.swap(bytes, Ordering::AcqRel) != bytes {
+        // Not while the guest plugs something by the request before: nobody would remind it of that.
+        let before = {
+            let _blocks = self.blocks();
+            self.requested.swap(bytes, Ordering::AcqRel)
+        };
+        if before != bytes {
             self.core.config_changed();
         }
         self.reminder.begin(self.keeps_too_much());
@@ -291,12 +290,8 @@ impl Subscriber for Mem {
             self.remind();
             return;
         }
-        self.core.slots()[0].clear();
-        self.core.serve_queue(0, |work| {
-            let serve = |chain: &Chain, memory: &_| {
-                self.answer(Request::read(chain, memory)?).write(chain, memory)
-            };
-            work.queue.drain(&mut work.chain, serve).map(Some)
+        self.core.serve_one(|chain, memory| {
+            self.answer(Request::read(chain, memory)?).write(chain, memory)
         });
     }
 }
@@ -321,9 +316,8 @@ impl VirtioDevice for Mem {
         super::read_config_bytes(&config, offset, data);
     }
 
-    fn activate(&self, mut activation: Activation) -> Result<(), ActivateError> {
-        self.core.start(Work { queue: activation.take(0)?, chain: Chain::default() });
-        Ok(())
+    fn activate(&self, activation: Activation) -> Result<(), ActivateError> {
+        self.core.start_one(activation)
     }
 
     // The blocks are not touched by it (5.15).
@@ -332,7 +326,7 @@ impl VirtioDevice for Mem {
     }
 
     fn queue_states(&self) -> Vec<Option<QueueState>> {
-        vec![self.core.inspect(|work| work.queue.state())]
+        self.core.states_of_one()
     }
 
     fn save(&self) -> DeviceState {

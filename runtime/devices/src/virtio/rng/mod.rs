@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mvm_memory::GuestMemory;
 
 use super::{
-    ActivateError, Activation, Chain, Core, DeviceType, QueueError, QueueState, VirtQueue,
+    ActivateError, Activation, Chain, Core, DeviceType, OneQueue, QueueError, QueueState,
     VirtioDevice, common_device_methods,
 };
 use crate::event_loop::{EventLoop, EventLoopError, Interest, Source, Subscriber};
@@ -18,12 +18,6 @@ use crate::event_loop::{EventLoop, EventLoopError, Interest, Source, Subscriber}
 const QUEUE_SIZE: u16 = 64;
 /// Most bytes given for one buffer: the device may use less than it was offered (5.4.6.1).
 const MAX_BYTES: u64 = 64 << 10;
-
-#[derive(Debug)]
-struct Work {
-    queue: VirtQueue,
-    chain: Chain,
-}
 
 /// Why there is no device.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +33,7 @@ pub enum RngError {
 /// The device.
 #[derive(Debug)]
 pub struct Rng {
-    core: Core<Work>,
+    core: Core<OneQueue>,
     given: AtomicU64,
 }
 
@@ -91,10 +85,7 @@ fn fill_random(mut buffer: &mut [u8]) {
 
 impl Subscriber for Rng {
     fn ready(&self, _source: Source) {
-        self.core.slots()[0].clear();
-        self.core.serve_queue(0, |work| {
-            work.queue.drain(&mut work.chain, |chain, memory| self.fill(chain, memory)).map(Some)
-        });
+        self.core.serve_one(|chain, memory| self.fill(chain, memory));
     }
 }
 
@@ -111,9 +102,8 @@ impl VirtioDevice for Rng {
         data.fill(0);
     }
 
-    fn activate(&self, mut activation: Activation) -> Result<(), ActivateError> {
-        self.core.start(Work { queue: activation.take(0)?, chain: Chain::default() });
-        Ok(())
+    fn activate(&self, activation: Activation) -> Result<(), ActivateError> {
+        self.core.start_one(activation)
     }
 
     fn reset(&self) {
@@ -121,7 +111,7 @@ impl VirtioDevice for Rng {
     }
 
     fn queue_states(&self) -> Vec<Option<QueueState>> {
-        vec![self.core.inspect(|work| work.queue.state())]
+        self.core.states_of_one()
     }
 
     common_device_methods!();
