@@ -58,10 +58,10 @@ preflight-test:
 kernel:
 	@kernel-config/build.sh
 
-# Kernel and initramfs, where the build script of mvm finds them.
+# Kernel, its module and initramfs, where the build script of mvm finds them.
 guest:
 	@mkdir -p $(BUILD)
-	$(STEP) "guest kernel" sh -c 'ln -sfn "$$(kernel-config/build.sh)" $(BUILD)/vmlinux'
+	$(STEP) "guest kernel" scripts/kernel.sh $(BUILD)
 	$(STEP) "guest agent" scripts/agent.sh $(BUILD)/mvm-agent
 	$(STEP) "initramfs" scripts/initramfs.sh $(BUILD)/mvm-agent $(BUILD)/initramfs.cpio
 
@@ -70,7 +70,7 @@ UNIKERNEL := $(BUILD)/hello-unikernel
 unikernel:
 	images/hello-unikernel/build.sh $(UNIKERNEL).elf $(UNIKERNEL).tar
 
-GUEST_ENV := MVM_GUEST_KERNEL=$(BUILD)/vmlinux MVM_GUEST_INITRAMFS=$(BUILD)/initramfs.cpio
+GUEST_ENV := MVM_GUEST_KERNEL=$(BUILD)/vmlinux MVM_GUEST_XFS=$(BUILD)/xfs.ko MVM_GUEST_INITRAMFS=$(BUILD)/initramfs.cpio
 
 mvm: guest
 	$(STEP) "mvm" env $(GUEST_ENV) cargo build --quiet --release -p mvm

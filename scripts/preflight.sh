@@ -48,6 +48,7 @@ if [ "$goal" = test ]; then
     want fsck.erofs erofs-utils
     want mmdebstrap mmdebstrap
     want mke2fs e2fsprogs
+    want mkfs.xfs xfsprogs
     [ "$(id -u)" = 0 ] || want fakeroot fakeroot
     want musl-gcc musl-tools
     want sqlite3 sqlite3

@@ -62,6 +62,16 @@ impl Error {
         }
     }
 
+    /// The same failure of the kernel's, with what else is known of it.
+    pub fn explained(self, more: &str) -> Self {
+        match self {
+            Self::System { what, errno } if !more.is_empty() => {
+                Self::System { what: format!("{what}: {more}"), errno }
+            }
+            other => other,
+        }
+    }
+
     /// The kind if this failure decides the exit code that the user sees.
     pub fn launch_kind(&self) -> Option<Kind> {
         match self {
@@ -135,6 +145,9 @@ mod tests {
         let error = failed.context(|| "mount /proc".into()).unwrap_err();
         assert_eq!(error.to_string(), "mount /proc: No such file or directory");
         assert_eq!(error.launch_kind(), None);
+        let told = error.clone().explained("not today");
+        assert_eq!(told.to_string(), "mount /proc: not today: No such file or directory");
+        assert_eq!(error.clone().explained(""), error);
     }
 
     #[test]

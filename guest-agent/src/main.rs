@@ -17,6 +17,7 @@ mod child;
 mod container;
 mod disks;
 mod error;
+mod filesystems;
 mod forward;
 mod given;
 mod icache;

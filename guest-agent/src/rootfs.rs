@@ -15,13 +15,17 @@ use rustix::fs::CWD;
 
 use crate::blockdev;
 use crate::error::{Context, Error, Result};
-use crate::log::warning;
+use crate::log::{Since, warning};
 use crate::mountapi::{attach, change, clone_tree, mount_at, new_mount, open_path};
 use crate::{shares, sys};
 
 /// `MOUNT_ATTR_RDONLY` and `MOUNT_ATTR_IDMAP`.
 const READ_ONLY: u64 = 1;
 const ID_MAPPED: u64 = 0x10_0000;
+
+/// What to do about a file system that was not taken out of use in good order.
+const UNRECOVERED: &str = "its log has to be replayed first, and the disk is read-only: mount it once so that it can be \
+                           written, or with the option norecovery";
 
 /// What has been mounted for a container; unmounted when dropped.
 #[derive(Debug)]
@@ -219,9 +223,24 @@ fn mount_block(
 ) -> Result<()> {
     let fs_type = if device.fs_type.is_empty() { default_type } else { &device.fs_type };
     let node = blockdev::node(device)?;
-    let options: &[&str] = if readonly { &["ro"] } else { &[] };
+    let mut options: Vec<&str> = device.options.iter().map(String::as_str).collect();
+    if readonly {
+        options.push("ro");
+    }
     let attributes = if readonly { READ_ONLY } else { 0 };
-    mount_at(path, fs_type, node.to_str(), options, attributes)
+    let since = Since::now();
+    mount_at(path, fs_type, node.to_str(), &options, attributes).map_err(|e| {
+        let name = node.file_name().unwrap_or_default().to_string_lossy();
+        // As file systems begin what they say: `XFS (vda): ...`.
+        let said = since.said_of(&format!("({name}): "));
+        let advice = if is_unrecovered(&e, fs_type, readonly) { UNRECOVERED } else { "" };
+        e.explained(&said).explained(advice)
+    })
+}
+
+/// Whether a disk that cannot be written has a log that must be.
+fn is_unrecovered(error: &Error, fs_type: &str, readonly: bool) -> bool {
+    readonly && fs_type == "xfs" && matches!(error, Error::System { errno: libc::EROFS, .. })
 }
 
 fn mount_tmpfs(path: &Path, size: &Tmpfs) -> Result<()> {

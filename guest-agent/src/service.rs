@@ -14,6 +14,7 @@ use mvm_agent_protocol::{WAIT_MAX_MS, rpc};
 use crate::container::{Container, Process, Workshop};
 use crate::disks;
 use crate::error::{Context, Error, Result};
+use crate::filesystems;
 use crate::forward;
 use crate::info;
 use crate::log::warning;
@@ -367,6 +368,11 @@ impl Agent for Service {
 
     fn unplug_disk(&self, request: DiskRequest) -> Answered<Empty> {
         empty(disks::unplug(request.place))
+    }
+
+    fn add_file_system(&self, request: AddFileSystemRequest) -> Answered<AddFileSystemResponse> {
+        let there = filesystems::add(&request.fs_type, &request.module)?;
+        Ok(AddFileSystemResponse { there, ..Default::default() })
     }
 }
 

@@ -1,13 +1,15 @@
-//! Puts the guest's kernel and initramfs into the executable, if the environment names them.
+//! Puts the guest's kernel, its module and the initramfs into the executable, if the environment names them.
 
 use std::path::PathBuf;
 use std::{env, fs};
 
 fn main() {
     let mut source = String::new();
-    for (constant, variable) in
-        [("KERNEL", "MVM_GUEST_KERNEL"), ("INITRAMFS", "MVM_GUEST_INITRAMFS")]
-    {
+    for (constant, variable) in [
+        ("KERNEL", "MVM_GUEST_KERNEL"),
+        ("XFS", "MVM_GUEST_XFS"),
+        ("INITRAMFS", "MVM_GUEST_INITRAMFS"),
+    ] {
         println!("cargo:rerun-if-env-changed={variable}");
         source.push_str(&entry(constant, variable));
     }
@@ -23,6 +25,10 @@ fn entry(constant: &str, variable: &str) -> String {
     let size =
         fs::metadata(&path).unwrap_or_else(|e| panic!("{variable}: {}: {e}", path.display())).len();
     println!("cargo:rerun-if-changed={}", path.display());
+    if size == 0 && constant == "XFS" {
+        // This kernel has no such module.
+        return format!("const {constant}: Option<&[u8]> = None;\n");
+    }
     format!(
         "static {constant}_BYTES: Aligned<[u8; {size}]> = Aligned(*include_bytes!({path:?}));\n\
          const {constant}: Option<&[u8]> = Some(&{constant}_BYTES.0);\n"

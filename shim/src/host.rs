@@ -76,6 +76,13 @@ pub trait Host: Send + Sync {
     /// Settings are no good, or the host has no engine for it.
     fn hardware(&self, size: Size) -> anyhow::Result<Hardware>;
 
+    /// The module that makes the kernel of [`Host::hardware`] mount file systems of the type `kind`; none if that kernel has
+    /// no such module, whether it mounts them or not.
+    ///
+    /// # Errors
+    /// Settings are no good.
+    fn file_system(&self, kind: &str) -> anyhow::Result<Option<&'static [u8]>>;
+
     /// What a machine of this size is made of in which a unikernel of this kind runs.
     ///
     /// # Errors

@@ -14,6 +14,8 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::ttrpc::context::{Context, with_timeout};
 use containerd_shim_protos::{Client, TaskClient};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -64,6 +66,51 @@ impl Shim {
         let finished = serving.finish(id, serving.start(id));
         serving.end();
         finished
+    }
+
+    /// The same, but somebody kills the machine as soon as the script has written a line `done`.
+    ///
+    /// # Panics
+    /// If the shim does not do as it should.
+    pub fn run_killed(
+        &self,
+        id: &str,
+        kind: &str,
+        source: &Path,
+        options: &[&str],
+        script: &str,
+    ) -> Finished {
+        let serving = self.serve(id, script, &json!({}));
+        serving.create(id, &[root(kind, source, options)]);
+        serving.start(id).expect("a start");
+        eventually("its output", || self.output(id).lines().any(|line| line == "done"));
+        self.kill_machine();
+        let finished = serving.finish(id, Ok(()));
+        serving.end();
+        finished
+    }
+
+    /// Kills the process that is the only machine there is.
+    fn kill_machine(&self) {
+        let listed = self.mvm(&["ps", "-q"]);
+        let about = self.mvm(&["inspect", listed.trim()]);
+        let about: Value = serde_json::from_str(&about).expect("JSON");
+        let pid = about[0]["monitor"]["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+        let pid = Pid::from_raw(pid.unwrap_or_else(|| panic!("no monitor in {about}")));
+        kill(pid, Signal::SIGKILL).expect("a monitor to be killed");
+    }
+
+    /// What `mvm` says of the machines here.
+    fn mvm(&self, args: &[&str]) -> String {
+        let mut command = Command::new(&self.mvm);
+        command.arg("--root").arg(self.dir.path().join("mvm")).args(args);
+        command.env("MVM_CONFIG", "/dev/null");
+        run_with(command, b"", DEADLINE).expect_code(0).out()
+    }
+
+    fn output(&self, id: &str) -> String {
+        let path = self.dir.path().join(id).join("out");
+        String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
     }
 
     /// A pod, with nothing in it.
@@ -119,10 +166,7 @@ impl Shim {
     /// If something is.
     #[track_caller]
     pub fn expect_nothing_left(&self) {
-        let mut list = Command::new(&self.mvm);
-        list.arg("--root").arg(self.dir.path().join("mvm")).args(["ps", "-aq"]);
-        list.env("MVM_CONFIG", "/dev/null");
-        assert_eq!(run_with(list, b"", DEADLINE).expect_code(0).out(), "");
+        assert_eq!(self.mvm(&["ps", "-aq"]), "");
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("the mounts");
         let dir = self.dir.path().display().to_string();
         assert!(!mounts.contains(&dir), "{mounts}");
@@ -162,8 +206,7 @@ impl Pod<'_> {
 
     /// What a container has written so far.
     pub fn output(&self, id: &str) -> String {
-        let path = self.serving.shim.dir.path().join(id).join("out");
-        String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+        self.serving.shim.output(id)
     }
 
     /// Kills the container `id`.

@@ -59,6 +59,7 @@ impl Agent for Fake {
         configure_network(ConfigureNetworkRequest) -> Empty;
         plug_disk(DiskRequest) -> Empty;
         unplug_disk(DiskRequest) -> Empty;
+        add_file_system(AddFileSystemRequest) -> AddFileSystemResponse;
     }
 }
 
@@ -106,6 +107,18 @@ fn call_without_answer_times_out_and_the_connection_stays_usable() {
     let error = client.wait_process(&WaitProcessRequest::default(), short).unwrap_err();
     assert!(matches!(error, CallError::Timeout { .. }), "{error}");
     client.guest_info(&GuestInfoRequest::default(), SOON).unwrap();
+}
+
+#[test]
+fn a_request_that_nobody_reads_times_out_and_ends_the_connection() {
+    // More than the socket holds.
+    let (stream, _deaf) = UnixStream::pair().unwrap();
+    let client = Client::new(stream).unwrap();
+    let request = AddFileSystemRequest { module: vec![0; 3 << 20], ..Default::default() };
+    let error = client.add_file_system(&request, Duration::from_millis(50)).unwrap_err();
+    assert!(matches!(error, CallError::Timeout { .. }), "{error}");
+    let later = client.guest_info(&GuestInfoRequest::default(), SOON);
+    assert!(matches!(later, Err(CallError::Closed { .. })));
 }
 
 #[test]

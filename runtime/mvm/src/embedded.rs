@@ -1,6 +1,6 @@
-//! The guest's kernel and initramfs carried in this file.
+//! The guest's kernel, its module and the initramfs carried in this file.
 //!
-//! The build script puts them into the executable on page boundaries. They are handed to the
+//! The build script puts them into the executable on page boundaries. Kernel and initramfs are handed to the
 //! monitor as a piece of `/proc/self/exe`: nothing is copied, and all machines share the page cache.
 
 use std::fs::{self, File};
@@ -26,9 +26,30 @@ pub fn initramfs(chosen: Option<&Path>) -> anyhow::Result<Payload> {
     choose("initramfs", "--initrd", chosen, INITRAMFS)
 }
 
-/// Sizes of the built-in kernel and initramfs.
-pub fn sizes() -> (Option<usize>, Option<usize>) {
-    (KERNEL.map(<[u8]>::len), INITRAMFS.map(<[u8]>::len))
+/// The module that makes the kernel mount file systems of the type `kind`, if that is not in the kernel itself. Only the
+/// built-in kernel has one.
+pub fn file_system(kind: &str, chosen: Option<&Path>) -> Option<&'static [u8]> {
+    match (kind, chosen) {
+        ("xfs", None) => XFS,
+        _ => None,
+    }
+}
+
+/// Sizes of what is built in.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    /// The kernel's, in bytes.
+    pub kernel: Option<usize>,
+    /// The initramfs's, in bytes.
+    pub initramfs: Option<usize>,
+    /// That of the module for XFS, in bytes.
+    pub xfs: Option<usize>,
+}
+
+/// Sizes of what is built in.
+pub fn sizes() -> Sizes {
+    let len = |part: Option<&[u8]>| part.map(<[u8]>::len);
+    Sizes { kernel: len(KERNEL), initramfs: len(INITRAMFS), xfs: len(XFS) }
 }
 
 fn choose(
@@ -93,6 +114,13 @@ mod tests {
         payload.file.read_exact_at(&mut bytes, payload.offset).unwrap();
         assert_eq!(bytes, SAMPLE.0);
         assert_eq!(payload.offset % 4096, 0);
+    }
+
+    #[test]
+    fn only_the_built_in_kernel_has_a_module() {
+        assert_eq!(file_system("xfs", None), XFS);
+        assert_eq!(file_system("xfs", Some(Path::new("/boot/vmlinux"))), None);
+        assert_eq!(file_system("ext4", None), None, "it is in the kernel");
     }
 
     #[test]

@@ -23,7 +23,7 @@ use mvm_agent_protocol::stream::{Dial, Header, Kind};
 use mvm_agent_protocol::{WAIT_MAX_MS, port};
 
 use crate::error::Error;
-use crate::spec::{self, Container, Root};
+use crate::spec::{self, Container, FileSystem, Root};
 
 /// The vsock socket's name in the sandbox's directory.
 pub const VSOCK_SOCKET: &str = "vsock.sock";
@@ -392,15 +392,17 @@ impl Guest {
 }
 
 fn rootfs(root: &Root) -> Rootfs {
-    let disk = |index, kind: &str| {
-        let mut disk = BlockDevice { fs_type: kind.to_owned(), ..Default::default() };
-        disk.set_index(index);
-        disk
+    let disk = |system: &FileSystem| BlockDevice {
+        fs_type: system.kind.clone(),
+        options: system.options.clone(),
+        ..Default::default()
     };
     let mut rootfs = Rootfs::new();
     match root {
         Root::Image => {
-            rootfs.set_block(disk(0, "erofs"));
+            let mut disk = BlockDevice { fs_type: "erofs".into(), ..Default::default() };
+            disk.set_index(0);
+            rootfs.set_block(disk);
             rootfs.set_tmpfs(Tmpfs::new());
         }
         Root::Directory(path) => {
@@ -411,16 +413,18 @@ fn rootfs(root: &Root) -> Rootfs {
             rootfs.set_share(share(name.clone(), String::new()));
             rootfs.direct = true;
         }
-        Root::Disk { index, kind, read_only } => {
-            rootfs.set_block(disk(*index, kind));
+        Root::Disk { index, system } => {
+            let mut disk = disk(system);
+            disk.set_index(*index);
+            rootfs.set_block(disk);
             // Without an upper layer it is read-only.
-            rootfs.direct = !read_only;
+            rootfs.direct = !system.read_only;
         }
-        Root::Plugged { place, kind, read_only } => {
-            let mut disk = BlockDevice { fs_type: kind.clone(), ..Default::default() };
+        Root::Plugged { place, system } => {
+            let mut disk = disk(system);
             disk.set_place(*place);
             rootfs.set_block(disk);
-            rootfs.direct = !read_only;
+            rootfs.direct = !system.read_only;
         }
     }
     rootfs

@@ -75,7 +75,7 @@ impl Machines {
 
 impl Backend for Machines {
     fn create(&self, new: &NewContainer) -> Result<u32> {
-        let container = Container::new(new, &self.socket)?;
+        let container = Container::new(new, self.host.as_ref(), &self.socket)?;
         match container.role {
             // A unikernel is in the pod's network, not in its machine.
             Role::Member if container.plan.is_some() => {}

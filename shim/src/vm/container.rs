@@ -22,6 +22,7 @@ use super::unikernel::{self, Unikernel};
 use super::{EXIT_KILLED, FIRST, blocks, lock, net, plugged};
 use crate::backend::{NewContainer, NewExec, RootMount};
 use crate::error::{Error, Result};
+use crate::host::Host;
 
 /// A container: what it has on the host, and the machine that it is in once it is started.
 #[derive(Debug)]
@@ -84,7 +85,7 @@ impl Lent {
 }
 
 impl Container {
-    pub(super) fn new(new: &NewContainer, socket: &Path) -> Result<Self> {
+    pub(super) fn new(new: &NewContainer, host: &dyn Host, socket: &Path) -> Result<Self> {
         let path = new.bundle.join("config.json");
         let failed = format!("cannot use {}", path.display());
         let mut spec = Spec::load(&path).map_err(Error::failed_to(failed))?;
@@ -117,7 +118,12 @@ impl Container {
         }
         // Nothing of a sandbox's root is ever read.
         let whole = role != Role::Sandbox && !annotated;
-        let disk = if whole { rootfs::disk(&new.rootfs) } else { None };
+        let disk = if whole {
+            let disk = rootfs::disk(&new.rootfs, |kind| host.file_system(kind));
+            disk.map_err(|e| Error::failed(format!("{e:#}")))?
+        } else {
+            None
+        };
         let mounts = if disk.is_some() || role == Role::Sandbox { &[][..] } else { &new.rootfs };
         let root = Root::mount(&root_path, mounts).map_err(Error::failed)?;
         let plan = match (role, &disk) {
@@ -282,7 +288,7 @@ impl Container {
                 Ok(())
             }
             Some(running) => {
-                running.machine.end(self.disk.as_ref().is_some_and(|disk| !disk.read_only))
+                running.machine.end(self.disk.as_ref().is_some_and(|disk| !disk.system.read_only))
             }
             None => Ok(()),
         };

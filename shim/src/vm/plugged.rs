@@ -75,6 +75,8 @@ pub enum Error {
 
 /// Where disks come and go.
 pub trait Socket {
+    /// Has the guest's kernel know file systems of the type `kind`, by a module of it.
+    fn prepare(&mut self, kind: &str, module: &[u8]) -> Result<(), mvm_sandbox::Error>;
     /// Makes `file` a disk of the guest. Returns its place.
     fn plug(&mut self, file: File, read_only: bool) -> Result<u32, mvm_sandbox::Error>;
     /// Takes the disk at `place` away, written out by the guest.
@@ -91,6 +93,10 @@ pub struct Running<'a> {
 }
 
 impl Socket for Running<'_> {
+    fn prepare(&mut self, kind: &str, module: &[u8]) -> Result<(), mvm_sandbox::Error> {
+        self.guest.add_file_system(kind, module)
+    }
+
     fn plug(&mut self, file: File, read_only: bool) -> Result<u32, mvm_sandbox::Error> {
         let place = self.monitor.plug(file.as_fd(), read_only)?;
         // Only the monitor has it now: when that lets go of it, the host's device is free.
@@ -151,8 +157,12 @@ impl Plugged {
         }
         let file =
             root.open().map_err(|source| NoDisk::Open { path: root.path.clone(), source })?;
-        let place = socket.plug(file, root.read_only).map_err(NoDisk::Plug)?;
-        roots.insert(place, !root.read_only);
+        let (kind, read_only) = (&root.system.kind, root.system.read_only);
+        if let Some(module) = root.module {
+            socket.prepare(kind, module.0).map_err(NoDisk::Plug)?;
+        }
+        let place = socket.plug(file, read_only).map_err(NoDisk::Plug)?;
+        roots.insert(place, !read_only);
         Ok(place)
     }
 
@@ -246,6 +256,8 @@ fn take_back(disks: &mut BTreeMap<Number, Disk>, given: &[GivenDevice], socket: 
 
 #[cfg(test)]
 mod tests {
+    use mvm_sandbox::spec::FileSystem;
+
     use super::*;
 
     /// Places, and what is at them: whether it can be written.
@@ -256,6 +268,10 @@ mod tests {
     }
 
     impl Socket for Mock {
+        fn prepare(&mut self, kind: &str, _: &[u8]) -> Result<(), mvm_sandbox::Error> {
+            Err(mvm_sandbox::Error::Setup(format!("no {kind} here")))
+        }
+
         fn plug(&mut self, _: File, read_only: bool) -> Result<u32, mvm_sandbox::Error> {
             let full = || mvm_sandbox::Error::Setup("full".into());
             let free = self.places.iter().position(Option::is_none).ok_or_else(full)?;
@@ -273,11 +289,16 @@ mod tests {
         }
     }
 
-    /// Places without end.
+    /// Places without end, and the file systems that have been brought.
     #[derive(Default)]
-    struct Many(std::collections::BTreeSet<u32>);
+    struct Many(std::collections::BTreeSet<u32>, Vec<String>);
 
     impl Socket for Many {
+        fn prepare(&mut self, kind: &str, _: &[u8]) -> Result<(), mvm_sandbox::Error> {
+            self.1.push(kind.to_owned());
+            Ok(())
+        }
+
         fn plug(&mut self, _: File, _: bool) -> Result<u32, mvm_sandbox::Error> {
             let free = (0..).find(|place| !self.0.contains(place)).unwrap_or_default();
             self.0.insert(free);
@@ -288,6 +309,11 @@ mod tests {
             assert!(self.0.remove(&place), "nothing is there");
             Ok(())
         }
+    }
+
+    fn root(path: &std::path::Path, kind: &str, read_only: bool) -> rootfs::Disk {
+        let system = FileSystem { kind: kind.into(), options: vec![], read_only };
+        rootfs::Disk { path: path.to_owned(), system, module: None }
     }
 
     /// Block devices of this host, or nothing is tested.
@@ -324,7 +350,7 @@ mod tests {
     fn roots_leave_places_for_devices() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        let root = rootfs::Disk { path: path.clone(), kind: "ext4".into(), read_only: true };
+        let root = root(&path, "ext4", true);
         let (mut mock, plugged) = (Many::default(), Plugged::default());
         let missing = plugged.plug_root(&root, &mut mock).unwrap_err();
         assert!(matches!(missing, NoDisk::Open { .. }), "{missing}");
@@ -333,7 +359,7 @@ mod tests {
             plugged.plug_root(&root, &mut mock).unwrap();
         }
         assert!(!plugged.has_written_roots());
-        let written = rootfs::Disk { read_only: false, ..root.clone() };
+        let written = self::root(&path, "ext4", false);
         let place = plugged.plug_root(&written, &mut mock).unwrap();
         assert!(plugged.has_written_roots());
         assert!(matches!(plugged.plug_root(&root, &mut mock), Err(NoDisk::Full)));
@@ -341,6 +367,29 @@ mod tests {
         plugged.unplug_root(place, &mut mock);
         assert_eq!((mock.0.len(), plugged.has_written_roots()), (ROOTS - 1, false));
         plugged.plug_root(&root, &mut mock).unwrap();
+        assert_eq!(mock.1, [""; 0]);
+    }
+
+    #[test]
+    fn the_module_for_a_root_comes_before_its_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, "").unwrap();
+        let module = Some(rootfs::Module(b"module"));
+        let root = rootfs::Disk { module, ..root(&path, "xfs", false) };
+        let (mut mock, plugged) = (Many::default(), Plugged::default());
+        for _ in 0..ROOTS {
+            plugged.plug_root(&root, &mut mock).unwrap();
+        }
+        assert_eq!((mock.0.len(), &mock.1), (ROOTS, &vec!["xfs".to_owned(); ROOTS]));
+        // Not for nothing.
+        assert!(matches!(plugged.plug_root(&root, &mut mock), Err(NoDisk::Full)));
+        assert_eq!(mock.1.len(), ROOTS);
+        // Without it there is no disk.
+        let (mut mock, plugged) = (Mock::default(), Plugged::default());
+        let refused = plugged.plug_root(&root, &mut mock).unwrap_err();
+        assert!(refused.to_string().contains("no xfs here"), "{refused}");
+        assert_eq!((mock.places, plugged.has_written_roots()), ([None, None], false));
     }
 
     #[test]

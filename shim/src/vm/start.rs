@@ -199,9 +199,9 @@ impl Machines {
         let mut shares = Vec::new();
         if let Some(disk) = &container.disk {
             let failed = Error::failed_to(format!("cannot use {}", disk.path.display()));
-            disks.push(Disk { file: disk.open().map_err(failed)?, read_only: disk.read_only });
-            let (kind, read_only) = (disk.kind.clone(), disk.read_only);
-            inside.container.root = GuestRoot::Disk { index: 0, kind, read_only };
+            let read_only = disk.system.read_only;
+            disks.push(Disk { file: disk.open().map_err(failed)?, read_only });
+            inside.container.root = GuestRoot::Disk { index: 0, system: disk.system.clone() };
         } else {
             let root = container.root_share(FIRST)?;
             inside.container.root = GuestRoot::Share(root.name.clone());
@@ -217,6 +217,10 @@ impl Machines {
         let shares = (!shares.is_empty()).then_some(shares);
         let plan = |hardware| Ok(machine_plan(hardware, disks, shares));
         let (machine, streams) = self.boot(container, &spec, plan, |sandbox| {
+            if let Some(rootfs::Disk { system, module: Some(module), .. }) = &container.disk {
+                let added = sandbox.guest()?.add_file_system(&system.kind, module.0);
+                added.map_err(|e| sandbox.explain(e))?;
+            }
             let mut notices = Vec::new();
             let streams = sandbox.start(&inside.container, stdio, false, &mut notices)?;
             container.note(&notices);
@@ -301,9 +305,9 @@ impl Machines {
         inside.container.devices.clone_from(&lent.devices);
         let mut shares = Vec::new();
         inside.container.root = match container.plug_root(machine)? {
-            Some((place, rootfs::Disk { kind, read_only, .. })) => {
+            Some((place, rootfs::Disk { system, .. })) => {
                 lent.root = Some(place);
-                GuestRoot::Plugged { place, kind, read_only }
+                GuestRoot::Plugged { place, system }
             }
             None => {
                 let root = container.root_share(name)?;

@@ -86,6 +86,19 @@ struct Calls {
     closed: Option<String>,
 }
 
+impl Connection {
+    /// Writes a request. An agent that reads nothing for `timeout` holds nobody up for longer; the connection ends then, for
+    /// nothing can follow a part of a frame.
+    fn write(&self, id: u32, frame: &[u8], timeout: Duration) -> io::Result<()> {
+        let mut writer = lock(&self.writer);
+        // Zero would mean no limit.
+        writer.set_write_timeout(Some(timeout.max(Duration::from_millis(1))))?;
+        write_frame(&mut *writer, MESSAGE_TYPE_REQUEST, id, frame).inspect_err(|_| {
+            let _ = writer.shutdown(Shutdown::Both);
+        })
+    }
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
         // Wakes the reader, which holds a descriptor of its own.
@@ -159,11 +172,12 @@ impl Client {
             calls.waiting.insert(id, sender);
             id
         };
-        let written =
-            write_frame(&mut *lock(&self.connection.writer), MESSAGE_TYPE_REQUEST, id, &frame);
-        if let Err(e) = written {
+        if let Err(e) = self.connection.write(id, &frame, timeout) {
             lock(&self.connection.calls).waiting.remove(&id);
-            return Err(CallError::Closed { method, reason: e.to_string() });
+            return Err(match e.kind() {
+                io::ErrorKind::WouldBlock => CallError::Timeout { method, after: timeout },
+                _ => CallError::Closed { method, reason: e.to_string() },
+            });
         }
         match receiver.recv_timeout(timeout) {
             Ok(response) => match response.status.as_ref() {

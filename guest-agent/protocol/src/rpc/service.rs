@@ -101,4 +101,6 @@ service! {
     "PlugDisk" plug_disk(DiskRequest) -> Empty;
     /// Lets go of a disk, before the host takes it out of its place.
     "UnplugDisk" unplug_disk(DiskRequest) -> Empty;
+    /// Adds a file system to the kernel, or only says whether it is there.
+    "AddFileSystem" add_file_system(AddFileSystemRequest) -> AddFileSystemResponse;
 }

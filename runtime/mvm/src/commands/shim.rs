@@ -77,6 +77,11 @@ impl Host for Program {
         })
     }
 
+    fn file_system(&self, kind: &str) -> anyhow::Result<Option<&'static [u8]>> {
+        let settings = Settings::without_flags(&Config::load(&Places::current(None))?)?;
+        Ok(embedded::file_system(kind, settings.kernel.value.as_deref()))
+    }
+
     fn bare(&self, size: Size, kind: Kind) -> anyhow::Result<Bare> {
         let settings = Settings::without_flags(&Config::load(&Places::current(None))?)?;
         let outlook = engine::look(&self.layout()?, settings.wish(false))?;

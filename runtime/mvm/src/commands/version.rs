@@ -8,7 +8,7 @@ use crate::output::{line, size};
 
 pub fn version(args: &VersionArgs) -> anyhow::Result<()> {
     let engines = ["emu", "kvm"];
-    let (kernel, initramfs) = embedded::sizes();
+    let embedded::Sizes { kernel, initramfs, xfs } = embedded::sizes();
     if args.json {
         return line(
             &json!({
@@ -17,6 +17,7 @@ pub fn version(args: &VersionArgs) -> anyhow::Result<()> {
                 "engines": engines,
                 "kernel_bytes": kernel,
                 "initramfs_bytes": initramfs,
+                "xfs_module_bytes": xfs,
             })
             .to_string(),
         );
@@ -26,11 +27,12 @@ pub fn version(args: &VersionArgs) -> anyhow::Result<()> {
         None => "not built in".into(),
     };
     line(&format!(
-        "mvm {}\nengines:        {}\nagent protocol: {}\nguest kernel:   {}\ninitramfs:      {}",
+        "mvm {}\nengines:        {}\nagent protocol: {}\nguest kernel:   {}\nXFS module:     {}\ninitramfs:      {}",
         env!("CARGO_PKG_VERSION"),
         engines.join(", "),
         mvm_agent_protocol::PROTOCOL_VERSION,
         part(kernel),
+        part(xfs),
         part(initramfs),
     ))
 }

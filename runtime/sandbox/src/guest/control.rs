@@ -2,11 +2,12 @@
 
 use mvm_agent_protocol::messages::container_state::Status;
 use mvm_agent_protocol::messages::{
-    CloseStdinRequest, DeleteContainerRequest, DiskRequest, Empty, PauseContainerRequest,
-    ResumeContainerRequest, ShutdownRequest, SignalProcessRequest, UpdateResourcesRequest,
+    AddFileSystemRequest, CloseStdinRequest, DeleteContainerRequest, DiskRequest, Empty,
+    PauseContainerRequest, ResumeContainerRequest, ShutdownRequest, SignalProcessRequest,
+    UpdateResourcesRequest,
 };
 
-use super::Guest;
+use super::{Guest, refused_setup};
 use crate::error::Error;
 
 impl Guest {
@@ -82,6 +83,21 @@ impl Guest {
     /// Has the guest write out, and let go of, the disk at `place`.
     pub fn unplug(&self, place: u32) -> Result<(), Error> {
         self.client.unplug_disk(&DiskRequest { place, ..Default::default() }, self.limit)?;
+        Ok(())
+    }
+
+    /// Has the guest's kernel know file systems of the type `kind`. `module`, of the same kernel, is sent and loaded if it
+    /// does not yet; it has to fit into a message of 4 MiB.
+    pub fn add_file_system(&self, kind: &str, module: &[u8]) -> Result<(), Error> {
+        let ask = |module: &[u8]| {
+            let (fs_type, module) = (kind.to_owned(), module.to_owned());
+            let request = AddFileSystemRequest { fs_type, module, ..Default::default() };
+            let added = self.client.add_file_system(&request, self.limit);
+            added.map(|answer| answer.there).map_err(refused_setup)
+        };
+        if !ask(&[])? {
+            ask(module)?;
+        }
         Ok(())
     }
 

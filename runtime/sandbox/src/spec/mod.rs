@@ -149,21 +149,28 @@ pub enum Root {
         /// Its place among the machine's disks.
         index: u32,
         /// The file system on it.
-        kind: String,
-        /// It cannot be written.
-        read_only: bool,
+        system: FileSystem,
     },
     /// The disk at a place of a machine that runs, as it is.
     Plugged {
         /// The place.
         place: u32,
         /// The file system on it.
-        kind: String,
-        /// It cannot be written.
-        read_only: bool,
+        system: FileSystem,
     },
     /// A directory that the guest has already, with guest memory above.
     Directory(String),
+}
+
+/// A file system on a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileSystem {
+    /// Its type, as mount(8) calls it.
+    pub kind: String,
+    /// Options of its own for the mount, `key=value` or `key`.
+    pub options: Vec<String>,
+    /// It cannot be written.
+    pub read_only: bool,
 }
 
 /// A directory in guest memory that the containers of one machine have in common.

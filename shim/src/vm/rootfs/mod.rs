@@ -1,11 +1,10 @@
 //! A container's root on the host: what containerd's snapshotter hands over, mounted at the bundle's
 //! `rootfs`.
 
+mod disk;
 mod options;
 mod overlay;
 
-use std::fs::File;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +13,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::backend::RootMount;
+pub use disk::{Disk, Module, disk};
 use options::options;
 use overlay::mount_from_near;
 
@@ -67,46 +67,6 @@ pub enum Error {
     /// There is no thread to be had.
     #[error("cannot mount the root: {0}")]
     Thread(std::io::Error),
-}
-
-/// File systems that the guest's kernel mounts by itself.
-const GUEST_KINDS: [&str; 2] = ["ext4", "erofs"];
-
-/// A root that a machine gets as a disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Disk {
-    /// An image or a block device.
-    pub path: PathBuf,
-    /// The file system on it.
-    pub kind: String,
-    /// It is not to be written.
-    pub read_only: bool,
-}
-
-/// The disk that `mounts` amount to, if they are one whole file system that the guest can mount.
-pub fn disk(mounts: &[RootMount]) -> Option<Disk> {
-    let [one] = mounts else { return None };
-    let known = |word: &String| matches!(word.as_str(), "ro" | "rw" | "loop" | "defaults");
-    let guests = GUEST_KINDS.contains(&one.kind.as_str())
-        && one.target.trim_matches('/').is_empty()
-        && one.options.iter().all(known);
-    let file_type = std::fs::metadata(&one.source).ok()?.file_type();
-    if !guests || !(file_type.is_file() || file_type.is_block_device()) {
-        return None;
-    }
-    let last = one.options.iter().rfind(|w| matches!(w.as_str(), "ro" | "rw"));
-    let read_only = one.kind == "erofs" || last.is_some_and(|w| w == "ro");
-    Some(Disk { path: one.source.clone().into(), kind: one.kind.clone(), read_only })
-}
-
-impl Disk {
-    /// Opens it.
-    ///
-    /// # Errors
-    /// It is gone, or may not be used.
-    pub fn open(&self) -> std::io::Result<File> {
-        File::options().read(true).write(!self.read_only).open(&self.path)
-    }
 }
 
 /// A mounted root. Dropping it unmounts it.
@@ -243,34 +203,6 @@ fn target(root: &Path, below: &str) -> Result<PathBuf, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn words(text: &str) -> Vec<String> {
-        text.split(',').map(String::from).collect()
-    }
-
-    #[test]
-    fn whole_file_systems_that_the_guest_knows_are_disks() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("image");
-        std::fs::write(&image, "").unwrap();
-        let mount = |kind: &str, options: &str| RootMount {
-            kind: kind.into(),
-            source: image.display().to_string(),
-            target: String::new(),
-            options: words(options),
-        };
-        let found = |kind, options| disk(&[mount(kind, options)]).map(|d| d.read_only);
-        assert_eq!(found("ext4", "loop,rw"), Some(false));
-        assert_eq!(found("ext4", "ro"), Some(true));
-        assert_eq!(found("erofs", "loop"), Some(true));
-        assert_eq!(found("xfs", "loop"), None, "the guest has it not");
-        assert_eq!(found("ext4", "loop,data=journal"), None, "an option for mount(2)");
-        assert_eq!(disk(&[mount("ext4", "ro"), mount("ext4", "ro")]), None);
-        let missing = RootMount { source: "/no/such".into(), ..mount("ext4", "ro") };
-        assert_eq!(disk(&[missing]), None);
-        let directory = RootMount { source: "/etc".into(), ..mount("ext4", "ro") };
-        assert_eq!(disk(&[directory]), None);
-    }
 
     #[test]
     fn targets_stay_below_the_root() {

@@ -108,7 +108,8 @@ fn cpu(cpuinfo: &str) -> Check {
 }
 
 fn guest() -> Check {
-    match embedded::sizes() {
+    let sizes = embedded::sizes();
+    match (sizes.kernel, sizes.initramfs) {
         (Some(kernel), Some(initramfs)) => good(
             "guest",
             format!(
