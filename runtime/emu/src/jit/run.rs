@@ -606,7 +606,7 @@ fn code_size(cpu: &Cpu) -> usize {
 /// The counter for code at host address `host`. Those of a page lie side by side, one for four bytes.
 fn trial(host: u64) -> usize {
     let page = (host >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SEEN.ilog2());
-    (page as usize & !63) + (host & 0xfff) as usize / 4 & (SEEN - 1)
+    ((page as usize & !63) + (host & 0xfff) as usize / 4) & (SEEN - 1)
 }
 
 /// What a block at `host` is called in the cache.
