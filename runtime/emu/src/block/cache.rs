@@ -14,7 +14,7 @@ use crate::op::Op;
 
 /// Slots of the table in front.
 const JUMPS: usize = 8192;
-/// Memory for ops, in bytes, before the cache is emptied, where all code is interpreted.
+/// Memory for ops, in bytes, at most, where all code is interpreted.
 pub const CAPACITY: usize = 24 << 20;
 /// The same where what runs more than a few times is translated.
 pub const CAPACITY_BESIDE_TRANSLATOR: usize = 4 << 20;

@@ -250,12 +250,6 @@ impl Asm {
             *copy = None;
         }
     }
-    /// No register counts as a copy of the field at `offset` any more.
-    pub fn forget_copy(&mut self, offset: i32) {
-        for copy in self.copies.iter_mut().filter(|copy| **copy == Some(offset)) {
-            *copy = None;
-        }
-    }
     /// Which register, rcx or rdx, has the value of the field at `offset`.
     pub fn copy_of(&self, offset: i32) -> Option<u8> {
         [RCX, RDX]

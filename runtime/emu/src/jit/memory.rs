@@ -37,32 +37,18 @@ impl Translator {
     /// a look at something, EFLAGS.
     pub(super) fn access(&mut self, op: &Op, plan: &Plan, live: Flags) -> Ea {
         let address = Address::of(op, plan);
-        let role = match self.spans.role(self.current) {
-            // Its slot has nothing, but rcx what it needs; should that have been lost, it goes without.
-            Role::Member { slot, .. } if self.brief[usize::from(slot)] => {
-                let slot = layout::span(slot);
-                let place =
-                    (self.asm.copy_of(slot) == Some(RCX)).then(|| self.by_span(&address, slot));
-                self.asm.forget_copy(slot);
-                if let Some(place) = place {
-                    return self.look_at_alignment(&address, plan, place, live);
-                }
-                Role::Alone
-            }
-            role => role,
-        };
-        match role {
+        match self.spans.role(self.current) {
             Role::Member { slot, .. } => {
                 let place = self.by_span(&address, layout::span(slot));
                 self.look_at_alignment(&address, plan, place, live)
             }
-            Role::Head { slot, low, bytes, write, brief } => {
+            Role::Head { slot, low, bytes, write } => {
                 self.aligned[usize::from(slot)] = None;
                 self.keep_flags(live);
                 let first = Address { disp: address.disp.wrapping_add(low.into()), ..address };
                 let at = self.linear(&first, bytes);
                 let span = SpanMiss { slot, at, wanted: Wanted { bytes, write } };
-                let place = self.probe_span(span, brief);
+                let place = self.probe_span(span);
                 let place = Ea { disp: place.disp.wrapping_sub(low.into()), ..place };
                 self.look_at_alignment(&address, plan, place, live)
             }
@@ -126,8 +112,7 @@ impl Translator {
 
     /// The same for the linear address that `at` says.
     pub(super) fn probe_at(&mut self, at: Ea, wanted: Wanted) -> Ea {
-        let last = i32::from(wanted.bytes) - 1;
-        self.probe_to(at, Ea { disp: at.disp.wrapping_add(last), ..at }, wanted.write);
+        self.probe_to(at, last_byte(at, wanted.bytes), wanted.write);
         self.count(layout::COUNTED_TLB_HITS);
         let addend = Ea::at(RAX, TlbLayout::ENTRY_ADDEND);
         if at.base == Some(RCX) {
@@ -205,11 +190,9 @@ impl Translator {
         [unknown, self.asm.jcc(5)]
     }
 
-    /// The probe for a span: where it is in the host. If it is `brief`, what it adds to addresses is in rcx until its last
-    /// access, and nobody asks for its slot but who has been called instead.
-    fn probe_span(&mut self, span: SpanMiss, brief: bool) -> Ea {
-        let last =
-            Ea { disp: span.at.disp.wrapping_add(i32::from(span.wanted.bytes) - 1), ..span.at };
+    /// The probe for a span: where it is in the host.
+    fn probe_span(&mut self, span: SpanMiss) -> Ea {
+        let last = last_byte(span.at, span.wanted.bytes);
         let (jump, hit) = self.compare_tags(span.at, last, span.wanted.write);
         self.misses.push(Miss::Span { jump, hit, span });
         self.count(layout::COUNTED_TLB_HITS);
@@ -217,10 +200,7 @@ impl Translator {
         let in_rcx = span.at.base == Some(RCX);
         let copy = if in_rcx { RDX } else { RCX };
         self.asm.load(copy, addend);
-        self.brief[usize::from(span.slot)] = brief && !in_rcx;
-        if !brief || in_rcx {
-            self.asm.store(Ea::cpu(slot), copy);
-        }
+        self.asm.store(Ea::cpu(slot), copy);
         if in_rcx {
             self.asm.op(Code::wide(0x01), RDX, Rm::Reg(RCX));
         }
@@ -284,7 +264,7 @@ impl Translator {
             self.asm.lea(RCX, span.at);
         }
         // The page's number changes between the first byte and the last one.
-        self.asm.lea(RAX, Ea::at(RCX, i32::from(span.wanted.bytes) - 1));
+        self.asm.lea(RAX, last_byte(Ea::at(RCX, 0), span.wanted.bytes));
         self.asm.op(Code::one(0x31), RCX, Rm::Reg(RAX));
         self.asm.byte(0xa9); // test eax, -4096
         self.asm.imm32(-4096);
@@ -292,8 +272,9 @@ impl Translator {
         self.asm.store(slot, RCX);
         self.call_op(op);
         self.asm.load(RCX, slot);
-        let last = Ea::at(RCX, i32::from(span.wanted.bytes) - 1);
-        let (mut jump, other) = self.compare_tags(Ea::at(RCX, 0), last, span.wanted.write);
+        let first = Ea::at(RCX, 0);
+        let last = last_byte(first, span.wanted.bytes);
+        let (mut jump, other) = self.compare_tags(first, last, span.wanted.write);
         if let Some((_, write)) = other {
             let over = self.asm.jmp();
             self.asm.land(jump);
@@ -310,6 +291,11 @@ impl Translator {
         self.leave_spans(end);
         self.asm.land(done);
     }
+}
+
+/// The last of `bytes` bytes from `first` on.
+fn last_byte(first: Ea, bytes: u16) -> Ea {
+    Ea { disp: first.disp.wrapping_add(i32::from(bytes) - 1), ..first }
 }
 
 /// The host register of a register of the guest's that has one.

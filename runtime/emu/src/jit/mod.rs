@@ -16,6 +16,7 @@ mod far;
 mod flow;
 mod layout;
 mod memory;
+mod operands;
 mod place;
 mod plan;
 mod raw;

@@ -298,11 +298,13 @@ impl Jit {
     ) -> Option<Block> {
         match self.cache.find(name(host, how.plain)) {
             Found::Block(block) => return Some(block),
-            Found::Stale => self.kill(cpu, host.addr() & PAGE),
+            Found::Stale => {
+                self.kill(cpu, host.addr() & PAGE);
+                if self.on_trial(host) {
+                    return None;
+                }
+            }
             Found::None => {}
-        }
-        if self.on_trial(host) {
-            return None;
         }
         self.make(cpu, decoder, host, how)
     }

@@ -3,7 +3,6 @@
 //! Registers are followed through the block as a symbol plus a distance, so that stack accesses between pushes and
 //! pops, fields of a structure, and elements of an array off the same index are known to lie side by side.
 
-use super::layout::host_of;
 use super::plan::{Field, Kind, Mem, Operand, Plan};
 use super::system::System;
 use crate::host::inline::Inline;
@@ -34,12 +33,6 @@ impl Address {
     /// Where 8 bytes are pushed to.
     pub const PUSHED: Self = Self::at(SP, -8);
 
-    /// The register of the guest's that it is off, if that alone is in it, and in a register of the host's.
-    fn register(&self) -> Option<u8> {
-        let alone = self.index == reg::ZERO && self.seg.is_none() && self.base < reg::ZERO;
-        if alone && host_of(self.base).is_some() { Some(self.base) } else { None }
-    }
-
     /// `disp` beyond register `base`.
     const fn at(base: u8, disp: i32) -> Self {
         Self { base, index: reg::ZERO, scale: 0, disp, seg: None }
@@ -60,17 +53,6 @@ impl Address {
     }
 }
 
-/// Does an op leave rcx alone, but for its access?
-fn leaves_rcx(plan: &Plan, inline: Option<&Inline>) -> bool {
-    match plan.kind {
-        Kind::Vector => inline.is_some_and(|i| {
-            i.note.is_none() && !i.loads_control_word && i.moves.iter().all(Option::is_none)
-        }),
-        Kind::Nop | Kind::MovImm { .. } | Kind::Copy { .. } | Kind::Branch { .. } => true,
-        _ => false,
-    }
-}
-
 const SP: u8 = 4;
 const BP: u8 = 5;
 const DI: u8 = 7;
@@ -80,8 +62,8 @@ const DI: u8 = 7;
 pub enum Role {
     /// Nothing: it has a probe of its own.
     Alone,
-    /// Its probe is for the bytes from `low` (relative to its address) on, and is kept in `slot`, or only in rcx, if it is `brief`.
-    Head { slot: u8, low: i16, bytes: u16, write: bool, brief: bool },
+    /// Its probe is for the bytes from `low` (relative to its address) on, and is kept in `slot`.
+    Head { slot: u8, low: i16, bytes: u16, write: bool },
     /// It goes by the probe that is in `slot`, `at` so many bytes from the head's address.
     Member { slot: u8, at: i16 },
 }
@@ -192,16 +174,7 @@ impl Spans {
             self.effect(op, plan, inline.as_ref(), immediate(i));
         }
         self.closed.append(&mut self.open);
-        self.assign(|group| {
-            let direct = |at: usize| Address::of(&ops[at], &plans[at]).register();
-            let leaves_rcx = |at: usize| leaves_rcx(&plans[at], inlines[at].as_ref());
-            group.members == 1
-                && direct(group.head).is_some()
-                && direct(group.head) == direct(group.last)
-                && leaves_rcx(group.head)
-                && (group.head + 1..group.last)
-                    .all(|at| plans[at].mem == Mem::None && leaves_rcx(at))
-        });
+        self.assign();
     }
 
     fn value(&self, register: u8) -> Value {
@@ -344,9 +317,8 @@ impl Spans {
         }
     }
 
-    /// Gives slots to the groups of more than one access, as long as there are any. `brief`: nothing happens until its only
-    /// member.
-    fn assign(&mut self, brief: impl Fn(&Group) -> bool) {
+    /// Gives slots to the groups of more than one access, as long as there are any.
+    fn assign(&mut self) {
         self.closed.sort_by_key(|group| group.head);
         let mut busy = [None; SLOTS];
         for group in self.closed.drain(..).filter(|group| group.members != 0) {
@@ -359,7 +331,6 @@ impl Spans {
                 low: (group.low - group.head_at) as i16,
                 bytes: (group.high - group.low) as u16,
                 write: group.write,
-                brief: brief(&group),
             };
             self.slots[group.number] = Some((slot, group.head_at));
         }
