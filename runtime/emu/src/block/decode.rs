@@ -18,6 +18,8 @@ use crate::{interp, sys};
 const MAX_OPS: usize = 64;
 /// Rounds of a loop that a block has, at most.
 const MAX_ROUNDS: usize = 4;
+/// Conditional jumps that translated code goes on behind in the same block, at most.
+const MAX_BRANCHES: usize = 8;
 /// Bytes looked at for one block, at most, and at first: most of them end before that.
 const WINDOW: usize = 320;
 const FIRST_LOOK: usize = 64;
@@ -44,6 +46,9 @@ pub struct BlockDecoder {
     /// Lines about unknown instructions that may still be written.
     log_budget: u32,
 }
+
+/// Is what follows a conditional jump, at an offset in the page, to be in the same block?
+pub type GoesOn<'a> = &'a dyn Fn(u16) -> bool;
 
 /// The bytes that a block is made from: part of one page, or of two.
 #[derive(Debug, Default)]
@@ -132,22 +137,22 @@ impl BlockDecoder {
     }
 
     /// Decodes the run of 64-bit code at `host`, linear address `linear`, for translation: what lies in its page, or
-    /// the instruction that crosses into the next one. Offsets are from the page's start. A loop is there several times, if
-    /// that is to be `unrolled`. None: that is for the interpreter to look at (a page that cannot be fetched, an
-    /// instruction that is too long).
+    /// the instruction that crosses into the next one. Offsets are from the page's start. If it `goes_on`, it has what follows
+    /// its conditional jumps, where that says so of the offset behind one, and a loop is there several times. None: that is for
+    /// the interpreter to look at (a page that cannot be fetched, an instruction that is too long).
     pub fn decode_run(
         &mut self,
         cpu: &mut Cpu,
         linear: u64,
         host: HostAddr,
-        unrolled: bool,
+        goes_on: Option<GoesOn<'_>>,
     ) -> Option<Run<'_>> {
         let offset = host.addr() & 0xfff;
         let mut source = std::mem::take(&mut self.source).look_at(host, None);
         let mut limit = MAX_OPS;
         let (len, stamp, second) = loop {
             self.translating = true;
-            let len = self.run(&mut source, Mode::Code64, limit, offset);
+            let len = self.run(&mut source, Mode::Code64, limit, offset, goes_on);
             self.translating = false;
             if len == 0 && source.second.is_none() {
                 let second = cpu.fetch((linear | 0xfff).wrapping_add(1)).ok()?;
@@ -170,7 +175,7 @@ impl BlockDecoder {
             source = source.look_at(host, second.map(|(next, _)| next));
         };
         self.source = source;
-        if unrolled && self.loops {
+        if goes_on.is_some() && self.loops {
             self.unroll();
         }
         Some(Run {
@@ -208,12 +213,12 @@ impl BlockDecoder {
         let limit = if single { 1 } else { MAX_OPS };
         let mut source = std::mem::take(&mut self.source).look_at(host, None);
         loop {
-            let mut len = self.run(&mut source, cpu.mode, limit, 0);
+            let mut len = self.run(&mut source, cpu.mode, limit, 0, None);
             if len == 0 && source.second.is_none() {
                 // Not even one instruction in this page.
                 let second = cpu.fetch((linear | 0xfff).wrapping_add(1))?;
                 source = source.look_at(host, Some(second));
-                len = self.run(&mut source, cpu.mode, 1, 0);
+                len = self.run(&mut source, cpu.mode, 1, 0, None);
             }
             if len == 0 {
                 // Too long for an instruction.
@@ -258,16 +263,30 @@ impl BlockDecoder {
     }
 
     /// Decodes up to `limit` instructions into `ops`, as if they were at address `base`. Returns the bytes used.
-    fn run(&mut self, source: &mut Source, mode: Mode, limit: usize, base: u64) -> usize {
-        let used = self.run_over(source, mode, limit, base);
+    fn run(
+        &mut self,
+        source: &mut Source,
+        mode: Mode,
+        limit: usize,
+        base: u64,
+        goes_on: Option<GoesOn<'_>>,
+    ) -> usize {
+        let used = self.run_over(source, mode, limit, base, goes_on);
         if !self.ends && self.ops.len() < limit && source.look_further() {
-            return self.run_over(source, mode, limit, base);
+            return self.run_over(source, mode, limit, base, goes_on);
         }
         used
     }
 
     /// The same with the bytes that there are.
-    fn run_over(&mut self, source: &Source, mode: Mode, limit: usize, base: u64) -> usize {
+    fn run_over(
+        &mut self,
+        source: &Source,
+        mode: Mode,
+        limit: usize,
+        base: u64,
+        goes_on: Option<GoesOn<'_>>,
+    ) -> usize {
         self.ops.clear();
         self.valid.clear();
         self.inlines.clear();
@@ -282,6 +301,7 @@ impl BlockDecoder {
         let mut insn = Instruction::default();
         let mut used = 0;
         let mut sti = false;
+        let mut branches = 0;
         while self.ops.len() < limit && decoder.can_decode() {
             decoder.decode_out(&mut insn);
             if insn.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
@@ -292,7 +312,12 @@ impl BlockDecoder {
             (op.start, op.end) = (base as u16 + used as u16, base as u16 + end as u16);
             self.ends = self.select(&insn, mode, &mut op, &bytes[used..end]);
             sti = insn.mnemonic() == Mnemonic::Sti;
-            self.loops = insn.is_jcc_short_or_near() && insn.near_branch_target() == base;
+            let branch = insn.is_jcc_short_or_near();
+            self.loops = branch && insn.near_branch_target() == base;
+            if branch && !self.loops && branches < MAX_BRANCHES {
+                self.ends = !goes_on.is_some_and(|goes_on| goes_on(op.end));
+                branches += 1;
+            }
             self.ops.push(op);
             self.valid.push(!insn.is_invalid());
             self.inlines.push(self.inline.take());

@@ -7,7 +7,7 @@ mod operands;
 mod stamp;
 
 pub(crate) use cache::KeyHasher;
-pub(crate) use decode::BlockDecoder;
+pub(crate) use decode::{BlockDecoder, GoesOn};
 pub use dispatch::{Dispatcher, Stop};
 pub(crate) use stamp::CodeStamp;
 

@@ -24,12 +24,14 @@ impl Translator {
             Kind::Jump => self.go_to(target),
             Kind::Branch { condition } => {
                 self.need_flags(ALL);
-                if self.current < self.last {
+                match self.follows {
                     // Back to where the block starts, which follows here as well.
-                    self.branch(condition ^ 1, op.end.into());
-                } else {
-                    self.branch(condition, target);
-                    self.go_to(op.end.into());
+                    Some(next) if next != op.end => self.branch(condition ^ 1, op.end.into()),
+                    Some(_) => self.branch(condition, target),
+                    None => {
+                        self.branch(condition, target);
+                        self.go_to(op.end.into());
+                    }
                 }
             }
             Kind::CallNear => {

@@ -14,7 +14,7 @@ use super::env::{CalledOp, JitEnv};
 use super::stubs::{Enter, Exit, Stubs, exit};
 use super::translate::{Goes, Input, LOOK, MAX_BLOCK, Tables, Translator};
 use crate::apic::NEVER;
-use crate::block::{BlockDecoder, Stop};
+use crate::block::{BlockDecoder, GoesOn, Stop};
 use crate::cpu::Cpu;
 use crate::mmu::{HostAddr, NO_JUMP};
 use crate::op::{Flow, reg};
@@ -25,6 +25,9 @@ pub(super) const TRIALS: u8 = 8;
 /// The same for code that has taken the place of other code that was translated: it will perhaps be replaced as well. So many
 /// runs take about as long as a translation.
 const TRIALS_ANEW: u8 = 24;
+/// How many of these runs what follows a conditional jump may have missed to be in one block with it. With 4 a large program
+/// (gcc) is no faster.
+const MISSED: u8 = 1;
 /// How many jumps between pages go by the jump cache before one of them is linked anew.
 const PATIENCE: i32 = 64;
 /// Bytes of address space for the code of one vCPU, at least and at most.
@@ -354,7 +357,13 @@ impl Jit {
         if self.used + MAX_BLOCK > self.limit || self.used_cold + MAX_BLOCK > self.arena.size() {
             self.clear(cpu);
         }
-        let run = decoder.decode_run(cpu, cpu.rip, host, !plain)?;
+        // What has been run about as often as code that is translated now most often follows it.
+        let goes_on = |offset: u16| {
+            let at = trial(host.addr() & PAGE | u64::from(offset));
+            self.trials_left.get(at).is_some_and(|left| *left <= MISSED)
+        };
+        let goes_on: Option<GoesOn<'_>> = if plain { None } else { Some(&goes_on) };
+        let run = decoder.decode_run(cpu, cpu.rip, host, goes_on)?;
         let second = run.second.map(|(next, stamp)| (next.addr(), stamp));
         // What was translated of these pages before, of other bytes, would be taken for theirs.
         for (host, stamp) in [(host.addr(), run.stamp)].into_iter().chain(second) {

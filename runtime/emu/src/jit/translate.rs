@@ -192,9 +192,9 @@ pub struct Translator {
     references: Vec<(usize, usize)>,
     /// Where the block starts, from the start of its page.
     start: u16,
-    /// The op being translated, and the last one.
+    /// The op being translated, and where the one starts that is translated next.
     pub(super) current: usize,
-    pub(super) last: usize,
+    pub(super) follows: Option<u16>,
     pub(super) misses: Vec<Miss>,
     pub(super) spans: Spans,
 }
@@ -254,7 +254,6 @@ impl Translator {
         self.plain = input.plain;
         self.known = Known::default();
         self.aligned = [None; SLOTS];
-        self.last = input.ops.len().saturating_sub(1);
         let start = input.ops.first().map_or(0, |op| op.start);
         self.start = start;
         let live = self.make_plans(input, start);
@@ -265,6 +264,7 @@ impl Translator {
         };
         for (i, op) in input.ops.iter().enumerate() {
             self.current = i;
+            self.follows = input.ops.get(i + 1).map(|op| op.start);
             let (plan, after) = (self.plans[i], self.after[i]);
             let from = usize::from(op.start - start);
             let bytes = &input.bytes[from..usize::from(op.end - start)];

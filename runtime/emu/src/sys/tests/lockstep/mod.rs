@@ -51,6 +51,8 @@ fn difference(program: &Program, seed: u64) -> Option<String> {
 fn check(seed: u64) {
     let program = Program::random(seed);
     let Some(first) = difference(&program, seed) else { return };
+    // What follows may take long.
+    eprintln!("seed {seed:#x}: {first}");
     let mut small = program.clone();
     let mut index = 0;
     while index < small.steps.len() {

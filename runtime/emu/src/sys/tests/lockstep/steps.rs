@@ -952,6 +952,8 @@ pub fn functions(e: &mut Emitter) {
                 a.push(rcx)?;
                 a.xor(rcx, rdx)?;
                 a.rol(rcx, 7u32)?;
+                // What a rotation by more than one leaves in OF is each processor's own business.
+                a.test(rcx, rcx)?;
                 a.pop(rdx)?;
                 a.ret()
             }),
