@@ -239,10 +239,6 @@ impl Asm {
     pub fn imm32(&mut self, value: i32) {
         self.bytes(&value.to_le_bytes());
     }
-    /// Puts `byte` at `position`.
-    pub fn set_byte(&mut self, position: usize, byte: u8) {
-        self.room[position] = byte;
-    }
 
     /// Host register `register` is not what it was, perhaps.
     fn written(&mut self, register: u8) {

@@ -53,9 +53,9 @@ struct Entry {
     /// Offset in the page, with [`Entry::PLAIN`].
     key: u16,
     bridge: bool,
-    /// From the entry for flags in memory to the other one.
-    native: i8,
+    /// Entries, as in [`Block`].
     memory: u32,
+    native: u32,
 }
 
 impl Entry {
@@ -122,7 +122,6 @@ impl Cache {
             return Found::None;
         };
         let Entry { bridge, native, memory, .. } = page.blocks[at];
-        let native = memory.wrapping_add_signed(native.into());
         let block = Block { memory, native, life: page.life, bridge };
         match self.bridges.get(&name) {
             None if bridge => Found::None,
@@ -184,9 +183,7 @@ impl Cache {
     /// Enters a block of a page that lives by the name that it is found by.
     pub fn insert(&mut self, name: u64, memory: u32, native: u32, bridge: bool) -> Option<Block> {
         let page = self.pages.get_mut(&page_of(name))?;
-        // They are some instructions apart.
-        let distance = i8::try_from(i64::from(native) - i64::from(memory)).ok()?;
-        let entry = Entry { key: Entry::key(name), bridge, native: distance, memory };
+        let entry = Entry { key: Entry::key(name), bridge, memory, native };
         match page.blocks.binary_search_by_key(&entry.key, |entry| entry.key) {
             Ok(at) => page.blocks[at] = entry,
             Err(at) => {

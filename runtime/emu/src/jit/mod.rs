@@ -1,7 +1,7 @@
 //! The translator: blocks of 64-bit code as host code.
 //!
 //! Read "The translator" in `docs/emulation-engine.md` first; J1 and so on refer to its rules. `plan` says what is done
-//! with an instruction, `spans` what its access has to do with its neighbours', `translate` (with `memory`, `flow`, `far`, `returns` and `system`) does
+//! with an instruction, `spans` what its access has to do with its neighbours', `translate` (with `entry`, `memory`, `flow`, `far`, `returns` and `system`) does
 //! it by means of `asm`, `stubs` is what all
 //! blocks share, `cache` keeps them, and this module runs them.
 //!
@@ -11,6 +11,7 @@ mod arena;
 mod asm;
 mod cache;
 mod counters;
+mod entry;
 mod env;
 mod far;
 mod flow;

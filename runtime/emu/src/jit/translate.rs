@@ -4,6 +4,7 @@ use iced_x86::CpuidFeature;
 
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Asm, Code, Copies, Ea, Rm};
+use super::entry::{Entries, OtherEntry};
 use super::env::CalledOp;
 use super::far::{Elsewhere, Unlinked};
 use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_DX, GUEST_SP, host_of};
@@ -108,6 +109,8 @@ pub(super) enum Cold {
         target: i64,
         save: bool,
     },
+    /// The entry of the block that is used less.
+    Entry(OtherEntry),
     /// A jump to another page that is not linked, or to a place that is not what it was.
     Unlinked(Unlinked),
     /// An indirect one that goes elsewhere than it did.
@@ -117,15 +120,6 @@ pub(super) enum Cold {
         jump: usize,
         start: u16,
     },
-}
-
-/// A translated block, from the start of its code.
-#[derive(Debug, Clone, Copy)]
-pub struct Entries {
-    pub memory: u32,
-    pub native: u32,
-    /// Of a bridge: entry M for those who know that the right page follows.
-    pub checked: u32,
 }
 
 /// Sizes of the tables that code looks into.
@@ -185,13 +179,14 @@ pub struct Translator {
     /// Links of the block.
     pub links: Vec<LinkSite>,
     pub far_links: Vec<FarLink>,
-    plans: Vec<Plan>,
+    pub(super) entries: Entries,
+    pub(super) plans: Vec<Plan>,
     after: Vec<Flags>,
     pub(super) cold: Vec<Cold>,
     /// Places that refer to ops: position of the distance, index.
     references: Vec<(usize, usize)>,
     /// Where the block starts, from the start of its page.
-    start: u16,
+    pub(super) start: u16,
     /// The op being translated, and where the one starts that is translated next.
     pub(super) current: usize,
     pub(super) follows: Option<u16>,
@@ -205,8 +200,6 @@ impl std::fmt::Debug for Translator {
     }
 }
 
-/// Bytes of the look at the run word, by which the entries of blocks begin, but for bridges.
-pub const LOOK: u32 = 8;
 /// Bytes of code that a block takes at most.
 pub const MAX_BLOCK: usize = 48 << 10;
 
@@ -258,10 +251,10 @@ impl Translator {
         self.start = start;
         let live = self.make_plans(input, start);
         self.find_spans(input, start);
-        let entries = match input.next {
+        match input.next {
             Some(next) => self.bridge_entry(start, next),
-            None => self.entry(start, live, input.native),
-        };
+            None => self.entry(start, live, input),
+        }
         for (i, op) in input.ops.iter().enumerate() {
             self.current = i;
             self.follows = input.ops.get(i + 1).map(|op| op.start);
@@ -287,7 +280,7 @@ impl Translator {
             }));
         }
         self.finish(input, bases[1]);
-        entries
+        self.entries
     }
 
     /// Instructions of the block made last that are called.
@@ -363,84 +356,6 @@ impl Translator {
             self.asm.restore_flags(CC);
             self.at = Some(At::Both);
         }
-    }
-
-    /// Entries M and N, and the ways out for an event (J9). The one that is used most comes last.
-    fn entry(&mut self, start: u16, live: Flags, native_last: bool) -> Entries {
-        let leave_native = self.leave_for_event(start, self.stubs.exit_event_native);
-        let leave = self.leave_for_event(start, self.stubs.exit_event);
-        let mut memory = 0;
-        if native_last {
-            memory = self.entry_memory(leave, live);
-            self.asm.bytes(&[0xeb, 0]);
-        }
-        let mut over = self.asm.here();
-        let native = self.asm.here();
-        self.check_run(leave_native);
-        if !native_last {
-            self.asm.bytes(&[0xeb, 0]);
-            over = self.asm.here();
-            memory = self.entry_memory(leave, live);
-        }
-        let distance = self.asm.here() - over;
-        self.asm.set_byte(over - 1, distance as u8);
-        if self.counting {
-            // Flags may be in use.
-            self.asm.load(RCX, Ea::cpu(layout::COUNTED_BLOCKS));
-            self.asm.lea(RCX, Ea::at(RCX, 1));
-            self.asm.store(Ea::cpu(layout::COUNTED_BLOCKS), RCX);
-        }
-        self.at = Some(At::Native);
-        let memory = self.asm.place(memory) as u32;
-        Entries { memory, native: self.asm.place(native) as u32, checked: memory }
-    }
-
-    fn entry_memory(&mut self, leave: usize, live: Flags) -> usize {
-        let memory = self.asm.here();
-        self.check_run(leave);
-        if live != 0 {
-            self.asm.restore_flags(CC);
-        }
-        memory
-    }
-
-    /// Where the block at `start` is left for an event.
-    fn leave_for_event(&mut self, start: u16, stub: u32) -> usize {
-        let leave = self.asm.here();
-        self.asm.mov_ecx(start.into());
-        self.asm.far(0xe9, stub);
-        leave
-    }
-
-    /// The entries of a block whose instruction crosses into the page at host address `next` (J15): they look whether
-    /// that is what follows. Flags are in memory then.
-    fn bridge_entry(&mut self, start: u16, next: u64) -> Entries {
-        let leave = self.leave_for_event(start, self.stubs.exit_event);
-        let native = self.asm.here();
-        self.asm.save_flags(CC);
-        let memory = self.asm.here();
-        self.check_run(leave);
-        self.at = Some(At::Memory);
-        for jump in self.compare_next_page(next) {
-            self.cold.push(Cold::Bridge { jump, start });
-        }
-        let checked = self.asm.here();
-        self.count(layout::COUNTED_BLOCKS);
-        let [memory, native, checked] =
-            [memory, native, checked].map(|at| self.asm.place(at) as u32);
-        Entries { memory, native, checked }
-    }
-
-    /// Leaves if the run word is zero. Keeps the flags.
-    fn check_run(&mut self, leave: usize) {
-        let start = self.asm.here();
-        self.asm.load(RCX, Ea::cpu(layout::RUN));
-        self.asm.op(Code::one(0x8b), RCX, Rm::Mem(Ea::at(RCX, 0)));
-        // jrcxz
-        let distance = leave as i64 - (self.asm.here() as i64 + 2);
-        self.asm.bytes(&[0xe3, distance as i8 as u8]);
-        // Links count on it.
-        assert_eq!(self.asm.here() - start, LOOK as usize, "the look at the run word");
     }
 
     fn op(&mut self, op: &Op, plan: &Plan, after: Flags, bytes: &[u8]) {
@@ -726,6 +641,7 @@ impl Translator {
                 self.asm.mov_eax(start.into());
                 self.asm.far(0xe9, self.stubs.exit_bridge);
             }
+            Cold::Entry(other) => self.other_entry(other),
             Cold::Unlinked(unlinked) => self.unlinked(unlinked),
             Cold::Elsewhere(elsewhere) => {
                 let op = &input.ops[elsewhere.op];
