@@ -16,8 +16,8 @@ use crate::sys::{Msrs, SystemState};
 /// The host register that points into the `Cpu`.
 pub const CPU: u8 = R15;
 /// Where to: what is used most is within 128 bytes, so that displacements are short.
-pub const BIAS: i32 = offset_of!(Cpu, gpr) as i32 + 76;
-const _: () = assert!(JUMP_SALT - BIAS < 128 && RUN - BIAS >= -128 && span(4) - BIAS >= -128);
+pub const BIAS: i32 = offset_of!(Cpu, gpr) as i32 + 92;
+const _: () = assert!(STACK_ADDEND - BIAS < 128 && RUN - BIAS >= -128 && span(2) - BIAS >= -128);
 
 /// The host register of guest register `guest`; `None`: it stays in [`Cpu::gpr`].
 pub const fn host_of(guest: u8) -> Option<u8> {
@@ -65,6 +65,11 @@ pub const RIP: i32 = offset_of!(Cpu, rip) as i32;
 
 const TLB: usize = offset_of!(Cpu, mmu) + Mmu::TLB_OFFSET;
 pub const TABLE: i32 = (TLB + TlbLayout::TABLE) as i32;
+
+/// The stack's page.
+pub const STACK_LINEAR: i32 = (TLB + TlbLayout::STACK_LINEAR) as i32;
+pub const STACK_ADDEND: i32 = (TLB + TlbLayout::STACK_ADDEND) as i32;
+pub const STACK_CONTEXT: i32 = (TLB + TlbLayout::STACK_CONTEXT) as i32;
 
 /// The current context for loads or stores in a half of the address space.
 pub const fn context(write: bool, half: usize) -> i32 {

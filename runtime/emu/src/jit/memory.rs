@@ -5,6 +5,7 @@ use super::asm::{Code, Ea, Rm};
 use super::layout::{self, TABLE, host_of};
 use super::plan::{Flags, Mem, Plan};
 use super::spans::{Address, Role};
+use super::stack::is_stack;
 use super::translate::{Miss, SpanMiss, Translator, Wanted};
 use crate::mmu::TlbLayout;
 use crate::op::{Op, reg};
@@ -107,6 +108,9 @@ impl Translator {
     /// An access that is on its own: where it is. Destroys flags, rax and rdx.
     pub(super) fn probe(&mut self, address: &Address, wanted: Wanted) -> Ea {
         let at = self.linear(address, wanted.bytes);
+        if is_stack(at) {
+            return self.probe_stack(at, wanted, None);
+        }
         self.probe_at(at, wanted)
     }
 
@@ -162,7 +166,12 @@ impl Translator {
     /// Compares the tag of the entry for the page of `first`, whose address is in rax then, with the current
     /// context and the page of `last`: returns the jump to be taken if it differs, and where to go on if the other half's context
     /// fits after all. Keeps rcx.
-    fn compare_tags(&mut self, first: Ea, last: Ea, write: bool) -> (usize, Option<(usize, bool)>) {
+    pub(super) fn compare_tags(
+        &mut self,
+        first: Ea,
+        last: Ea,
+        write: bool,
+    ) -> (usize, Option<(usize, bool)>) {
         let tag = if write { TlbLayout::ENTRY_WRITE } else { TlbLayout::ENTRY_READ };
         self.asm.tlb_slot(first, self.tables.slot_mask, TABLE);
         self.asm.page_of(last);
@@ -192,6 +201,9 @@ impl Translator {
 
     /// The probe for a span: where it is in the host.
     fn probe_span(&mut self, span: SpanMiss) -> Ea {
+        if is_stack(span.at) {
+            return self.probe_stack(span.at, span.wanted, Some(span.slot));
+        }
         let last = last_byte(span.at, span.wanted.bytes);
         let (jump, hit) = self.compare_tags(span.at, last, span.wanted.write);
         self.misses.push(Miss::Span { jump, hit, span });
@@ -294,7 +306,7 @@ impl Translator {
 }
 
 /// The last of `bytes` bytes from `first` on.
-fn last_byte(first: Ea, bytes: u16) -> Ea {
+pub(super) fn last_byte(first: Ea, bytes: u16) -> Ea {
     Ea { disp: first.disp.wrapping_add(i32::from(bytes) - 1), ..first }
 }
 

@@ -25,6 +25,7 @@ mod registers;
 mod returns;
 mod run;
 mod spans;
+mod stack;
 mod strings;
 mod stubs;
 mod system;

@@ -10,7 +10,7 @@ use super::far::CALL;
 use super::flow::{at_fixed_place, in_page};
 use super::layout::{self, GUEST_SP, PAGE, PUSHED, STACK, STACK_FLOOR, TARGET};
 use super::plan::{ALL, Plan};
-use super::translate::{At, Translator};
+use super::translate::{At, Cold, Translator};
 use crate::op::Op;
 
 /// Bytes of a pair. The stack stays aligned to 16.
@@ -64,7 +64,7 @@ impl Translator {
                 self.return_here(op);
             }
         }
-        self.make_room(room);
+        self.cold.push(Cold::Room(room));
     }
 
     /// Calls what `register` or the operand says. Flags are in memory.
@@ -95,13 +95,14 @@ impl Translator {
             let room = self.push_return(op);
             self.call_rax();
             self.return_here(op);
-            return self.make_room(room);
+            self.cold.push(Cold::Room(room));
+            return;
         }
         let before = self.goes_as_before();
         let room = self.push_return(op);
         self.go_as_before(before, CALL);
         self.return_here(op);
-        self.make_room(room);
+        self.cold.push(Cold::Room(room));
     }
 
     /// Pushes the return address of `op`, which goes to the address in rcx; it is in rdx then. Keeps rax.

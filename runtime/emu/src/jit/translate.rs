@@ -10,7 +10,9 @@ use super::far::{Elsewhere, Unlinked};
 use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_DX, GUEST_SP, host_of};
 use super::operands::Form;
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Plan};
+use super::returns::Room;
 use super::spans::{SLOTS, Spans};
+use super::stack::StackMiss;
 use super::stubs::Stubs;
 use super::vector::{GuardMiss, Known};
 use crate::host::HostFeatures;
@@ -64,6 +66,8 @@ pub enum Goes {
 pub(super) enum Miss {
     /// The op's handler does it all. `hit` is where to go if the other half's context fits.
     Access { jump: usize, hit: Option<(usize, bool)> },
+    /// The look at the stack's page.
+    Stack(StackMiss),
     /// The probe for a span.
     Span { jump: usize, hit: Option<(usize, bool)>, span: SpanMiss },
     /// The look at what vector instructions may do.
@@ -111,6 +115,8 @@ pub(super) enum Cold {
     },
     /// The entry of the block that is used less.
     Entry(OtherEntry),
+    /// A call for whose pair there is no room.
+    Room(Room),
     /// A jump to another page that is not linked, or to a place that is not what it was.
     Unlinked(Unlinked),
     /// An indirect one that goes elsewhere than it did.
@@ -591,6 +597,7 @@ impl Translator {
             Cold::Miss { miss, op, resume, restore, known, copies } => {
                 let (jump, hit) = match miss {
                     Miss::Access { jump, hit } | Miss::Span { jump, hit, .. } => (jump, hit),
+                    Miss::Stack(stack) => self.stack_miss(stack),
                     Miss::Guard { jump, .. } => (jump, None),
                 };
                 self.asm.land(jump);
@@ -604,6 +611,10 @@ impl Translator {
                 match miss {
                     Miss::Access { .. } => self.call_op(op),
                     Miss::Span { span, .. } => self.span_miss(op, places, span),
+                    Miss::Stack(stack) => match stack.span() {
+                        Some(span) => self.span_miss(op, places, span),
+                        None => self.call_op(op),
+                    },
                     Miss::Guard { miss, .. } => {
                         if !self.guard_miss(op, places.0, miss) {
                             return;
@@ -642,6 +653,7 @@ impl Translator {
                 self.asm.far(0xe9, self.stubs.exit_bridge);
             }
             Cold::Entry(other) => self.other_entry(other),
+            Cold::Room(room) => self.make_room(room),
             Cold::Unlinked(unlinked) => self.unlinked(unlinked),
             Cold::Elsewhere(elsewhere) => {
                 let op = &input.ops[elsewhere.op];

@@ -122,6 +122,32 @@ struct SlowWrite {
 /// Of them, by page.
 const SLOW_WRITES: usize = 8;
 
+/// The page that the stack is in: what an entry for writing says, for accesses off the stack pointer, which mostly stay in
+/// one page. Translated code looks here first, and fills it.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct StackPage {
+    linear: u64,
+    addend: u64,
+    /// Under which it was entered.
+    context: u64,
+}
+
+/// Where no stack is, and what is there all the same: so a look at a [`StackPage`] need not ask whether there is one.
+#[derive(Debug)]
+#[repr(C, align(4096))]
+struct Nowhere([u8; 4096]);
+
+impl Nowhere {
+    /// It is at its own address with the highest bit set, which is not canonical, and which no guest knows. One that guesses it
+    /// has a page of its own there instead of an exception.
+    fn page(&self) -> StackPage {
+        const HIGHEST: u64 = 1 << 63;
+        let address = std::ptr::from_ref(self) as u64;
+        StackPage { linear: address | HIGHEST, addend: HIGHEST, context: 0 }
+    }
+}
+
 /// The software TLB of one vCPU. What translated code uses comes first.
 #[derive(Debug)]
 #[repr(C)]
@@ -136,6 +162,8 @@ pub struct Tlb {
     jump_tags: [u32; 2],
     /// [`JumpKey::salt`] of the lower half. The upper one has none.
     jump_salt: u32,
+    /// The stack's page for who looks.
+    stack: StackPage,
     /// Whose table is the current one, and where it starts.
     who: Who,
     active: usize,
@@ -143,6 +171,9 @@ pub struct Tlb {
     /// Entries of each table, less one.
     mask: usize,
     slow_writes: [Option<SlowWrite>; SLOW_WRITES],
+    /// Of those who do not look, by table.
+    stacks: [StackPage; TABLES],
+    nowhere: Box<Nowhere>,
     next_context: u64,
     spaces: [Space; SPACES],
     current: usize,
@@ -163,7 +194,12 @@ pub struct Tlb {
 
 impl Default for Tlb {
     fn default() -> Self {
+        let nowhere = Box::new(Nowhere([0; 4096]));
+        let none = nowhere.page();
         let mut tlb = Self {
+            stack: none,
+            stacks: [none; TABLES],
+            nowhere,
             entries: zeros(TABLES * ENTRIES),
             mask: ENTRIES - 1,
             slow_writes: [None; SLOW_WRITES],
@@ -199,6 +235,10 @@ pub struct TlbLayout;
 impl TlbLayout {
     /// Address of the current table.
     pub const TABLE: usize = offset_of!(Tlb, table);
+    /// The stack's page.
+    pub const STACK_LINEAR: usize = offset_of!(Tlb, stack) + offset_of!(StackPage, linear);
+    pub const STACK_ADDEND: usize = offset_of!(Tlb, stack) + offset_of!(StackPage, addend);
+    pub const STACK_CONTEXT: usize = offset_of!(Tlb, stack) + offset_of!(StackPage, context);
     /// Contexts for loads, for stores, tags for jumps: two each.
     pub const READ: usize = offset_of!(Tlb, read);
     pub const WRITE: usize = offset_of!(Tlb, write);
@@ -245,6 +285,7 @@ impl Tlb {
         if self.mask + 1 < MOST_ENTRIES {
             self.mask = self.mask * 2 + 1;
             self.entries = zeros(TABLES * (self.mask + 1));
+            self.active = self.start(self.who);
             self.select(self.who);
         }
     }
@@ -402,8 +443,11 @@ impl Tlb {
 
     /// Looks through the eyes of `who` from now on.
     pub fn select(&mut self, who: Who) {
+        let entries = self.mask + 1;
+        self.stacks[self.active / entries] = self.stack;
         self.who = who;
         self.active = self.start(who);
+        self.stack = self.stacks[self.active / entries];
         self.table = self.entries.as_ptr().wrapping_add(self.active) as u64;
         self.tag_jumps();
     }
@@ -411,6 +455,9 @@ impl Tlb {
     /// To be called when a context, the privilege or the generation has changed. Contexts are used again after a wipe,
     /// which is a new generation.
     fn tag_jumps(&mut self) {
+        if self.stack.context != self.write[(self.stack.linear >> 63) as usize] {
+            self.stack = self.nowhere.page();
+        }
         let user = matches!(self.selected(), Who::User | Who::UserAligned);
         let generation = self.jump_generation * CONTEXTS;
         let tag = |context: u64| ((generation + context) as u32) << 1 | u32::from(user);
@@ -506,6 +553,11 @@ impl Tlb {
             self.entries[table * (self.mask + 1) + index] = Entry::default();
         }
         self.slow_writes[slow_slot(linear)] = None;
+        for stack in self.stacks.iter_mut().chain([&mut self.stack]) {
+            if stack.linear == linear & PAGE {
+                *stack = self.nowhere.page();
+            }
+        }
     }
 
     /// Makes every store take the slow path once.
@@ -553,6 +605,8 @@ impl Tlb {
         if self.next_context == CONTEXTS {
             // Of new memory, lest tables that nobody uses take some.
             self.entries = zeros(self.entries.len());
+            self.stack = self.nowhere.page();
+            self.stacks = [self.stack; TABLES];
             self.select(self.who);
             self.slow_writes = [None; SLOW_WRITES];
             self.wipes += 1;

@@ -514,10 +514,15 @@ impl Guest {
 
     /// One run of the vCPU, ended by force after a long time.
     pub fn run_vcpu(&mut self) -> VmExit {
+        self.run_vcpu_for(Duration::from_secs(120))
+    }
+
+    /// The same with a time of one's own.
+    pub fn run_vcpu_for(&mut self, time: Duration) -> VmExit {
         let kick = self.vcpu.kicker();
         let (done, over) = mpsc::channel::<()>();
         let watchdog = std::thread::spawn(move || {
-            if over.recv_timeout(Duration::from_secs(120)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if over.recv_timeout(time) == Err(mpsc::RecvTimeoutError::Timeout) {
                 kick.kick();
             }
         });

@@ -14,6 +14,7 @@ mod modes;
 mod simd;
 mod smc;
 mod smp;
+mod stacks;
 mod state;
 mod stores;
 mod system;

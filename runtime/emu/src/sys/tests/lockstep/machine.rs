@@ -259,7 +259,8 @@ fn run_it(guest: &mut Guest, interrupts: bool) -> VmExit {
             }
         })
     });
-    let exit = guest.run_vcpu();
+    // One that is stepped through STI and HLT gets its interrupt in between, and sleeps for ever.
+    let exit = guest.run_vcpu_for(Duration::from_secs(10));
     over.store(true, Ordering::SeqCst);
     outside.into_iter().for_each(|thread| thread.join().expect("the other thread"));
     exit
