@@ -260,7 +260,7 @@ fn run_it(guest: &mut Guest, interrupts: bool) -> VmExit {
         })
     });
     // One that is stepped through STI and HLT gets its interrupt in between, and sleeps for ever.
-    let exit = guest.run_vcpu_for(Duration::from_secs(10));
+    let exit = guest.run_vcpu_for(Duration::from_secs(3));
     over.store(true, Ordering::SeqCst);
     outside.into_iter().for_each(|thread| thread.join().expect("the other thread"));
     exit
