@@ -259,7 +259,6 @@ fn run_it(guest: &mut Guest, interrupts: bool) -> VmExit {
             }
         })
     });
-    // One that is stepped through STI and HLT gets its interrupt in between, and sleeps for ever.
     let exit = guest.run_vcpu_for(Duration::from_secs(3));
     over.store(true, Ordering::SeqCst);
     outside.into_iter().for_each(|thread| thread.join().expect("the other thread"));
@@ -333,6 +332,12 @@ fn bytes(guest: &Guest, at: u64, size: u64) -> Vec<u8> {
 impl Outcome {
     pub fn vectors(&self) -> Vec<u8> {
         self.vectors.clone()
+    }
+
+    /// Was it ended by force? One that is stepped through STI and HLT gets its interrupt in between, and sleeps for ever, or until
+    /// there is one from outside.
+    pub fn is_by_force(&self) -> bool {
+        self.exit == format!("{:?}", VmExit::Kicked)
     }
 
     pub fn is_at_the_end(&self) -> bool {
