@@ -119,6 +119,11 @@ impl Translator {
         self.probe_to(at, last_byte(at, wanted.bytes), wanted.write);
         self.count(layout::COUNTED_TLB_HITS);
         let addend = Ea::at(RAX, TlbLayout::ENTRY_ADDEND);
+        if at.base == Some(RCX) && self.spares_rdx {
+            // An addition less before the address is there.
+            self.asm.load(RDX, addend);
+            return Ea { index: Some((RDX, 0)), ..at };
+        }
         if at.base == Some(RCX) {
             self.asm.op(Code::wide(0x03), RCX, Rm::Mem(addend));
             return at;

@@ -14,6 +14,7 @@
 //! * With alignment checks on, a table is used whose entries serve fetches alone: each access to data takes the
 //!   slow path, which checks.
 
+use std::cell::UnsafeCell;
 use std::mem::offset_of;
 
 use super::phys::PageRef;
@@ -133,17 +134,18 @@ struct StackPage {
     context: u64,
 }
 
-/// Where no stack is, and what is there all the same: so a look at a [`StackPage`] need not ask whether there is one.
+/// Where no stack is, and what is there all the same: so a look at a [`StackPage`] need not ask whether there is one. Nobody
+/// but the guest ever looks into it.
 #[derive(Debug)]
 #[repr(C, align(4096))]
-struct Nowhere([u8; 4096]);
+struct Nowhere(UnsafeCell<[u8; 4096]>);
 
 impl Nowhere {
     /// It is at its own address with the highest bit set, which is not canonical, and which no guest knows. One that guesses it
     /// has a page of its own there instead of an exception.
     fn page(&self) -> StackPage {
         const HIGHEST: u64 = 1 << 63;
-        let address = std::ptr::from_ref(self) as u64;
+        let address = self.0.get() as u64;
         StackPage { linear: address | HIGHEST, addend: HIGHEST, context: 0 }
     }
 }
@@ -194,7 +196,7 @@ pub struct Tlb {
 
 impl Default for Tlb {
     fn default() -> Self {
-        let nowhere = Box::new(Nowhere([0; 4096]));
+        let nowhere = Box::new(Nowhere(UnsafeCell::new([0; 4096])));
         let none = nowhere.page();
         let mut tlb = Self {
             stack: none,
