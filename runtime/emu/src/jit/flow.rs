@@ -6,12 +6,11 @@ use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Code, Ea, Rm};
 use super::env::Jump;
 use super::far::JUMP;
-use super::layout::{self, JUMPS, PAGE, RIP};
+use super::layout::{self, JUMPS, PAGE, PAGE_SIZE, RIP};
 use super::plan::{ALL, Kind, Plan};
 use super::translate::Translator;
 use crate::op::{Op, reg};
 
-const PAGE_SIZE: i64 = 4096;
 /// Fields of an entry of the jump cache.
 const ADDRESS: i32 = offset_of!(Jump, address) as i32;
 const TAG: i32 = offset_of!(Jump, tag) as i32;
@@ -191,7 +190,7 @@ pub(super) fn at_fixed_place(op: &Op, register: Option<u8>) -> bool {
 
 /// The offset in the page, if `target` lies in it.
 pub(super) fn in_page(target: i64) -> Option<u16> {
-    if (0..PAGE_SIZE).contains(&target) { u16::try_from(target).ok() } else { None }
+    if (0..PAGE_SIZE.into()).contains(&target) { u16::try_from(target).ok() } else { None }
 }
 
 // `exit_to` takes the address from rcx.

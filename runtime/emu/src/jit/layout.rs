@@ -52,6 +52,8 @@ pub const fn gpr(guest: u8) -> i32 {
 }
 
 pub const PAGE: i32 = gpr(reg::BLOCK);
+/// Bytes of a page of the guest's.
+pub const PAGE_SIZE: i32 = 4096;
 pub const CC: i32 = offset_of!(Cpu, cc) as i32;
 /// Flags besides the arithmetic ones, the privilege level, and whether interrupts are held back by IF.
 pub const SYSTEM_FLAGS: i32 = offset_of!(Cpu, sysflags) as i32;

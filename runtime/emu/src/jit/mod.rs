@@ -1,8 +1,8 @@
 //! The translator: blocks of 64-bit code as host code.
 //!
 //! Read "The translator" in `docs/emulation-engine.md` first; J1 and so on refer to its rules. `plan` says what is done
-//! with an instruction, `spans` what its access has to do with its neighbours', `translate` (with `entry`, `memory`, `flow`, `far`, `returns` and `system`) does
-//! it by means of `asm`, `stubs` is what all
+//! with an instruction, `spans` what its access has to do with its neighbours', `translate` does it by means of `asm` (with
+//! `entry`, `operands`, `memory`, `stack`, `strings`, `vector`, `flow`, `far`, `returns` and `system`), `stubs` is what all
 //! blocks share, `cache` keeps them, and this module runs them.
 //!
 //! Not in scope: what instructions mean. What is not copied is done by the interpreter's handlers.

@@ -57,14 +57,12 @@ impl Translator {
             Some(target) => {
                 let call = self.asm.call();
                 self.link_call(call, target);
-                self.return_here(op);
             }
             None => {
                 self.call_far(target);
-                self.return_here(op);
             }
         }
-        self.cold.push(Cold::Room(room));
+        self.return_here(op, room);
     }
 
     /// Calls what `register` or the operand says. Flags are in memory.
@@ -94,15 +92,12 @@ impl Translator {
             self.look_up();
             let room = self.push_return(op);
             self.call_rax();
-            self.return_here(op);
-            self.cold.push(Cold::Room(room));
-            return;
+            return self.return_here(op, room);
         }
         let before = self.goes_as_before();
         let room = self.push_return(op);
         self.go_as_before(before, CALL);
-        self.return_here(op);
-        self.cold.push(Cold::Room(room));
+        self.return_here(op, room);
     }
 
     /// Pushes the return address of `op`, which goes to the address in rcx; it is in rdx then. Keeps rax.
@@ -159,8 +154,9 @@ impl Translator {
         self.asm.op(Code::one(0xff), 2, Rm::Reg(RAX));
     }
 
-    /// Where the host returns to.
-    fn return_here(&mut self, op: &Op) {
+    /// Where the host returns to from a call for whose pair there is `room`, or none.
+    fn return_here(&mut self, op: &Op, room: Room) {
+        self.cold.push(Cold::Room(room));
         self.asm.bytes(&[0x59]); // pop rcx: the guest's address
         self.asm.lea(RCX, Ea::at(RCX, -i32::from(op.end)));
         self.asm.store(Ea::cpu(PAGE), RCX);

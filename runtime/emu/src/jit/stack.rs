@@ -2,12 +2,10 @@
 
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Code, Ea, Rm};
-use super::layout::{self, GUEST_SP, STACK_ADDEND, STACK_CONTEXT, STACK_LINEAR};
+use super::layout::{self, GUEST_SP, PAGE_SIZE, STACK_ADDEND, STACK_CONTEXT, STACK_LINEAR};
 use super::memory::last_byte;
 use super::translate::{Miss, SpanMiss, Translator, Wanted};
 use crate::mmu::TlbLayout;
-
-const PAGE_SIZE: i32 = 4096;
 
 /// A look at the stack's page that has failed.
 #[derive(Debug, Clone, Copy)]

@@ -2,15 +2,13 @@
 
 use super::asm::host::{RAX, RCX, RDI, RDX};
 use super::asm::{Code, Ea, Rm};
-use super::layout::{GUEST_AX, GUEST_CX, SYSTEM_FLAGS};
+use super::layout::{GUEST_AX, GUEST_CX, PAGE_SIZE, SYSTEM_FLAGS};
 use super::plan::{Flags, Mem, Plan};
 use super::spans::Address;
 use super::translate::{At, Translator, Wanted};
 use crate::flags::rflags;
 use crate::mmu::TlbLayout;
 use crate::op::Op;
-
-const PAGE_SIZE: i32 = 4096;
 
 impl Translator {
     /// STOS of elements of `size` bytes, upwards, and if it is `repeated` within one page; all else is the handler's.
