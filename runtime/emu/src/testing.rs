@@ -18,6 +18,7 @@ use crate::Tier;
 use crate::block::{Dispatcher, Stop};
 use crate::cpu::{Cpu, Mode};
 use crate::fault::Fault;
+use crate::jit::Store;
 use crate::mmu::{Mmu, PhysMemory};
 use crate::op::reg;
 use crate::sys::{Platform, SystemState};
@@ -38,11 +39,9 @@ pub(crate) fn dispatcher(cpu: &mut Cpu, tier: Tier) -> Dispatcher {
     match tier {
         Tier::Interpreter => Dispatcher::new(cpu),
         Tier::Translator => {
-            let mut dispatcher = Dispatcher::translating(cpu).expect("executable memory");
-            if let Some(jit) = dispatcher.jit_mut() {
-                jit.set_trials(0);
-            }
-            dispatcher
+            let store = Store::new(cpu.mmu.phys(), 1).expect("executable memory");
+            store.set_trials(0);
+            Dispatcher::translating(cpu, Arc::new(store))
         }
     }
 }

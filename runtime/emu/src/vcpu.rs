@@ -169,6 +169,7 @@ impl EmuVcpu {
     fn sleep(&mut self) {
         self.counters.sleeps.fetch_add(1, Ordering::Relaxed);
         self.publish_counters();
+        self.dispatcher.rest();
         self.cpu.mmu.leave();
         self.cpu.sleep();
         self.cpu.mmu.enter();
@@ -192,6 +193,7 @@ impl Vcpu for EmuVcpu {
         self.cpu.vec.enter();
         self.cpu.mmu.enter();
         let exit = self.run_to_exit();
+        self.dispatcher.rest();
         self.cpu.mmu.leave();
         self.cpu.vec.leave();
         self.publish_counters();

@@ -8,7 +8,7 @@ use mvm_engine::{CpuidEntry, EngineMetrics, Error, MsiMessage, Result, Vcpu, Vm,
 use crate::block::Dispatcher;
 use crate::cpu::Cpu;
 use crate::engine::Tier;
-use crate::jit::{Calls, Counters};
+use crate::jit::{Calls, Counters, Store};
 use crate::mmu::{Mmu, PhysMemory};
 use crate::sys::clock::host_tsc_khz;
 use crate::sys::{Platform, SystemState};
@@ -62,6 +62,8 @@ pub struct EmuVm {
     counters: Vec<Arc<VcpuCounters>>,
     tier: Tier,
     made: Mutex<Vec<bool>>,
+    /// Translated code, once there is a vCPU.
+    code: OnceLock<Arc<Store>>,
 }
 
 impl EmuVm {
@@ -73,7 +75,34 @@ impl EmuVm {
             counters: (0..vcpus).map(|_| Arc::default()).collect(),
             tier,
             made: Mutex::new(vec![false; vcpus as usize]),
+            code: OnceLock::new(),
         }
+    }
+}
+
+impl EmuVm {
+    /// The machine's translated code, if there is any.
+    #[cfg(test)]
+    pub(crate) fn store(&self) -> Option<&Arc<Store>> {
+        self.code.get()
+    }
+
+    /// What is counted under that name, if it is.
+    #[cfg(test)]
+    pub(crate) fn figure(&self, name: &str) -> Option<u64> {
+        self.metrics().0.into_iter().find_map(|(row, value)| (row == name).then_some(value))
+    }
+
+    /// The machine's translated code, which is made by the first who asks, under the lock of `made`.
+    fn code(&self, vcpus: u32) -> Result<Arc<Store>> {
+        if let Some(code) = self.code.get() {
+            return Ok(code.clone());
+        }
+        let code = Store::new(&self.phys, vcpus).map_err(|source| Error::Host {
+            what: "cannot make executable memory for translated code",
+            source,
+        })?;
+        Ok(self.code.get_or_init(|| Arc::new(code)).clone())
     }
 }
 
@@ -94,9 +123,7 @@ impl Vm for EmuVm {
         cpu.power_up();
         let dispatcher = match self.tier {
             Tier::Interpreter => Dispatcher::new(&cpu),
-            Tier::Translator => Dispatcher::translating(&mut cpu).map_err(|source| {
-                Error::Host { what: "cannot make executable memory for translated code", source }
-            })?,
+            Tier::Translator => Dispatcher::translating(&mut cpu, self.code(max)?),
         };
         let (platform, counters) = (self.platform.clone(), counters.clone());
         Ok(Box::new(EmuVcpu::new(cpu, dispatcher, platform, counters)))
@@ -119,14 +146,14 @@ impl Vm for EmuVm {
     }
 
     fn code_memory(&self) -> u64 {
-        let of = |counters: &Arc<VcpuCounters>| {
-            counters.translator.lock().unwrap_or_else(PoisonError::into_inner).code_memory
-        };
-        self.counters.iter().map(of).sum()
+        self.code.get().map_or(0, |code| code.code_memory())
     }
 
     fn metrics(&self) -> EngineMetrics {
         let mut rows = Vec::new();
+        if let Some(code) = self.code.get() {
+            rows.extend(code.rows().map(|(name, value)| (name.to_owned(), value)));
+        }
         for (index, counters) in self.counters.iter().enumerate() {
             for (name, value) in counters.rows() {
                 rows.push((format!("vcpu{index}.{name}"), value.load(Ordering::Relaxed)));

@@ -1,13 +1,13 @@
 //! The loop that runs blocks.
 
-use std::io;
+use std::sync::Arc;
 
 use super::Block;
 use super::cache::{BlockCache, CAPACITY, CAPACITY_BESIDE_TRANSLATOR, key};
 use super::decode::BlockDecoder;
 use crate::cpu::{Cpu, Mode, seg};
 use crate::fault::Fault;
-use crate::jit::{Jit, Ran};
+use crate::jit::{Jit, Ran, Store};
 use crate::mmu::HostAddr;
 use crate::op::{Flow, reg};
 
@@ -58,14 +58,29 @@ impl Dispatcher {
         }
     }
 
-    /// The same, which translates.
-    ///
-    /// # Errors
-    /// The host refuses executable memory.
-    pub fn translating(cpu: &mut Cpu) -> io::Result<Self> {
-        let jit = Some(Box::new(Jit::new(cpu)?));
+    /// The same, which executes translated code from `store`, and puts such to it.
+    pub fn translating(cpu: &mut Cpu, store: Arc<Store>) -> Self {
+        let jit = Some(Box::new(Jit::new(cpu, store)));
         cpu.mmu.phys().want_changed_code(cpu.mmu.index);
-        Ok(Self { jit, ..Self::with_capacity(cpu, CAPACITY_BESIDE_TRANSLATOR) })
+        Self { jit, ..Self::with_capacity(cpu, CAPACITY_BESIDE_TRANSLATOR) }
+    }
+
+    /// Nothing is executed for a while.
+    pub fn rest(&mut self) {
+        if let Some(jit) = &mut self.jit {
+            jit.rest();
+        }
+    }
+
+    /// Others cannot make code anew before this vCPU has left what there is, even if it executes none of it: steps, or code of
+    /// 16 and 32 bits. Who ends an epoch raises its attention.
+    #[inline]
+    fn leave_what_is_over(&mut self) {
+        if let Some(jit) = &mut self.jit
+            && jit.is_over()
+        {
+            jit.rest();
+        }
     }
 
     /// The translator, if there is one.
@@ -74,6 +89,7 @@ impl Dispatcher {
     }
 
     /// The translator, if there is one.
+    #[cfg(test)]
     pub(crate) fn jit_mut(&mut self) -> Option<&mut Jit> {
         self.jit.as_deref_mut()
     }
@@ -85,6 +101,7 @@ impl Dispatcher {
 
     /// Runs until something is to be done outside.
     pub fn run(&mut self, cpu: &mut Cpu) -> Stop {
+        self.leave_what_is_over();
         loop {
             if cpu.sys.attention().any() {
                 if let Some(jit) = &mut self.jit {
@@ -124,6 +141,7 @@ impl Dispatcher {
 
     /// Runs one instruction.
     pub fn step(&mut self, cpu: &mut Cpu) -> Stop {
+        self.leave_what_is_over();
         let block = match find(&mut self.cache, &mut self.decoder, cpu, true) {
             Ok(block) => block,
             Err(fault) => {

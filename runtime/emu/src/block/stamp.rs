@@ -6,8 +6,8 @@ use mvm_memory::CodePage;
 
 /// A code page and the generation under which it was decoded.
 ///
-/// Lives in a [`super::cache::BlockCache`], which keeps the machine's memory, and with it the page's
-/// record, alive.
+/// Lives in a [`super::cache::BlockCache`] or a [`Store`](crate::jit::Store), which keep the machine's memory, and with it the
+/// page's record, alive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CodeStamp {
     page: Option<NonNull<CodePage>>,
@@ -16,6 +16,8 @@ pub struct CodeStamp {
 
 // SAFETY: `CodePage` is atomics; the pointer is only read through a shared reference.
 unsafe impl Send for CodeStamp {}
+// SAFETY: as above.
+unsafe impl Sync for CodeStamp {}
 
 impl CodeStamp {
     /// One that is not current.

@@ -1,5 +1,6 @@
 //! A small emitter: one instruction per call, no labels but positions to patch.
 
+use super::arena::LINE;
 use super::layout::{BIAS, CPU};
 
 /// Host registers by number.
@@ -385,6 +386,13 @@ impl Asm {
         self.bytes(&[0x04, 0x7f, 0x9e]);
     }
 
+    /// Comes before a jump whose opcode has `opcode` bytes, and whose distance will be patched while others execute it.
+    pub fn keep_in_line(&mut self, opcode: usize) {
+        const NOPS: [&[u8]; 4] = [&[], &[0x90], &[0x66, 0x90], &[0x0f, 0x1f, 0x00]];
+        let at = (self.place(self.here()) + opcode) % LINE;
+        let missing = if at + 4 > LINE { LINE - at } else { 0 };
+        self.bytes(NOPS[missing & 3]);
+    }
     /// A jump whose distance is to be patched: returns its position.
     pub fn jmp(&mut self) -> usize {
         self.byte(0xe9);
@@ -406,7 +414,11 @@ impl Asm {
     /// Makes the jump at `position` go to `target`, both from the start.
     pub fn patch(&mut self, position: usize, target: usize) {
         let distance = self.place(target) as i64 - (self.place(position) as i64 + 4);
-        self.room[position..position + 4].copy_from_slice(&(distance as i32).to_le_bytes());
+        self.set_imm32(position, distance as i32);
+    }
+    /// Makes the immediate at `position` this one.
+    pub fn set_imm32(&mut self, position: usize, value: i32) {
+        self.room[position..position + 4].copy_from_slice(&value.to_le_bytes());
     }
     /// Makes the jump at `position` come here.
     pub fn land(&mut self, position: usize) {

@@ -1,12 +1,11 @@
-//! The translated blocks of one vCPU, by the page of host memory that they are in.
+//! The translated blocks of a machine, by the page of host memory that they are in.
 
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
-use super::translate::FarLink;
 use crate::block::{CodeStamp, KeyHasher};
 
-type Map<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
+pub type Map<V> = HashMap<u64, V, BuildHasherDefault<KeyHasher>>;
 
 /// A block that can be entered.
 #[derive(Debug, Clone, Copy)]
@@ -16,32 +15,18 @@ pub struct Block {
     pub native: u32,
     /// Which life of its page it belongs to.
     pub life: u32,
-    /// It is a bridge: the rest of it is in [`Cache::bridge`].
-    pub bridge: bool,
+    /// The other half of a block whose only instruction crosses into the next page (J15).
+    pub bridge: Option<Bridge>,
 }
 
-/// The other half of a block whose only instruction crosses into the next page (J15).
+/// Where a block goes on whose only instruction crosses into the next page.
 #[derive(Debug, Clone, Copy)]
 pub struct Bridge {
-    /// Host address of the next page.
+    /// Host address of the next page, and which life of it.
     pub next: u64,
+    pub life: u32,
     /// Offset in the arena of the entry that does not ask whether that is the next page.
     pub checked: u32,
-}
-
-/// A direct jump inside a page (J6).
-#[derive(Debug, Clone, Copy)]
-pub struct Link {
-    pub site: u32,
-    /// Offset in the page.
-    pub target: u16,
-    pub native: bool,
-    /// The target goes without spans.
-    pub plain: bool,
-    /// It goes forward.
-    pub ahead: bool,
-    /// Which life of the page it belongs to.
-    pub life: u32,
 }
 
 /// Added to the addresses of blocks without spans (J14), which host addresses of user space leave free.
@@ -64,91 +49,117 @@ impl Entry {
     fn key(name: u64) -> u16 {
         (name & 0xfff) as u16 | if name & PLAIN == 0 { 0 } else { Self::PLAIN }
     }
-}
 
-/// Places that a page's blocks are jumped to at, by virtual address, and remembered one by one. Code that is mapped at more
-/// (a library's, to which every process has a place of its own) seldom dies.
-const PLACES: usize = 8;
+    /// The name of the block in the page at `page`.
+    fn name(&self, page: u64) -> u64 {
+        let plain = if self.key & Self::PLAIN == 0 { 0 } else { PLAIN };
+        page | u64::from(self.key & !Self::PLAIN) | plain
+    }
+}
 
 /// A page with translated code. All of it is of the same bytes.
 #[derive(Debug)]
-pub struct Page {
+struct Page {
     life: u32,
     stamp: CodeStamp,
     /// By key.
     blocks: Vec<Entry>,
-    /// Pages with a bridge to this one, which die with it.
-    bridges_from: Vec<u64>,
-    /// Where it is in the jump cache: virtual addresses, and what moves them there.
-    places: Vec<(u64, u32)>,
-    /// Links from other pages. Some of them may be somewhere else since.
-    incoming: Vec<u32>,
-    /// When to look for such.
-    crowded: usize,
+    /// Pages that a bridge of its has ever gone to: links may still lead there.
+    bridges_to: Vec<u64>,
 }
 
-impl Page {
-    /// Offsets in the page of what may have been jumped to.
-    pub fn offsets(&self) -> impl Iterator<Item = u16> {
-        self.blocks.iter().map(|entry| entry.key & !Entry::PLAIN)
-    }
-
-    /// Virtual addresses of the page in the jump cache, and what moves them there. None: everywhere.
-    pub fn places(&self) -> Option<&[(u64, u32)]> {
-        (self.places.len() <= PLACES).then_some(&*self.places)
-    }
-}
-
-/// Blocks, pages, links.
+/// Blocks and pages.
 #[derive(Debug, Default)]
 pub struct Cache {
     pages: Map<Page>,
     bridges: Map<Bridge>,
-    pub links: Vec<Link>,
-    pub far_links: Vec<FarLink>,
+    /// By page: those that have had a bridge to it.
+    bridged: Map<Vec<u64>>,
     lives: u32,
     blocks: usize,
 }
+
+/// Result of a look-up.
+#[derive(Debug, Clone, Copy)]
+pub enum Found {
+    None,
+    Block(Block),
+    /// The code of this page was written to.
+    Stale(u64),
+}
+
+/// A place whose code has died, for whoever has it tried anew.
+pub type Dead<'a> = &'a mut dyn FnMut(u64);
 
 impl Cache {
     /// The block at host address `host` (plus [`PLAIN`]); its page's life is over if its code was written to.
     pub fn find(&self, name: u64) -> Found {
         let Some(page) = self.pages.get(&page_of(name)) else { return Found::None };
         if !page.stamp.is_current() {
-            return Found::Stale;
+            return Found::Stale(page_of(name));
         }
         let key = Entry::key(name);
         let Ok(at) = page.blocks.binary_search_by_key(&key, |entry| entry.key) else {
             return Found::None;
         };
         let Entry { bridge, native, memory, .. } = page.blocks[at];
-        let block = Block { memory, native, life: page.life, bridge };
-        match self.bridges.get(&name) {
-            None if bridge => Found::None,
-            Some(other) if bridge && !self.is_current(other.next) => Found::Stale,
-            _ => Found::Block(block),
-        }
+        let bridge = match self.bridges.get(&name) {
+            _ if !bridge => None,
+            None => return Found::None,
+            Some(other) if !self.is_current(other.next) => return Found::Stale(other.next),
+            Some(other) => Some(*other),
+        };
+        Found::Block(Block { memory, native, life: page.life, bridge })
     }
 
     fn is_current(&self, page: u64) -> bool {
         self.pages.get(&page).is_some_and(|page| page.stamp.is_current())
     }
 
-    /// The other half of bridge `name`.
-    pub fn bridge(&self, name: u64) -> Option<Bridge> {
-        self.bridges.get(&name).copied()
+    /// The life of the page at host address `page`, if it has one.
+    pub fn life(&self, page: u64) -> Option<u32> {
+        self.pages.get(&page).map(|page| page.life)
     }
 
-    /// Makes block `name` a bridge to the page at host address `next`, which has been started, whose entry for those who know
-    /// that is `checked`.
-    pub fn make_bridge(&mut self, name: u64, next: u64, checked: u32) {
-        let page = page_of(name);
-        if let Some(next) = self.pages.get_mut(&next)
-            && !next.bridges_from.contains(&page)
-        {
-            next.bridges_from.push(page);
+    /// Starts or continues the life of the page of `host`, which is of the bytes of `stamp`. None: they have changed already.
+    pub fn live(&mut self, host: u64, stamp: CodeStamp, dead: Dead<'_>) -> Option<u32> {
+        if !stamp.is_current() {
+            return None;
         }
-        self.bridges.insert(name, Bridge { next, checked });
+        // What was translated of other bytes before would be taken for these.
+        self.end_stale(page_of(host), dead);
+        let lives = &mut self.lives;
+        let page = self.pages.entry(page_of(host)).or_insert_with(|| {
+            *lives += 1;
+            Page { life: *lives, stamp, blocks: Vec::new(), bridges_to: Vec::new() }
+        });
+        Some(page.life)
+    }
+
+    /// Enters a block by the name that it is found by, if its page still has the same life, and so has the one that it goes on in.
+    pub fn insert(&mut self, name: u64, block: Block) -> bool {
+        let at = page_of(name);
+        if block.bridge.is_some_and(|bridge| self.life(bridge.next) != Some(bridge.life)) {
+            return false;
+        }
+        let Some(page) = self.pages.get_mut(&at).filter(|page| page.life == block.life) else {
+            return false;
+        };
+        let Block { memory, native, bridge, .. } = block;
+        let entry = Entry { key: Entry::key(name), bridge: bridge.is_some(), memory, native };
+        match page.blocks.binary_search_by_key(&entry.key, |entry| entry.key) {
+            Ok(at) => page.blocks[at] = entry,
+            Err(at) => {
+                page.blocks.insert(at, entry);
+                self.blocks += 1;
+            }
+        }
+        if let Some(bridge) = bridge {
+            add(&mut page.bridges_to, bridge.next);
+            add(self.bridged.entry(bridge.next).or_default(), at);
+            self.bridges.insert(name, bridge);
+        }
+        true
     }
 
     /// Another page follows than the one that bridge `name` goes to: it is not found any more. Jumps that are linked
@@ -157,91 +168,40 @@ impl Cache {
         self.bridges.remove(&name);
     }
 
-    /// Is there a page at `host` of other bytes than those of `stamp`?
-    pub fn is_another(&self, host: u64, stamp: &CodeStamp) -> bool {
-        self.pages.get(&page_of(host)).is_some_and(|page| page.stamp != *stamp)
-    }
-
-    /// Starts or continues the life of the page of `host`.
-    pub fn life(&mut self, host: u64, stamp: CodeStamp) -> u32 {
-        let lives = &mut self.lives;
-        let page = self.pages.entry(page_of(host)).or_insert_with(|| {
-            *lives += 1;
-            Page {
-                life: *lives,
-                stamp,
-                blocks: Vec::new(),
-                bridges_from: Vec::new(),
-                places: Vec::new(),
-                incoming: Vec::new(),
-                crowded: 16,
-            }
-        });
-        page.life
-    }
-
-    /// Enters a block of a page that lives by the name that it is found by.
-    pub fn insert(&mut self, name: u64, memory: u32, native: u32, bridge: bool) -> Option<Block> {
-        let page = self.pages.get_mut(&page_of(name))?;
-        let entry = Entry { key: Entry::key(name), bridge, memory, native };
-        match page.blocks.binary_search_by_key(&entry.key, |entry| entry.key) {
-            Ok(at) => page.blocks[at] = entry,
-            Err(at) => {
-                page.blocks.insert(at, entry);
-                self.blocks += 1;
-            }
-        }
-        Some(Block { memory, native, life: page.life, bridge })
-    }
-
-    /// The jump cache has a place of the page at `host`, at virtual address `at`, which `salt` moves.
-    pub fn jumped_to(&mut self, host: u64, at: u64, salt: u32) {
-        let Some(page) = self.pages.get_mut(&page_of(host)) else { return };
-        let place = (at & !0xfff, salt);
-        if page.places.len() <= PLACES && !page.places.contains(&place) {
-            page.places.push(place);
+    /// Ends the life of the page at host address `page` if its code was written to, and of those that have a bridge to it.
+    pub fn end_stale(&mut self, page: u64, dead: Dead<'_>) {
+        if self.pages.get(&page).is_some_and(|page| !page.stamp.is_current()) {
+            self.end(page, dead);
         }
     }
 
-    /// Link `number` goes to the page at `host` from now on.
-    pub fn linked_to(&mut self, number: u32, host: u64) {
-        let Some(page) = self.pages.get_mut(&page_of(host)) else { return };
-        let Some(link) = self.far_links.get_mut(number as usize) else { return };
-        if link.life == page.life {
-            return;
-        }
-        link.life = page.life;
-        if page.incoming.len() >= page.crowded {
-            // A link that goes to and fro is here more than once.
-            page.incoming.sort_unstable();
-            page.incoming.dedup();
-            let links = &self.far_links;
-            let stays = |link: &u32| links.get(*link as usize).is_some_and(|l| l.life == page.life);
-            page.incoming.retain(stays);
-            page.crowded = 2 * page.incoming.len().max(8);
-        }
-        page.incoming.push(number);
-    }
-
-    /// Ends the life of the page at host address `page`, and of those that have a bridge to it: they are put to `dead`.
-    pub fn kill(&mut self, page: u64, dead: &mut Vec<(u64, Page)>) {
+    fn end(&mut self, page: u64, dead: Dead<'_>) {
         let Some(gone) = self.pages.remove(&page) else { return };
         self.blocks -= gone.blocks.len();
-        for entry in gone.blocks.iter().filter(|entry| entry.bridge) {
-            let plain = if entry.key & Entry::PLAIN == 0 { 0 } else { PLAIN };
-            self.bridges.remove(&(page | u64::from(entry.key & !Entry::PLAIN) | plain));
+        for entry in &gone.blocks {
+            if entry.bridge {
+                self.bridges.remove(&entry.name(page));
+            }
+            dead(entry.name(page) & !PLAIN);
         }
-        let from = gone.bridges_from.clone();
-        dead.push((page, gone));
-        for page in from {
-            self.kill(page, dead);
+        for from in self.bridged.get(&page).cloned().unwrap_or_default() {
+            if self.pages.get(&from).is_some_and(|from| from.bridges_to.contains(&page)) {
+                self.end(from, dead);
+            }
         }
     }
 
-    /// The links to a page that has died, from other pages.
-    pub fn links_to<'a>(&'a self, dead: &'a Page) -> impl Iterator<Item = &'a FarLink> {
-        let links = dead.incoming.iter().filter_map(|link| self.far_links.get(*link as usize));
-        links.filter(|link| link.life == dead.life)
+    /// The page at host address `page` and all that die with it.
+    pub fn with_it(&self, page: u64) -> Vec<u64> {
+        let mut pages = vec![page];
+        let mut next = 0;
+        while let Some(page) = pages.get(next) {
+            let from = self.bridged.get(page).into_iter().flatten();
+            let new: Vec<u64> = from.filter(|page| !pages.contains(page)).copied().collect();
+            pages.extend(new);
+            next += 1;
+        }
+        pages
     }
 
     /// The pages whose code was written to.
@@ -250,22 +210,13 @@ impl Cache {
         stale.map(|(host, _)| *host).collect()
     }
 
-    pub fn clear(&mut self) {
-        self.blocks = 0;
-        self.bridges.clear();
-        self.pages.clear();
-        self.links.clear();
-        self.far_links.clear();
-    }
-
     /// Bytes of memory for all of it, about. Nothing is counted one by one, for it is asked often.
     pub fn memory(&self) -> usize {
         self.pages.capacity() * (size_of::<(u64, Page)>() + 1)
             + self.bridges.capacity() * (size_of::<(u64, Bridge)>() + 1)
+            + self.bridged.capacity() * (size_of::<(u64, Vec<u64>)>() + 1)
             // Vectors that grow are three quarters full.
             + self.blocks * size_of::<Entry>() / 3 * 4
-            + self.links.capacity() * size_of::<Link>()
-            + self.far_links.capacity() * (size_of::<FarLink>() + size_of::<u32>())
     }
 
     pub fn len(&self) -> usize {
@@ -273,16 +224,13 @@ impl Cache {
     }
 }
 
-/// The page of a block, by its name.
-fn page_of(name: u64) -> u64 {
-    name & !PLAIN & !0xfff
+fn add(pages: &mut Vec<u64>, page: u64) {
+    if !pages.contains(&page) {
+        pages.push(page);
+    }
 }
 
-/// Result of a look-up.
-#[derive(Debug, Clone, Copy)]
-pub enum Found {
-    None,
-    Block(Block),
-    /// The page's code was written to.
-    Stale,
+/// The page of a block, by its name.
+pub fn page_of(name: u64) -> u64 {
+    name & !PLAIN & !0xfff
 }

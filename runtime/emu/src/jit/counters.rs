@@ -19,10 +19,6 @@ pub struct Counters {
     pub guest_bytes: u64,
     /// Bytes of host code made.
     pub code_bytes: u64,
-    /// Bytes of the arena in use.
-    pub used: u64,
-    /// Times the cache was full and emptied.
-    pub emptied: u64,
     /// Jumps linked inside a page.
     pub links: u64,
     /// Pages whose blocks died because they were written to.
@@ -39,10 +35,8 @@ pub struct Counters {
     pub left_flow: [u64; 6],
     /// Blocks run by the interpreter: code on trial, and bridges to a page that does not follow.
     pub interpreted_blocks: u64,
-    /// Bytes of memory for translated code and what belongs to it.
+    /// Bytes of memory for what leads to code.
     pub memory: u64,
-    /// Of that for the code alone.
-    pub code_memory: u64,
     /// What the code counts by itself, if it does.
     pub counted: Option<Counted>,
 }
@@ -59,8 +53,6 @@ impl Counters {
             ("jit-spared-probes", self.spared_probes),
             ("jit-guest-bytes", self.guest_bytes),
             ("jit-code-bytes", self.code_bytes),
-            ("jit-cache-bytes", self.used),
-            ("jit-cache-emptied", self.emptied),
             ("jit-links", self.links),
             ("jit-killed-pages", self.killed_pages),
             ("jit-entered", self.entered),

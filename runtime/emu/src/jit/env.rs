@@ -5,14 +5,16 @@ use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::links::FarLink;
 use super::spans::SLOTS;
 use crate::block::KeyHasher;
-use crate::mmu::{JumpKey, NO_JUMP};
+use crate::mmu::{JumpKey, NO_JUMP, zeros};
 use crate::op::Op;
 
-/// Entries of the jump cache, at first: a Linux kernel that does anything at all jumps to some thousands of places. And at most.
+/// Entries of the jump cache, at first: a Linux kernel that does anything at all jumps to some thousands of places. And when these
+/// are too few.
 pub const JUMPS: usize = 8192;
-const MOST_JUMPS: usize = 8 * JUMPS;
+pub const MOST_JUMPS: usize = 8 * JUMPS;
 /// So many places for each entry have taken that of another one that counted before the cache becomes larger.
 const LOSSES: usize = 8;
 
@@ -109,6 +111,11 @@ pub struct JitEnv {
     origins: Box<[Origin]>,
     /// Changes when translated code dies of which nobody knows where it was jumped to.
     life: u64,
+    /// Of links that ask whether they count (J18): the tag, and for those that go anywhere where the code is in the arena, and the
+    /// address that they are linked for. Zeros where there is none.
+    links: Box<[u32]>,
+    /// Which life of its page a link leads to.
+    lives: Box<[u32]>,
     /// Entries whose code lives, and that were lost to others.
     losses: usize,
     /// The pages that code jumps to from others, by number.
@@ -121,7 +128,7 @@ pub struct JitEnv {
     /// How many jumps between pages that are linked to another place may still go by the jump cache before
     /// one of them is linked anew.
     pub(super) patience: i32,
-    /// The far link that is to go where the handler being called goes, plus 1.
+    /// The record of the far link that is to go where the handler being called goes, or 0.
     pub(super) linking: u32,
     /// Between the two accesses of an indirect call, or of a push.
     pub(super) target: u64,
@@ -130,6 +137,8 @@ pub struct JitEnv {
     /// The host's stack: where it starts for translated code, and from where on there is no more room (J17).
     pub(super) stack: u64,
     pub(super) stack_floor: u64,
+    /// Address of `links`.
+    pub(super) links_at: u64,
     /// Address of `jumps`.
     pub(super) table: u64,
     /// Address of the arena's code.
@@ -141,11 +150,40 @@ pub struct JitEnv {
 }
 
 impl JitEnv {
-    /// For an arena whose code is at `code`.
-    pub(super) fn with_jumps(code: u64) -> Self {
+    /// For an arena whose code is at `code`, and whose links have so many words of slots.
+    pub(super) fn with_jumps(code: u64, links: usize) -> Self {
         let mut env = Self { life: 1, code, calls: Calls::new(), ..Self::default() };
         env.make(JUMPS);
+        (env.links, env.lives) = (zeros(links), zeros(links));
+        env.links_at = env.links.as_ptr() as u64;
         env
+    }
+
+    /// The link goes to the code at `code` in the arena, of life `life` of its page, where it is to go to `address` while the tag
+    /// is `tag`.
+    pub(super) fn link(&mut self, link: FarLink, address: u64, code: u32, tag: u32, life: u32) {
+        let (start, words) = (link.slot as usize, link.goes.words() as usize);
+        let (low, high) = (address as u32, (address >> 32) as u32);
+        if let (Some(slot), Some(lives)) =
+            (self.links.get_mut(start..start + words), self.lives.get_mut(start))
+        {
+            slot.copy_from_slice(&[tag, code, low, high][..words]);
+            *lives = life;
+        }
+    }
+
+    /// Which life of its page the link with `slot` leads to; 0: none.
+    pub(super) fn leads_to(&self, slot: u32) -> u32 {
+        self.lives.get(slot as usize).copied().unwrap_or_default()
+    }
+
+    /// The link with `slot` leads nowhere.
+    pub(super) fn unlink(&mut self, slot: u32) {
+        if let (Some(tag), Some(life)) =
+            (self.links.get_mut(slot as usize), self.lives.get_mut(slot as usize))
+        {
+            (*tag, *life) = (NO_JUMP, 0);
+        }
     }
 
     /// Bytes of memory for the jump cache.
@@ -158,7 +196,7 @@ impl JitEnv {
         self.calls.clone()
     }
 
-    /// Bits of the number of a slot. Changes by [`JitEnv::grow`] alone.
+    /// Bits of the number of a slot.
     pub(super) fn slot_bits(&self) -> u32 {
         self.jumps.len().ilog2()
     }
@@ -171,15 +209,12 @@ impl JitEnv {
 
     /// Has it lost so many places for want of room that a larger one is worth it?
     pub(super) fn is_tight(&self) -> bool {
-        self.losses > self.jumps.len() * LOSSES
+        self.losses > self.jumps.len() * LOSSES && self.jumps.len() < MOST_JUMPS
     }
 
-    /// Takes twice as many entries, up to a bound, all empty. Translated code from before does not know them.
-    pub(super) fn grow(&mut self) {
-        self.losses = 0;
-        if self.jumps.len() < MOST_JUMPS {
-            self.make(self.jumps.len() * 2);
-        }
+    /// Takes so many entries, all empty. Translated code from before does not know them.
+    pub(super) fn set_slot_bits(&mut self, bits: u32) {
+        self.make(1 << bits);
     }
 
     fn make(&mut self, entries: usize) {
@@ -259,6 +294,10 @@ impl JitEnv {
     /// Drops everything.
     pub(super) fn clear(&mut self) {
         self.jumps.fill(NONE);
+        // Of new memory: much of it was never touched.
+        const { assert!(NO_JUMP == 0) };
+        (self.links, self.lives) = (zeros(self.links.len()), zeros(self.links.len()));
+        self.links_at = self.links.as_ptr() as u64;
         self.forget_pages();
         self.forget_code();
     }
@@ -289,7 +328,7 @@ mod tests {
 
     #[test]
     fn there_is_no_end_of_pages_but_of_what_is_kept_of_them() {
-        let mut env = JitEnv::with_jumps(0x1000);
+        let mut env = JitEnv::with_jumps(0x1000, 8);
         (0..2 * MOST_PAGES as u64).for_each(|page| env.insert(page << 12, key(5), 0, 0));
         assert_eq!(env.pages.len(), MOST_PAGES);
         assert!(env.jumps_to_page((MOST_PAGES as u64 + 1) << 12), "it is not known any more");
@@ -299,7 +338,7 @@ mod tests {
 
     #[test]
     fn more_room_for_those_that_take_each_others() {
-        let mut env = JitEnv::with_jumps(0x1000);
+        let mut env = JitEnv::with_jumps(0x1000, 8);
         // Four addresses with the same slot, but for the larger cache.
         let at = |n: u64| 0x7000_0000 + (n << (2 * JUMPS.ilog2())) + 2 * JUMPS as u64;
         let mut rounds = 0;
@@ -310,19 +349,16 @@ mod tests {
         assert!(
             rounds > JUMPS && (0..4).filter(|n| env.find(at(*n), key(7)).is_some()).count() == 2
         );
-        env.grow();
+        env.set_slot_bits(MOST_JUMPS.ilog2());
         assert!(!env.is_tight() && (0..4).all(|n| env.find(at(n), key(7)).is_none()));
         (0..100_000).for_each(|n| env.insert(at(n % 4), key(7), 0, 1));
         assert!(!env.is_tight(), "they have got room");
-        for _ in 0..10 {
-            env.grow();
-        }
         assert_eq!(env.jumps.len(), MOST_JUMPS);
     }
 
     #[test]
     fn jumps_are_found_until_their_tags_change_and_their_pages_are_known() {
-        let mut env = JitEnv::with_jumps(0x1000);
+        let mut env = JitEnv::with_jumps(0x1000, 8);
         let at = |n: u64| 0x7000_0000 + (n % 3) * 0x100_1000 + n * 5;
         for n in 0..500 {
             env.insert(at(n), key(7), 0x5000 + n, n as u32 + 1);

@@ -2,11 +2,13 @@
 //!
 //! Where such a jump goes is a matter of the mapping. It is linked all the same, and looks first whether it is where it was
 //! linked, and whether the tag is the one of then. Otherwise it goes by the jump cache, and once in a while is linked anew.
+//! Tag and target are each vCPU's own, in a slot.
 
-use super::asm::host::{RAX, RCX};
+use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Code, Ea, Rm};
-use super::layout::{self, PAGE, PATIENCE};
-use super::translate::{Cold, Goes, Translator};
+use super::layout::{self, LINKS, PAGE, PATIENCE, link_address, link_code, link_tag};
+use super::links::{FarLink, Goes};
+use super::translate::{Cold, Translator};
 use crate::op::Op;
 
 /// A jump that goes elsewhere than it is linked to.
@@ -15,7 +17,7 @@ pub(super) struct Unlinked {
     jumps: [usize; 2],
     /// Relative to the page.
     target: i64,
-    number: u32,
+    link: FarLink,
     /// It is a call, which goes on here.
     resume: Option<usize>,
 }
@@ -23,15 +25,13 @@ pub(super) struct Unlinked {
 /// An indirect jump or call between its look and its hit.
 pub(super) struct AsBefore {
     jumps: [usize; 2],
-    /// Places in the arena.
-    address: u32,
-    tag: usize,
+    link: FarLink,
 }
 
 /// An indirect jump or call that goes elsewhere than it did, to the address in rcx.
 pub(super) struct Elsewhere {
     jumps: [usize; 2],
-    number: u32,
+    link: FarLink,
     pub(super) op: usize,
     /// It is a call, which goes on here.
     resume: Option<usize>,
@@ -60,36 +60,45 @@ impl Translator {
         let next = page.wrapping_add(target as u64) & !0xfff;
         self.page_and(page, Code::wide(0x81), 7, 0x39); // cmp
         let moved = self.asm.jcc(5);
-        let (tag, changed) = self.compare_linked_tag();
+        let slot = self.next_slot;
+        self.asm.load(RAX, Ea::cpu(LINKS));
+        let changed = self.compare_linked_tag(slot);
         self.page_and(next, Code::wide(0xc7), 0, 0x89); // mov
-        let site = self.linked(opcode);
-        let number = self.add_far_link(site, tag, Goes::To(page.wrapping_add(target as u64)));
-        Unlinked { jumps: [moved, changed], target, number, resume: None }
+        self.asm.keep_in_line(1);
+        self.asm.byte(opcode);
+        self.asm.imm32(0);
+        let site = self.asm.place(self.asm.here() - 4) as u32;
+        let link = self.far_link_to(Goes::To { target: page.wrapping_add(target as u64), site });
+        Unlinked { jumps: [moved, changed], target, link, resume: None }
     }
 
     /// Looks whether the op goes to the address in rcx as it did before, and the link counts. Otherwise it is out of the way
     /// until [`Translator::go_as_before`].
     pub(super) fn goes_as_before(&mut self) -> AsBefore {
-        self.asm.mov_imm64(RAX, 0);
-        let address = self.asm.place(self.asm.here() - 8) as u32;
-        self.asm.op(Code::wide(0x39), RAX, Rm::Reg(RCX)); // cmp
+        let link = self.far_link_to(Goes::Anywhere);
+        self.asm.load(RAX, Ea::cpu(LINKS));
+        self.asm.op(Code::wide(0x3b), RCX, Rm::Mem(Ea::at(RAX, link_address(link.slot)))); // cmp
         let elsewhere = self.asm.jcc(5);
-        let (tag, changed) = self.compare_linked_tag();
-        AsBefore { jumps: [elsewhere, changed], address, tag }
+        let changed = self.compare_linked_tag(link.slot);
+        AsBefore { jumps: [elsewhere, changed], link }
     }
 
-    /// The jump or call (by its opcode) to where it went before.
+    /// The jump or call (by its opcode) to where it went before. The slots start at rax still.
     pub(super) fn go_as_before(&mut self, before: AsBefore, opcode: u8) {
-        let site = self.linked(opcode);
-        let number =
-            self.add_far_link(site, before.tag, Goes::Anywhere { address: before.address });
-        let resume = (opcode == CALL).then(|| self.asm.here());
-        self.cold.push(Cold::Elsewhere(Elsewhere {
-            jumps: before.jumps,
-            number,
-            op: self.current,
-            resume,
-        }));
+        let AsBefore { jumps, link } = before;
+        self.asm.op(Code::one(0x8b), RAX, Rm::Mem(Ea::at(RAX, link_code(link.slot))));
+        self.asm.op(Code::wide(0x03), RAX, Rm::Mem(Ea::cpu(layout::CODE)));
+        let resume = match opcode {
+            CALL => {
+                self.call_rax();
+                Some(self.asm.here())
+            }
+            _ => {
+                self.jump_rax();
+                None
+            }
+        };
+        self.cold.push(Cold::Elsewhere(Elsewhere { jumps, link, op: self.current, resume }));
     }
 
     /// Goes by the jump cache. What that does not have is the handler's, after which the jump is linked to it.
@@ -119,32 +128,28 @@ impl Translator {
         self.asm.land(absent);
         self.asm.land(stale);
         self.asm.op(Code::one(0xc7), 0, Rm::Mem(Ea::cpu(layout::LINKING))); // mov
-        self.asm.imm32(elsewhere.number as i32 + 1);
+        let record = self.asm.here();
+        self.asm.imm32(0);
         self.call_op(elsewhere.op);
         // It never says "next".
         self.asm.bytes(&[0x0f, 0x0b]);
+        let place = self.record(elsewhere.link.to_bytes());
+        self.asm.set_imm32(record, place as i32);
     }
 
-    /// Compares the tag of now with the one of a link: where that is, and the jump to be taken if it is another one.
-    fn compare_linked_tag(&mut self) -> (usize, usize) {
+    /// Compares the tag of now with the one of a link, whose slots start at rax: the jump to be taken if it is another one.
+    /// Destroys rdx.
+    fn compare_linked_tag(&mut self, slot: u32) -> usize {
         let current = Ea::cpu(layout::jump_tag(usize::from(self.upper)));
-        self.asm.op(Code::one(0x81), 7, Rm::Mem(current)); // cmp
-        let tag = self.asm.here();
-        self.asm.imm32(crate::mmu::NO_JUMP as i32);
+        self.asm.op(Code::one(0x8b), RDX, Rm::Mem(current));
+        self.asm.op(Code::one(0x3b), RDX, Rm::Mem(Ea::at(RAX, link_tag(slot)))); // cmp
         let changed = self.asm.jcc(5);
         self.count(layout::COUNTED_JUMP_HITS);
-        (tag, changed)
-    }
-
-    /// The linked jump or call itself. While no tag fits, nobody comes there.
-    fn linked(&mut self, opcode: u8) -> usize {
-        self.asm.bytes(&[opcode]);
-        self.asm.imm32(0);
-        self.asm.here() - 4
+        changed
     }
 
     /// An instruction with the current page and `page`, for which there is an opcode for immediates of 32 bits, and one for
-    /// registers.
+    /// registers. Destroys rdx.
     fn page_and(&mut self, page: u64, immediate: Code, digit: u8, by_register: u8) {
         let current = Rm::Mem(Ea::cpu(PAGE));
         match i32::try_from(page as i64) {
@@ -153,8 +158,8 @@ impl Translator {
                 self.asm.imm32(page);
             }
             Err(_) => {
-                self.asm.mov_imm64(RAX, page);
-                self.asm.op(Code::wide(by_register), RAX, current);
+                self.asm.mov_imm64(RDX, page);
+                self.asm.op(Code::wide(by_register), RDX, current);
             }
         }
     }
@@ -185,7 +190,6 @@ impl Translator {
         for jump in [absent, stale, enough] {
             self.asm.land(jump);
         }
-        self.asm.mov_eax(unlinked.number);
-        self.asm.far(0xe9, self.stubs.exit_far);
+        self.leave_by(unlinked.link.to_bytes(), self.stubs.exit_far);
     }
 }

@@ -65,10 +65,13 @@ impl Translator {
 
     /// Goes to `target`, relative to the page, on `condition`. Flags are native.
     fn branch(&mut self, condition: u8, target: i64) {
-        let jump = self.asm.jcc(condition);
-        match in_page(target) {
-            Some(target) => self.link(jump, target),
-            None => self.far_later(jump, target),
+        if let Some(target) = in_page(target) {
+            self.asm.keep_in_line(2);
+            let jump = self.asm.jcc(condition);
+            self.link(jump, target);
+        } else {
+            let jump = self.asm.jcc(condition);
+            self.far_later(jump, target);
         }
     }
 
@@ -152,6 +155,7 @@ impl Translator {
     pub(super) fn go_to(&mut self, target: i64) {
         match in_page(target) {
             Some(target) => {
+                self.asm.keep_in_line(1);
                 let jump = self.asm.jmp();
                 self.link(jump, target);
             }

@@ -107,6 +107,17 @@ pub const FDP: i32 = (POINTERS + offset_of!(X87Pointers, fdp)) as i32;
 pub const FOP: i32 = (POINTERS + offset_of!(X87Pointers, fop)) as i32;
 
 const ENV: usize = offset_of!(Cpu, jit);
+/// Where the slots of links are, and what lies in one, by bytes.
+pub const LINKS: i32 = (ENV + offset_of!(JitEnv, links_at)) as i32;
+pub const fn link_tag(slot: u32) -> i32 {
+    (slot * 4) as i32
+}
+pub const fn link_code(slot: u32) -> i32 {
+    link_tag(slot) + 4
+}
+pub const fn link_address(slot: u32) -> i32 {
+    link_tag(slot) + 8
+}
 pub const JUMPS: i32 = (ENV + offset_of!(JitEnv, table)) as i32;
 pub const CODE: i32 = (ENV + offset_of!(JitEnv, code)) as i32;
 pub const RUN: i32 = (ENV + offset_of!(JitEnv, run)) as i32;
@@ -114,7 +125,7 @@ pub const TARGET: i32 = (ENV + offset_of!(JitEnv, target)) as i32;
 pub const PUSHED: i32 = (ENV + offset_of!(JitEnv, pushed)) as i32;
 /// How often jumps between pages may still be slow.
 pub const PATIENCE: i32 = (ENV + offset_of!(JitEnv, patience)) as i32;
-/// Which far link is to be linked to where a handler goes, plus 1.
+/// The record of the far link that is to be linked to where a handler goes, or 0.
 pub const LINKING: i32 = (ENV + offset_of!(JitEnv, linking)) as i32;
 pub const STACK: i32 = (ENV + offset_of!(JitEnv, stack)) as i32;
 pub const STACK_FLOOR: i32 = (ENV + offset_of!(JitEnv, stack_floor)) as i32;

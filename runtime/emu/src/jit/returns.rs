@@ -55,6 +55,7 @@ impl Translator {
         let room = self.note_return(RAX);
         match in_page(target) {
             Some(target) => {
+                self.asm.keep_in_line(1);
                 let call = self.asm.call();
                 self.link_call(call, target);
             }

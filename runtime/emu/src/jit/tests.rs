@@ -7,7 +7,7 @@ use std::time::Duration;
 use iced_x86::code_asm::*;
 
 use super::Counters;
-use super::run::TRIALS;
+use super::store::TRIALS;
 use crate::Tier;
 use crate::fault::vector;
 use crate::testing::asm::asm;
@@ -358,12 +358,12 @@ fn a_full_cache_is_emptied() {
     code.extend(back.to_le_bytes());
     code.extend([0x0f, 0x0b]);
     let mut machine = machine(Tier::Translator);
-    machine.dispatcher().jit_mut().unwrap().set_limit(4 << 10);
+    machine.dispatcher().jit().unwrap().store().set_room(4 << 10);
     start(&mut machine, &[(CODE, &code)], CODE);
     let (_, state) = machine.run(None).unwrap();
     assert_eq!(state.gpr[0], 400 * (1..=30).sum::<u64>());
-    let counters = &machine.dispatcher().jit().unwrap().counters;
-    assert!(counters.emptied > 30, "{counters:?}");
+    let emptied = machine.dispatcher().jit().unwrap().store().emptied();
+    assert!(emptied > 30, "{emptied}");
 }
 
 /// Code that would run for ever, or for as good as that, is left for another thread's sake.
@@ -441,7 +441,7 @@ fn tables_that_are_too_small_become_larger() {
         );
         start(&mut machine, &[(CODE, &code)], CODE);
         let (exception, state) = machine.run(None).expect("an end");
-        let emptied = machine.dispatcher().jit().map(|jit| jit.counters.emptied);
+        let emptied = machine.dispatcher().jit().map(|jit| jit.store().emptied());
         let mut data = [[0; 4]; 2];
         machine.read(0x3_0000, &mut data[0]);
         machine.read(0x3_6000, &mut data[1]);
@@ -492,7 +492,7 @@ fn no_memory_is_writable_and_executable() {
     let mut machine = machine(Tier::Translator);
     start(&mut machine, &[(CODE, &asm!(64 at CODE; pxor(xmm0, xmm0); fld1(); ud2();))], CODE);
     machine.run(None).unwrap();
-    let code = machine.dispatcher().jit().unwrap().code_address();
+    let code = machine.dispatcher().jit().unwrap().store().arena().entry(0);
     // start-end rwxp ...
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let mut views = 0;

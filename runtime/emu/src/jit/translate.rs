@@ -1,13 +1,16 @@
 //! One block into host code, in one pass over plans made beforehand.
 
+use std::ops::Range;
+
 use iced_x86::CpuidFeature;
 
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Asm, Code, Copies, Ea, Rm};
 use super::entry::{Entries, OtherEntry};
-use super::env::CalledOp;
+use super::env::{CalledOp, JUMPS, MOST_JUMPS};
 use super::far::{Elsewhere, Unlinked};
 use super::layout::{self, CC, GUEST_AX, GUEST_BP, GUEST_DX, GUEST_SP, host_of};
+use super::links::{FarLink, Goes, Link, RECORD};
 use super::operands::Form;
 use super::plan::{self, ALL, Field, Flags, Kind, Mem, Plan};
 use super::returns::Room;
@@ -17,6 +20,7 @@ use super::stubs::Stubs;
 use super::vector::{GuardMiss, Known};
 use crate::host::HostFeatures;
 use crate::host::inline::Inline;
+use crate::mmu::{FIRST_SLOT_MASK, LARGE_SLOT_MASK};
 use crate::op::Op;
 
 /// Where the guest's arithmetic flags are (J4).
@@ -25,41 +29,6 @@ pub(super) enum At {
     Native,
     Memory,
     Both,
-}
-
-/// A direct jump inside the page that goes to its exit stub until it is linked.
-#[derive(Debug, Clone, Copy)]
-pub struct LinkSite {
-    /// Position of the distance to patch, from the start of the arena.
-    pub site: u32,
-    /// Offset of the target in the page.
-    pub target: u16,
-    /// Flags are native at the jump: the target is its entry N.
-    pub native: bool,
-    /// The target goes without spans (J14).
-    pub plain: bool,
-    /// It goes forward, and without a look at the run word (J9).
-    pub ahead: bool,
-}
-
-/// A jump that is linked to what is at an address, as long as a tag counts (J18, J20).
-#[derive(Debug, Clone, Copy)]
-pub struct FarLink {
-    /// Positions of the distance and of the tag to patch, from the start of the arena.
-    pub site: u32,
-    pub tag: u32,
-    pub goes: Goes,
-    /// Life of the page that it is linked to; 0: to none.
-    pub life: u32,
-}
-
-/// Where such a jump goes.
-#[derive(Debug, Clone, Copy)]
-pub enum Goes {
-    /// To this virtual address in another page, if the block is where it was when it was made.
-    To(u64),
-    /// Wherever it will: the address that it is linked for is patched here as well.
-    Anywhere { address: u32 },
 }
 
 /// A jump out of the way of an op.
@@ -104,7 +73,7 @@ pub(super) enum Cold {
     },
     Link {
         jump: usize,
-        link: u32,
+        link: Link,
         save: bool,
     },
     /// A conditional jump to another page.
@@ -137,6 +106,12 @@ pub struct Tables {
     pub jump_bits: u32,
 }
 
+impl Tables {
+    /// Those that a vCPU starts with, and what all of them have if these are too small for one.
+    pub const FIRST: Self = Self { slot_mask: FIRST_SLOT_MASK, jump_bits: JUMPS.ilog2() };
+    pub const LARGE: Self = Self { slot_mask: LARGE_SLOT_MASK, jump_bits: MOST_JUMPS.ilog2() };
+}
+
 /// What a block is made of.
 pub struct Input<'a> {
     pub ops: &'a [Op],
@@ -156,6 +131,8 @@ pub struct Input<'a> {
     pub plain: bool,
     /// Host address of the next page, if it is one instruction that crosses into it.
     pub next: Option<u64>,
+    /// Which life of the page it belongs to.
+    pub life: u32,
 }
 
 /// Makes blocks. Keeps its buffers.
@@ -179,12 +156,12 @@ pub struct Translator {
     pub(super) tables: Tables,
     /// Code counts what it does ([`Counted`](super::env::Counted)).
     counting: bool,
-    /// The number of the first link of this block.
-    first_link: u32,
-    first_far_link: u32,
+    /// Which life of its page the block belongs to.
+    life: u32,
+    /// Where the next slot of a link starts.
+    pub(super) next_slot: u32,
     /// Links of the block.
-    pub links: Vec<LinkSite>,
-    pub far_links: Vec<FarLink>,
+    pub links: Vec<Link>,
     pub(super) entries: Entries,
     pub(super) plans: Vec<Plan>,
     after: Vec<Flags>,
@@ -206,8 +183,10 @@ impl std::fmt::Debug for Translator {
     }
 }
 
-/// Bytes of code that a block takes at most.
+/// Bytes of code that a block takes at most, on either side.
 pub const MAX_BLOCK: usize = 48 << 10;
+/// Words of slots that its links take at most: one link for each instruction, and where it goes on.
+pub const MAX_SLOTS: u32 = 4 * 65;
 
 impl Translator {
     pub fn new(stubs: Stubs, tables: Tables, counting: bool) -> Self {
@@ -238,16 +217,20 @@ impl Translator {
         }
     }
 
-    /// Translates `input` for the places `bases` of the arena, for what runs often and what does not; its links, and those
-    /// to other pages, get numbers from `first` on. The code is then in [`Translator::code`].
-    pub fn block(&mut self, input: &Input<'_>, bases: [usize; 2], first: [usize; 2]) -> Entries {
+    /// Translates `input` for the places `bases` of the arena, for what runs often and what does not. Links to other pages have
+    /// slots from `slots` on, which then starts behind them. The code is then in [`Translator::code`].
+    pub fn block(
+        &mut self,
+        input: &Input<'_>,
+        bases: [usize; 2],
+        slots: &mut Range<u32>,
+    ) -> Entries {
         self.asm.restart(bases[0]);
         self.links.clear();
-        self.far_links.clear();
         self.cold.clear();
         self.references.clear();
         self.misses.clear();
-        [self.first_link, self.first_far_link] = first.map(|number| number as u32);
+        (self.life, self.next_slot) = (input.life, slots.start);
         self.upper = input.page >> 63 != 0;
         self.page = input.page;
         self.plain = input.plain;
@@ -286,6 +269,7 @@ impl Translator {
             }));
         }
         self.finish(input, bases[1]);
+        slots.start = self.next_slot;
         self.entries
     }
 
@@ -524,30 +508,52 @@ impl Translator {
 
     fn link_flags(&mut self, jump: usize, target: u16, ahead: bool) {
         let at = self.at();
-        let site = self.asm.place(jump) as u32;
-        let native = at != At::Memory;
-        let link = self.add_link(LinkSite { site, target, native, plain: false, ahead });
+        let link = self.add_link(Link {
+            site: self.asm.place(jump) as u32,
+            life: self.life,
+            target,
+            native: at != At::Memory,
+            plain: false,
+            ahead,
+        });
         self.cold.push(Cold::Link { jump, link, save: at == At::Native });
     }
 
-    fn add_link(&mut self, link: LinkSite) -> u32 {
+    fn add_link(&mut self, link: Link) -> Link {
         self.links.push(link);
-        self.first_link + self.links.len() as u32 - 1
+        link
     }
 
     /// Goes on at `target` in the page without spans. Flags are in memory.
     pub(super) fn leave_spans(&mut self, target: u16) {
+        self.asm.keep_in_line(1);
         let jump = self.asm.jmp();
-        let site = self.asm.place(jump) as u32;
-        let ahead = target > self.start;
-        let link = self.add_link(LinkSite { site, target, native: false, plain: true, ahead });
+        let link = self.add_link(Link {
+            site: self.asm.place(jump) as u32,
+            life: self.life,
+            target,
+            native: false,
+            plain: true,
+            ahead: target > self.start,
+        });
         self.asm.land(jump);
-        self.exit_link(link);
+        self.leave_by(link.to_bytes(), self.stubs.exit_link);
     }
 
-    fn exit_link(&mut self, link: u32) {
-        self.asm.mov_eax(link);
-        self.asm.far(0xe9, self.stubs.exit_link);
+    /// Leaves for the dispatcher by the way out `stub`, with where `record` is in eax.
+    pub(super) fn leave_by(&mut self, record: [u8; RECORD], stub: u32) {
+        self.asm.mov_eax(0);
+        let place = self.asm.here() - 4;
+        self.asm.far(0xe9, stub);
+        let record = self.record(record);
+        self.asm.set_imm32(place, record as i32);
+    }
+
+    /// Puts a record here, where no code comes. Returns where that is in the arena.
+    pub(super) fn record(&mut self, record: [u8; RECORD]) -> u32 {
+        let place = self.asm.place(self.asm.here());
+        self.asm.bytes(&record);
+        place as u32
     }
 
     /// A conditional jump to another page.
@@ -555,12 +561,11 @@ impl Translator {
         self.cold.push(Cold::Far { jump, target, save: self.at() == At::Native });
     }
 
-    /// A jump whose distance and tag are at `site` and `tag`. Returns its number.
-    pub(super) fn add_far_link(&mut self, site: usize, tag: usize, goes: Goes) -> u32 {
-        let number = self.first_far_link + self.far_links.len() as u32;
-        let [site, tag] = [site, tag].map(|position| self.asm.place(position) as u32);
-        self.far_links.push(FarLink { site, tag, goes, life: 0 });
-        number
+    /// A link with a slot of its own.
+    pub(super) fn far_link_to(&mut self, goes: Goes) -> FarLink {
+        let slot = self.next_slot;
+        self.next_slot += goes.words();
+        FarLink { slot, goes }
     }
 
     fn finish(&mut self, input: &Input<'_>, cold: usize) {
@@ -638,7 +643,7 @@ impl Translator {
                 if save {
                     self.asm.save_flags(CC);
                 }
-                self.exit_link(link);
+                self.leave_by(link.to_bytes(), self.stubs.exit_link);
             }
             Cold::Far { jump, target, save } => {
                 self.asm.land(jump);

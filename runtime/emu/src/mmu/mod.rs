@@ -23,8 +23,9 @@ pub use access::Wrote;
 pub(crate) use access::segment_holds;
 pub use phys::{Guard, PageRef, PhysMemory};
 pub use raw::HostAddr;
+pub(crate) use raw::zeros;
 pub use span::Span;
-pub use tlb::{Access, JumpKey, NO_JUMP, TlbLayout, Who};
+pub use tlb::{Access, FIRST_SLOT_MASK, JumpKey, LARGE_SLOT_MASK, NO_JUMP, TlbLayout, Who};
 pub use walk::{PHYSICAL_BITS, Paging, code};
 
 use tlb::Tlb;

@@ -84,6 +84,18 @@ struct Changed {
     pages: Mutex<Vec<u64>>,
 }
 
+impl Changed {
+    fn add(&self, page: u64) {
+        let mut pages = lock(&self.pages);
+        if pages.len() == pages.capacity() {
+            // A vCPU that sleeps for long is told of the same pages again and again.
+            pages.sort_unstable();
+            pages.dedup();
+        }
+        pages.push(page);
+    }
+}
+
 /// Tells vCPUs of stores to watched code, whoever made them.
 #[derive(Debug)]
 struct Changes {
@@ -98,7 +110,7 @@ impl Changes {
             if !list.wanted.load(Ordering::SeqCst) {
                 continue;
             }
-            lock(&list.pages).push(page);
+            list.add(page);
             list.waiting.store(true, Ordering::SeqCst);
             if let Some(nudge) = &*lock(&guard.nudge) {
                 nudge();
@@ -289,6 +301,15 @@ impl PhysMemory {
         }
         drop(turn);
         (generation, drop_own)
+    }
+
+    /// Makes every vCPU come to a block boundary soon.
+    pub fn nudge_all(&self) {
+        for guard in &self.guards {
+            if let Some(nudge) = &*lock(&guard.nudge) {
+                nudge();
+            }
+        }
     }
 
     fn drop_fast_writes(&self, writers: u32, me: u32) {

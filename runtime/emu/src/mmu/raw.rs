@@ -15,6 +15,9 @@ use crate::int::Int;
 /// They are.
 pub unsafe trait Zero {}
 
+// SAFETY: an integer.
+unsafe impl Zero for u32 {}
+
 /// So many zeros, of memory that is not touched before they are.
 pub fn zeros<T: Zero>(count: usize) -> Box<[T]> {
     // SAFETY: as the trait promises.

@@ -20,9 +20,13 @@ use std::mem::offset_of;
 use super::phys::PageRef;
 use super::raw::{HostAddr, Zero, zeros};
 
-/// Entries of each table, at first and at most.
+/// Entries of each table, at first and when these are too few.
 pub const ENTRIES: usize = 4096;
 const MOST_ENTRIES: usize = 8 * ENTRIES;
+/// [`Tlb::slot_mask`] at first.
+pub const FIRST_SLOT_MASK: u32 = ((ENTRIES - 1) * size_of::<Entry>()) as u32;
+/// The same of large tables.
+pub const LARGE_SLOT_MASK: u32 = ((MOST_ENTRIES - 1) * size_of::<Entry>()) as u32;
 /// So many translations for each entry have taken the place of ones that counted before the tables become larger.
 const LOSSES: usize = 16;
 const PAGE: u64 = !0xfff;
@@ -270,7 +274,7 @@ impl Tlb {
         (linear >> 12) as usize & self.mask
     }
 
-    /// What `linear >> 7` is masked with to get an entry's offset in its table. Changes by [`Tlb::grow`] alone.
+    /// What `linear >> 7` is masked with to get an entry's offset in its table. Changes by [`Tlb::set_slot_mask`] alone.
     pub fn slot_mask(&self) -> u32 {
         (self.mask * size_of::<Entry>()) as u32
     }
@@ -278,18 +282,15 @@ impl Tlb {
     /// Has it lost so many translations for want of room that larger tables are worth it?
     #[inline(always)]
     pub fn is_tight(&self) -> bool {
-        self.losses > self.mask * LOSSES
+        self.losses > self.mask * LOSSES && self.mask + 1 < MOST_ENTRIES
     }
 
-    /// Takes twice as many entries, up to a bound, all empty. Translated code from before does not know them.
-    pub fn grow(&mut self) {
-        self.losses = 0;
-        if self.mask + 1 < MOST_ENTRIES {
-            self.mask = self.mask * 2 + 1;
-            self.entries = zeros(TABLES * (self.mask + 1));
-            self.active = self.start(self.who);
-            self.select(self.who);
-        }
+    /// Takes tables of another size, all empty. Translated code from before does not know them.
+    pub fn set_slot_mask(&mut self, slot_mask: u32) {
+        self.mask = slot_mask as usize / size_of::<Entry>();
+        self.entries = zeros(TABLES * (self.mask + 1));
+        self.active = self.start(self.who);
+        self.select(self.who);
     }
 
     /// Where the table of `who` starts.
@@ -305,7 +306,7 @@ impl Tlb {
 
     #[inline(always)]
     fn entry(&self, linear: u64) -> &Entry {
-        // SAFETY: `active` is one of the table starts (`select` alone sets it, `grow` calls it), and the rest
+        // SAFETY: `active` is one of the table starts (`select` alone sets it, `set_slot_mask` calls it), and the rest
         // is not above `mask`: the sum is below the box's length.
         unsafe { self.entries.get_unchecked(self.slot(linear)) }
     }

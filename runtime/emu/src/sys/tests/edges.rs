@@ -197,8 +197,8 @@ fn code_at_the_end_of_ram_and_of_the_address_space() {
 fn endless_new_code_takes_no_endless_memory() {
     // Writes a function of its own for each of many rounds, at ever other places, and runs it.
     let mut guest = Guest::new();
-    if let Some(jit) = guest.vcpu.dispatcher_mut().jit_mut() {
-        jit.set_limit(64 << 10);
+    if let Some(jit) = guest.vcpu.dispatcher_mut().jit() {
+        jit.store().set_room(64 << 10);
     }
     let code = asm!(64 at CODE, [again, inside];
         mov(ecx, 20_000i32); mov(rbx, 0x60_0000u64); xor(esi, esi);
@@ -210,8 +210,9 @@ fn endless_new_code_takes_no_endless_memory() {
     assert_eq!(guest.reg(6), (1..=20_000).sum::<u64>());
     let (dispatcher, cpu) = guest.vcpu.parts();
     if let Some(jit) = dispatcher.jit() {
-        let counters = jit.figures(cpu);
-        assert!(counters.emptied > 10 && counters.memory < 1 << 20, "{counters:?}");
+        let (store, counters) = (jit.store(), jit.figures(cpu));
+        let memory = counters.memory + store.code_memory();
+        assert!(store.emptied() > 10 && memory < 1 << 20, "{memory} {counters:?}");
     }
     assert!(dispatcher.cache().used() < 25 << 20);
 }

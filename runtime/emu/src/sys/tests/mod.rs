@@ -11,6 +11,7 @@ mod litmus;
 mod lockstep;
 mod mmio;
 mod modes;
+mod shared_code;
 mod simd;
 mod smc;
 mod smp;

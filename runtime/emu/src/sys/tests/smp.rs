@@ -10,6 +10,7 @@ use mvm_memory::GuestRam;
 use crate::EmuEngine;
 use crate::testing::asm::asm;
 use crate::testing::guest::{CODE, DATA, Guest, PML4, RAM, TestBus};
+use crate::vm::EmuVm;
 
 /// Page of the start-up code.
 const TRAMPOLINE: u64 = 0x8000;
@@ -18,7 +19,7 @@ pub(super) const AP_CODE: u64 = 0x9000;
 
 /// A machine whose boot processor starts in 64-bit mode at [`CODE`].
 pub(super) struct Machine {
-    vm: Arc<dyn Vm>,
+    pub(super) vm: Arc<EmuVm>,
     pub(super) guest: Guest,
     vcpus: Vec<Box<dyn Vcpu>>,
 }
@@ -37,11 +38,8 @@ impl Machine {
             ram,
             io: Arc::new(TestBus::default()),
         };
-        let vm = EmuEngine::new()
-            .expect("the engine")
-            .with_tier(crate::testing::tier())
-            .create_vm(config)
-            .expect("a machine");
+        EmuEngine::new().expect("the engine");
+        let vm = Arc::new(EmuVm::new(config, crate::testing::tier(), None));
         let mut vcpus: Vec<_> = (0..count).map(|i| vm.create_vcpu(i).expect("a vCPU")).collect();
         let mut state = guest.vcpu.state().expect("a state");
         state.cpuid = Vec::new();

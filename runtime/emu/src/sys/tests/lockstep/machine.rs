@@ -201,7 +201,7 @@ pub fn outcome(program: &Program, run: Run) -> Outcome {
     if let Some(jit) = guest.vcpu.dispatcher_mut().jit_mut() {
         jit.set_trials(run.trials);
         if let Some(room) = run.room {
-            jit.set_limit(room);
+            jit.store().set_room(room);
         }
     }
     let places = prepare(&mut guest, program);
