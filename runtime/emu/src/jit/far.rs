@@ -2,7 +2,7 @@
 //!
 //! Where such a jump goes is a matter of the mapping. It is linked all the same, and looks first whether it is where it was
 //! linked, and whether the tag is the one of then. Otherwise it goes by the jump cache, and once in a while is linked anew.
-//! Tag and target are each vCPU's own, in a slot.
+//! The tag is each vCPU's own, in a slot, and so is where an indirect one goes. Where a direct one goes is the same for all of them.
 
 use super::asm::host::{RAX, RCX, RDX};
 use super::asm::{Code, Ea, Rm};

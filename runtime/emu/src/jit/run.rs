@@ -318,7 +318,13 @@ impl Jit {
         self.store.set_trials(trials);
     }
 
-    /// Makes sure that there is room for the largest block. False: the epoch is over for want of that.
+    /// Is there room for the largest block?
+    fn has_room(&self) -> bool {
+        self.pieces.iter().all(|piece| piece.room() >= MAX_BLOCK)
+            && self.slots.len() >= MAX_SLOTS as usize
+    }
+
+    /// Makes room for the largest block. False: the epoch has no more.
     fn make_room(&mut self) -> bool {
         let mut kept = self.store.lock();
         for side in [Side::Hot, Side::Cold] {
@@ -344,7 +350,7 @@ impl Jit {
         how: How,
     ) -> Option<Block> {
         let plain = how.plain;
-        if !self.make_room() {
+        if !self.has_room() && !self.make_room() {
             self.store.end(self.epoch, false);
             return None;
         }

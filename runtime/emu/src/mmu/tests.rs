@@ -574,6 +574,25 @@ fn tables_outside_ram_are_not_present() {
 }
 
 #[test]
+fn who_sleeps_is_told_of_each_page_and_not_of_each_store() {
+    let ram = mvm_memory::GuestRam::new(&[(0, 0x8000)]).expect("RAM");
+    let phys = PhysMemory::new(ram, std::sync::Arc::new(mvm_engine::mock::NoBus), 1);
+    phys.want_changed_code(0);
+    let gpas = [0x1000, 0x3000, 0x6000];
+    let found = gpas.map(|gpa| phys.find(gpa).expect("RAM"));
+    for (page, _) in found.iter().cycle().take(10_000) {
+        assert!(!phys.watch(*page, 0, 8, 0).1, "nobody has written fast");
+        assert!(phys.stored(*page, 4, 1));
+    }
+    let mut told = phys.take_changed_code(0);
+    assert!(told.len() < 20, "{}", told.len());
+    told.sort_unstable();
+    told.dedup();
+    assert_eq!(told, found.map(|(_, host)| host.addr()));
+    assert!(phys.take_changed_code(0).is_empty());
+}
+
+#[test]
 fn ram_that_grows_is_ram_as_far_as_it_may_be_used() {
     use vm_memory::bitmap::Bitmap as _;
     let growth = Some((1 << 32, 0x4000));
