@@ -382,7 +382,7 @@ impl Jit {
             next: second.map(|(next, _)| next),
             life,
         };
-        let bases = [self.pieces[0].at(), self.pieces[1].at()];
+        let bases = self.pieces.each_ref().map(Piece::at);
         let entries = self.translator.block(&input, bases, &mut self.slots);
         let checked = entries.checked;
         let bridge = second.map(|(next, life)| Bridge { next, life, checked });
@@ -402,23 +402,29 @@ impl Jit {
         }
         let links = link_to_known(arena, &kept, &self.translator.links, host);
         drop(kept);
+        self.counters.links += links;
+        self.note_block(bases, run.ops.len(), run.bytes.len(), cpu.rip);
+        Some(block)
+    }
+
+    /// For the metrics, and for `perf`: the block made last, of so many instructions and bytes, is at `bases` of the arena.
+    fn note_block(&mut self, bases: [usize; 2], instructions: usize, bytes: usize, rip: u64) {
+        let (code, cold) = self.translator.code();
+        let (accesses, spared) = self.translator.accesses();
         let c = &mut self.counters;
         c.blocks += 1;
-        c.links += links;
-        c.instructions += run.ops.len() as u64;
+        c.instructions += instructions as u64;
         c.called_instructions += self.translator.called() as u64;
-        let (accesses, spared) = self.translator.accesses();
         c.accesses += accesses as u64;
         c.spared_probes += spared as u64;
-        c.guest_bytes += run.bytes.len() as u64;
+        c.guest_bytes += bytes as u64;
         c.code_bytes += (code.len() + cold.len()) as u64;
         if let Some(map) = &mut self.perf_map {
-            let [at, cold_at] = bases.map(|at| arena.entry(at as u32));
+            let [at, cold_at] = bases.map(|at| self.store.arena().entry(at as u32));
             // A map that is not complete is of use all the same.
-            let _ = writeln!(map, "{at:x} {:x} guest_{:x}", code.len(), cpu.rip);
-            let _ = writeln!(map, "{cold_at:x} {:x} guest_{:x}.cold", cold.len(), cpu.rip);
+            let _ = writeln!(map, "{at:x} {:x} guest_{rip:x}", code.len());
+            let _ = writeln!(map, "{cold_at:x} {:x} guest_{rip:x}.cold", cold.len());
         }
-        Some(block)
     }
 
     /// Makes the far link whose record is at `record` go to `code`, which is that for [`Cpu::rip`] at `host`, as long as the tag
