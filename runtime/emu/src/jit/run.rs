@@ -433,7 +433,10 @@ impl Jit {
         let link = FarLink::of_bytes(self.store.arena().read(record));
         // It is elsewhere than when it was made, or what came in between has taken us elsewhere.
         if let Goes::To { target, site } = link.goes {
-            if target != cpu.rip || !self.store.lock().lead_to(link.slot, host.addr()) {
+            let mut kept = self.store.lock();
+            // Another vCPU may have made code anew here, and have led the jump to that.
+            let lives = kept.cache.life(host.addr() & PAGE) == Some(life);
+            if target != cpu.rip || !lives || !kept.lead_to(link.slot, host.addr()) {
                 return;
             }
             self.store.arena().patch(site, code);
