@@ -9,6 +9,7 @@
 //! * `shares` is the tree as the guest sees it, over `fuse-backend-rs`' passthrough file systems.
 //! * `queue` serves the virtqueues in the monitor's place (`mvm_devices::virtio::fs`).
 //! * [`follow`] makes trees that stay like the host's, by one more process each.
+//! * `room` is what becomes of requests for which there is no descriptor.
 //! * `confine` takes from the process what it does not need, before it hears of the guest.
 //!
 //! Not in scope: what is shared, and where the guest mounts it.
@@ -26,6 +27,7 @@ mod queue;
 #[doc(hidden)]
 #[allow(missing_docs, missing_debug_implementations, clippy::missing_panics_doc)]
 pub mod rig;
+mod room;
 mod seccomp;
 mod server;
 mod shares;

@@ -20,8 +20,12 @@ use crate::tree;
 /// Bytes of guest RAM.
 const RAM: u64 = 8 << 20;
 
-/// Bytes of each of the two buffers for a request.
+/// Bytes of each of the buffers.
 pub const BUFFER: u64 = 1 << 20;
+
+/// The queues: for what is forgotten, and for everything else (virtio 1.2, 5.11.2).
+const FORGETS: usize = 0;
+const REQUESTS: usize = 1;
 
 /// Number of the root directory.
 pub const ROOT: u64 = 1;
@@ -32,6 +36,7 @@ pub struct Rig {
     pub queues: Vec<DriverQueue>,
     pub request: u64,
     pub reply: u64,
+    note: u64,
     _events: EventLoop,
 }
 
@@ -61,35 +66,55 @@ impl Rig {
         let device = Fs::new(config, &events).expect("a device");
         let mut guest = Guest::new(RAM, device);
         let queues = guest.start();
-        let (request, reply) = (guest.alloc(BUFFER), guest.alloc(BUFFER));
-        Self { guest, queues, request, reply, _events: events }
+        let [request, reply, note] = [(); 3].map(|()| guest.alloc(BUFFER));
+        Self { guest, queues, request, reply, note, _events: events }
     }
 
     /// Sends bytes as they are in the request queue, with `room` bytes for the answer, and waits until
     /// they are used. Returns what was written.
     pub fn send(&mut self, bytes: &[u8], room: u32) -> Vec<u8> {
-        self.guest.memory().write_slice(bytes, GuestAddress(self.request)).expect("in RAM");
-        let mut chain = vec![Segment::readable(self.request, bytes.len() as u32)];
-        if room > 0 {
-            chain.push(Segment::writable(self.reply, room));
-        }
-        self.queues[1].offer(&chain);
-        let (_, len) = self.served();
+        self.ask(bytes, room);
+        self.answer(room)
+    }
+
+    /// Sends bytes as they are in the request queue, with `room` bytes for the answer.
+    pub fn ask(&mut self, bytes: &[u8], room: u32) {
+        let answer = (room > 0).then(|| Segment::writable(self.reply, room));
+        self.offer(REQUESTS, self.request, bytes, answer);
+    }
+
+    /// Waits for the answer to what was [asked](Self::ask), and returns it.
+    pub fn answer(&mut self, room: u32) -> Vec<u8> {
+        let (_, len) = self.served(REQUESTS);
         let mut answer = vec![0; len.min(room) as usize];
         self.guest.memory().read_slice(&mut answer, GuestAddress(self.reply)).expect("in RAM");
         answer
     }
 
-    /// Rings the request queue and waits for the next used chain.
-    pub fn served(&mut self) -> (u16, u32) {
-        let deadline = Instant::now() + PATIENCE;
-        if self.queues[1].wants_notification() {
-            self.guest.write(mvm_devices::testing::reg::QUEUE_NOTIFY, 1);
+    /// Forgets a node that was looked up once, in the queue that is for that.
+    pub fn forget(&mut self, node: u64) {
+        let bytes = message(Opcode::Forget as u32, node, &1u64.to_le_bytes());
+        self.offer(FORGETS, self.note, &bytes, None);
+        self.served(FORGETS);
+    }
+
+    fn offer(&mut self, queue: usize, place: u64, bytes: &[u8], answer: Option<Segment>) {
+        self.guest.memory().write_slice(bytes, GuestAddress(place)).expect("in RAM");
+        let mut chain = vec![Segment::readable(place, bytes.len() as u32)];
+        chain.extend(answer);
+        self.queues[queue].offer(&chain);
+        if self.queues[queue].wants_notification() {
+            self.guest.write(mvm_devices::testing::reg::QUEUE_NOTIFY, queue as u32);
         }
+    }
+
+    /// Waits for the next used chain of a queue.
+    fn served(&mut self, queue: usize) -> (u16, u32) {
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let seen = self.guest.line.count();
-            self.queues[1].ask_for_interrupt();
-            if let Some(used) = self.queues[1].poll_used() {
+            self.queues[queue].ask_for_interrupt();
+            if let Some(used) = self.queues[queue].poll_used() {
                 return used;
             }
             self.guest.line.wait_beyond(seen, deadline).expect("an answer");
@@ -98,10 +123,21 @@ impl Rig {
 
     /// One FUSE request as root; its answer without header, or the error number.
     pub fn fuse(&mut self, opcode: Opcode, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
-        let answer = self.send(&message(opcode as u32, node, body), BUFFER as u32);
-        assert!(answer.len() >= 16, "{opcode:?}: an answer of {} bytes", answer.len());
+        self.begin(opcode, node, body);
+        self.finish()
+    }
+
+    /// Sends a FUSE request as root.
+    pub fn begin(&mut self, opcode: Opcode, node: u64, body: &[u8]) {
+        self.ask(&message(opcode as u32, node, body), BUFFER as u32);
+    }
+
+    /// The answer to it without header, or the error number.
+    pub fn finish(&mut self) -> Result<Vec<u8>, i32> {
+        let answer = self.answer(BUFFER as u32);
+        assert!(answer.len() >= 16, "an answer of {} bytes", answer.len());
         let word = |at: usize| i32::from_le_bytes(answer[at..at + 4].try_into().expect("four"));
-        assert_eq!(word(0) as usize, answer.len(), "{opcode:?}: the length in the header");
+        assert_eq!(word(0) as usize, answer.len(), "the length in the header");
         match word(4) {
             0 => Ok(answer[16..].to_vec()),
             error => Err(-error),
@@ -133,12 +169,7 @@ impl Rig {
 
     /// Creates a file; its number and handle.
     pub fn create(&mut self, parent: u64, name: &str, flags: i32) -> Result<(u64, u64), i32> {
-        let mut body = Vec::new();
-        for word in [flags.cast_unsigned(), 0o100644, 0o22, 0] {
-            body.extend(word.to_le_bytes());
-        }
-        body.extend(with_nul(&[name]));
-        let answer = self.fuse(Opcode::Create, parent, &body)?;
+        let answer = self.fuse(Opcode::Create, parent, &create_body(name, flags))?;
         Ok((number(&answer, 0), number(&answer, ENTRY)))
     }
 
@@ -180,8 +211,16 @@ pub fn message(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// `struct fuse_create_in` and the name.
+pub fn create_body(name: &str, flags: i32) -> Vec<u8> {
+    let words = [flags.cast_unsigned(), 0o100644, 0o22, 0];
+    let mut body: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
+    body.extend(with_nul(&[name]));
+    body
+}
+
 /// `struct fuse_read_in` and `struct fuse_write_in` are the same so far.
-fn io_body(handle: u64, at: u64, size: u32) -> Vec<u8> {
+pub fn io_body(handle: u64, at: u64, size: u32) -> Vec<u8> {
     let mut body = handle.to_le_bytes().to_vec();
     body.extend(at.to_le_bytes());
     body.extend(size.to_le_bytes());
@@ -194,6 +233,21 @@ pub fn with_nul(names: &[&str]) -> Vec<u8> {
     names.iter().flat_map(|name| name.bytes().chain([0])).collect()
 }
 
-fn number(bytes: &[u8], at: usize) -> u64 {
+/// What a list says (`struct fuse_direntplus`): the nodes' numbers, the offsets behind them, their names.
+pub fn listed_plus(mut rest: &[u8]) -> Vec<(u64, u64, String)> {
+    let mut found = Vec::new();
+    while !rest.is_empty() {
+        // Behind the entry: its number, offset, the name's length, type and name.
+        let entry = &rest[ENTRY..];
+        let len = number(entry, 16) as u32 as usize;
+        let name = String::from_utf8(entry[24..24 + len].to_vec()).expect("a name");
+        found.push((number(rest, 0), number(entry, 8), name));
+        rest = &entry[(24 + len).next_multiple_of(8)..];
+    }
+    found
+}
+
+/// The 64-bit number at `at`.
+pub fn number(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }

@@ -20,6 +20,7 @@ use fuse_backend_rs::api::filesystem::{
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 
 use crate::protocol::{Cache, ShareOptions, check_name};
+use crate::room::{Room, is_full};
 use crate::tree;
 
 /// Most shares at a time.
@@ -109,12 +110,14 @@ pub(crate) struct Shares {
     /// What the guest's kernel can do, once it has said so.
     capable: Mutex<Option<FsOptions>>,
     squash: bool,
+    room: Room,
 }
 
 impl Shares {
     /// No shares. With `squash` every identity of the guest is that of the server.
     pub fn new(squash: bool) -> Self {
-        Self { table: RwLock::default(), capable: Mutex::new(None), squash }
+        let (table, capable) = (RwLock::default(), Mutex::new(None));
+        Self { table, capable, squash, room: Room::default() }
     }
 
     /// Shares the directory `root` as `name`.
@@ -163,6 +166,7 @@ impl Shares {
         drop(table);
         let share = share.ok_or_else(|| Error::Unknown(name.into()))?;
         *share.fs.write().unwrap_or_else(PoisonError::into_inner) = None;
+        self.room.given_back();
         Ok(())
     }
 
@@ -182,8 +186,17 @@ impl Shares {
         self.table().shares.values().cloned().collect()
     }
 
-    /// Runs `f` in the share of `inode`, with the inode's number there.
+    /// Runs `f` in the share of `inode`, with the inode's number there; again if there was no descriptor for it.
     fn within<R>(
+        &self,
+        inode: u64,
+        mut f: impl FnMut(&PassthroughFs, u64, u64) -> io::Result<R>,
+    ) -> io::Result<R> {
+        // Outside of the share's lock: a share may end while somebody waits.
+        self.room.find(|| self.once_within(inode, &mut f))
+    }
+
+    fn once_within<R>(
         &self,
         inode: u64,
         f: impl FnOnce(&PassthroughFs, u64, u64) -> io::Result<R>,
@@ -202,13 +215,23 @@ impl Shares {
     fn change<R>(
         &self,
         inode: u64,
-        f: impl FnOnce(&PassthroughFs, u64, u64) -> io::Result<R>,
+        f: impl FnMut(&PassthroughFs, u64, u64) -> io::Result<R>,
     ) -> io::Result<R> {
         let share = self.table().shares.get(&((inode >> SHIFT) as u8)).cloned();
         if share.is_some_and(|share| share.read_only) {
             return Err(errno(libc::EROFS));
         }
         self.within(inode, f)
+    }
+
+    /// The same for what makes a new name, which must not be there if it fails: it is sure of descriptors before it begins.
+    fn make<R>(
+        &self,
+        inode: u64,
+        f: impl FnMut(&PassthroughFs, u64, u64) -> io::Result<R>,
+    ) -> io::Result<R> {
+        self.room.ensure()?;
+        self.change(inode, f)
     }
 
     /// Refuses to take away a directory on which something is mounted: the kernel would let go of the host's mount with it, since in
@@ -219,7 +242,11 @@ impl Shares {
             return Ok(());
         }
         self.within(parent, |fs, parent, _| {
-            let Ok(entry) = fs.lookup(ctx, parent, name) else { return Ok(()) };
+            let entry = match fs.lookup(ctx, parent, name) {
+                Ok(entry) => entry,
+                Err(e) if is_full(&e) => return Err(e),
+                Err(_) => return Ok(()),
+            };
             let above = fs.getattr(ctx, parent, None);
             fs.forget(ctx, entry.inode, 1);
             // What is mounted of the same file system cannot be told apart.
@@ -274,6 +301,19 @@ fn config(root: BorrowedFd<'_>, options: ShareOptions) -> Config {
 
 fn errno(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code)
+}
+
+/// Runs `list`, which looks each name up, again if the first one was gone before that: the library says so in place of a list.
+/// A directory that is gone itself says the same, to the end.
+fn still_there(mut list: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    const GONE_IN_A_ROW: usize = 16;
+    for _ in 1..GONE_IN_A_ROW {
+        match list() {
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+            done => return done,
+        }
+    }
+    list()
 }
 
 /// A name that stays in its directory.
@@ -365,6 +405,7 @@ impl FileSystem for Shares {
             fs.forget(ctx, inode, count);
             Ok(())
         });
+        self.room.given_back();
     }
 
     fn getattr(
@@ -405,7 +446,7 @@ impl FileSystem for Shares {
 
     fn symlink(&self, ctx: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
         component(name)?;
-        self.change(parent, |fs, parent, base| {
+        self.make(parent, |fs, parent, base| {
             fs.symlink(ctx, target, parent, name).map(|entry| outer(entry, base))
         })
     }
@@ -420,7 +461,7 @@ impl FileSystem for Shares {
         umask: u32,
     ) -> io::Result<Entry> {
         component(name)?;
-        self.change(parent, |fs, parent, base| {
+        self.make(parent, |fs, parent, base| {
             fs.mknod(ctx, parent, name, mode, rdev, umask).map(|entry| outer(entry, base))
         })
     }
@@ -434,7 +475,7 @@ impl FileSystem for Shares {
         umask: u32,
     ) -> io::Result<Entry> {
         component(name)?;
-        self.change(parent, |fs, parent, base| {
+        self.make(parent, |fs, parent, base| {
             fs.mkdir(ctx, parent, name, mode, umask).map(|entry| outer(entry, base))
         })
     }
@@ -474,7 +515,7 @@ impl FileSystem for Shares {
         if inode >> SHIFT != parent >> SHIFT {
             return Err(errno(libc::EXDEV));
         }
-        self.change(parent, |fs, parent, base| {
+        self.make(parent, |fs, parent, base| {
             fs.link(ctx, inode & INNER, parent, name).map(|entry| outer(entry, base))
         })
     }
@@ -502,7 +543,7 @@ impl FileSystem for Shares {
         // A flag that says "only the name" would follow a link at the end of the path.
         let flags = (plain_open(args.flags).cast_signed() | libc::O_NOFOLLOW).cast_unsigned();
         let args = CreateIn { flags, ..args };
-        self.change(parent, |fs, parent, base| {
+        self.make(parent, |fs, parent, base| {
             let (entry, handle, options, backing) = fs.create(ctx, parent, name, args)?;
             Ok((outer(entry, base), handle, options, backing))
         })
@@ -573,9 +614,11 @@ impl FileSystem for Shares {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
-        self.within(inode, |fs, inode, _| {
+        let released = self.within(inode, |fs, inode, _| {
             fs.release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
-        })
+        });
+        self.room.given_back();
+        released
     }
 
     fn statfs(&self, ctx: &Context, inode: u64) -> io::Result<statvfs64> {
@@ -658,9 +701,11 @@ impl FileSystem for Shares {
             return Ok(());
         }
         self.within(inode, |fs, inode, base| {
-            fs.readdir(ctx, inode, handle, size, offset, &mut |mut entry| {
-                entry.ino |= base;
-                add(entry)
+            still_there(|| {
+                fs.readdir(ctx, inode, handle, size, offset, &mut |mut entry| {
+                    entry.ino |= base;
+                    add(entry)
+                })
             })
         })
     }
@@ -685,10 +730,12 @@ impl FileSystem for Shares {
             return Ok(());
         }
         self.within(inode, |fs, inode, base| {
-            fs.readdirplus(ctx, inode, handle, size, offset, &mut |mut listed, entry| {
-                let entry = outer(entry, base);
-                listed.ino = entry.inode;
-                add(listed, entry)
+            still_there(|| {
+                fs.readdirplus(ctx, inode, handle, size, offset, &mut |mut listed, entry| {
+                    let entry = outer(entry, base);
+                    listed.ino = entry.inode;
+                    add(listed, entry)
+                })
             })
         })
     }
@@ -704,7 +751,9 @@ impl FileSystem for Shares {
         if inode == ROOT {
             return Ok(());
         }
-        self.within(inode, |fs, inode, _| fs.releasedir(ctx, inode, flags, handle))
+        let released = self.within(inode, |fs, inode, _| fs.releasedir(ctx, inode, flags, handle));
+        self.room.given_back();
+        released
     }
 
     fn access(&self, ctx: &Context, inode: u64, mask: u32) -> io::Result<()> {
@@ -730,5 +779,25 @@ impl FileSystem for Shares {
             (ctx.uid, ctx.gid) = (0, 0);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_is_gone_does_not_end_a_list() {
+        let mut tries = 0;
+        let mut after = |gone| {
+            tries = 0;
+            let listed = still_there(|| {
+                tries += 1;
+                if tries <= gone { Err(errno(libc::ENOENT)) } else { Ok(()) }
+            });
+            (listed.is_ok(), tries)
+        };
+        assert_eq!([after(0), after(3), after(1000)], [(true, 1), (true, 4), (false, 16)]);
+        assert!(still_there(|| Err(errno(libc::EIO))).is_err());
     }
 }

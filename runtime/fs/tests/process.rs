@@ -2,6 +2,7 @@
 //!
 //! The test is its own server: it runs itself again, as `mvm` does.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -12,13 +13,14 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::Opcode;
 use mvm_devices::packets::Packets;
 use mvm_fs::follow::{self, can_be_followed, follow};
-use mvm_fs::rig::{ROOT, Rig, with_nul};
+use mvm_fs::rig::{ROOT, Rig, create_body, io_body, listed_plus, number, with_nul};
 use mvm_fs::tree::{Extent, ReadOnly};
 use mvm_fs::{Cache, FileServer, Launch, NewShare, ShareClient, ShareOptions, Source, spawn};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use std::os::fd::AsRawFd;
 
 fn main() -> ExitCode {
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
         return follow::main();
     }
     a_confined_server_serves_everything();
+    a_server_without_descriptors_waits_for_the_guest();
     what_the_host_mounts_is_followed();
     a_path_that_is_not_there_is_named();
     eprintln!("test result: ok");
@@ -172,6 +175,65 @@ fn a_confined_server_serves_everything() {
     server.finish();
     assert!(!Path::new(&format!("/proc/{}", server.pid())).exists());
     eprintln!("test a_confined_server_serves_everything ... ok");
+}
+
+/// More files than the server may hold open: who wants one gets it when the guest forgets another, and all are listed.
+fn a_server_without_descriptors_waits_for_the_guest() {
+    const FILES: usize = 300;
+    const DESCRIPTORS: u64 = 100;
+    let dir = tempfile::tempdir().expect("a directory");
+    let shared = dir.path().join("shared");
+    fs::create_dir(&shared).expect("a directory");
+    for i in 0..FILES {
+        fs::write(shared.join(format!("f{i}")), b"x").expect("a file");
+    }
+    let (mut server, channel) =
+        start(dir.path(), vec![share("s", &shared, false)]).expect("a server");
+    let limit = Rlimit { current: Some(DESCRIPTORS), maximum: Some(DESCRIPTORS) };
+    prlimit(Pid::from_raw(server.pid().cast_signed()), Resource::Nofile, limit).expect("a limit");
+    let mut rig = Rig::over(Packets::from(channel));
+    rig.init();
+    let share = rig.lookup(ROOT, "s").expect("the share");
+    let opened = rig.fuse(Opcode::Opendir, share, &[0; 8]).expect("opendir");
+    let handle = number(&opened, 0);
+
+    let names: Vec<_> = (0..FILES).map(|i| format!("f{i}")).collect();
+    let found: Vec<_> = names.iter().map(|name| rig.lookup(share, name)).collect();
+    let mut known: Vec<u64> = found.iter().copied().map_while(Result::ok).collect();
+    assert!((1..DESCRIPTORS as usize).contains(&known.len()), "{} are known", known.len());
+    let full = &found[known.len()..];
+    assert!(full.iter().all(|found| *found == Err(libc::EMFILE)), "nothing is forgotten: {full:?}");
+    let exclusive = libc::O_RDWR | libc::O_EXCL;
+    assert_eq!(rig.create(share, "new", exclusive).map(drop), Err(libc::EMFILE));
+    assert!(!shared.join("new").exists(), "nothing half done");
+
+    // A guest that forgets something is hoped to forget more: who waits goes on when it does.
+    known.drain(..1).for_each(|node| rig.forget(node));
+    known.push(rig.lookup(share, &names[FILES - 2]).expect("a file"));
+    rig.begin(Opcode::Lookup, share, &with_nul(&[&names[FILES - 1]]));
+    known.drain(..1).for_each(|node| rig.forget(node));
+    rig.finish().expect("the file");
+    rig.begin(Opcode::Create, share, &create_body("new", exclusive));
+    known.drain(..5).for_each(|node| rig.forget(node));
+    rig.finish().expect("a new file");
+    assert!(shared.join("new").exists());
+    let mut listed = BTreeSet::new();
+    let mut offset = 0;
+    loop {
+        rig.begin(Opcode::Readdirplus, share, &io_body(handle, offset, 4096));
+        known.drain(..known.len().min(20)).for_each(|node| rig.forget(node));
+        let more = listed_plus(&rig.finish().expect("a list"));
+        let Some((_, next, _)) = more.last() else { break };
+        offset = *next;
+        for (node, _, name) in more {
+            known.push(node);
+            assert!(listed.insert(name), "each once");
+        }
+    }
+    assert_eq!(listed.len(), FILES + 1, "and the new one");
+    drop(rig);
+    server.finish();
+    eprintln!("test a_server_without_descriptors_waits_for_the_guest ... ok");
 }
 
 /// A tmpfs of the host. Dropping it unmounts it.
