@@ -92,6 +92,7 @@ unit: unikernel
 	$(PLAIN) $(GUEST_ENV) MVM_TEST_UNIKERNEL=$(UNIKERNEL).elf cargo test --release --workspace --exclude mvm-tests --exclude mvm-image
 	cargo test --release -p mvm-image -- --test-threads 1
 	MVM_TEST_TIER=jit cargo test --release -p mvm-emu --lib -- --skip lockstep
+	MVM_TEST_TIER=compared cargo test --release -p mvm-emu --lib -- --skip lockstep --skip jit::tests --skip tests::compared
 
 images: unikernel
 	images/busybox/build.sh $(BUILD)/busybox.tar

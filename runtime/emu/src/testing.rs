@@ -23,12 +23,17 @@ use crate::mmu::{Mmu, PhysMemory};
 use crate::op::reg;
 use crate::sys::{Platform, SystemState};
 
-/// What tests run on: the environment may ask for the translator (`MVM_TEST_TIER=jit`).
+/// What tests run on: the environment may ask for the translator (`MVM_TEST_TIER=jit`), and that all code is compared and not
+/// watched (`MVM_TEST_TIER=compared`).
 pub fn tier() -> Tier {
-    match std::env::var("MVM_TEST_TIER").as_deref() {
-        Ok("jit") => Tier::Translator,
+    match asked_for().as_deref() {
+        Ok("jit" | "compared") => Tier::Translator,
         _ => Tier::Interpreter,
     }
+}
+
+fn asked_for() -> Result<String, std::env::VarError> {
+    std::env::var("MVM_TEST_TIER")
 }
 
 /// A dispatcher of `tier` for `cpu`.
@@ -41,6 +46,9 @@ pub(crate) fn dispatcher(cpu: &mut Cpu, tier: Tier) -> Dispatcher {
         Tier::Translator => {
             let store = Store::new(cpu.mmu.phys(), 1).expect("executable memory");
             store.set_trials(0);
+            if asked_for().as_deref() == Ok("compared") {
+                cpu.mmu.phys().compare_code(1);
+            }
             Dispatcher::translating(cpu, Arc::new(store))
         }
     }

@@ -28,6 +28,10 @@ pub const LINE_SIZE: usize = PAGE_SIZE / 64;
 ///
 /// So bytes that were read before the store always carry a generation that the store ends.
 ///
+/// Where stores to code are the rule, code may be *compared* with what it was decoded from each time before it runs, in
+/// place of being watched: stores then end nothing. Readers decide that for each page ([`CodePage::compare`]), and each
+/// piece of cached code is kept right by the one or the other, whatever the page says by then.
+///
 /// The record may lie in memory that another process shares (a file server which fills pages of the
 /// guest): the protocol needs atomics alone.
 #[derive(Debug, Default)]
@@ -35,6 +39,7 @@ pub const LINE_SIZE: usize = PAGE_SIZE / 64;
 pub struct CodePage {
     lines: AtomicU64,
     generation: AtomicU32,
+    compared: AtomicU32,
 }
 
 impl CodePage {
@@ -74,10 +79,25 @@ impl CodePage {
         if hit == 0 {
             return false;
         }
-        // The page starts anew: nothing of it is cached under the new generation.
+        self.end();
+        true
+    }
+
+    /// Ends all cached code of the page: nothing of it is cached under the new generation.
+    pub fn end(&self) {
         self.lines.store(0, Ordering::SeqCst);
         self.generation.fetch_add(1, Ordering::SeqCst);
-        true
+    }
+
+    /// Is code that is decoded from now on to be compared, and not to be watched?
+    #[inline]
+    pub fn is_compared(&self) -> bool {
+        self.compared.load(Ordering::Relaxed) != 0
+    }
+
+    /// From now on code of the page is compared, or watched (again).
+    pub fn compare(&self, compared: bool) {
+        self.compared.store(u32::from(compared), Ordering::Relaxed);
     }
 }
 
@@ -166,7 +186,7 @@ impl Pages {
     }
 }
 
-const _: () = assert!(size_of::<CodePage>().is_multiple_of(align_of::<AtomicU64>()));
+const _: () = assert!(size_of::<CodePage>() == 16, "there is one for each page of the guest");
 const _: () = assert!(size_of::<Notices>().is_multiple_of(align_of::<AtomicU64>()));
 
 /// The page tracker of one RAM region: the `vm-memory` bitmap of everything written.

@@ -1,6 +1,8 @@
-//! From the bytes of a page to a block (invariants 1 and 6).
+//! From the bytes of a page to a block (invariants 1, 6 and 6a).
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{
+    Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+};
 
 use super::cache::key;
 use super::stamp::CodeStamp;
@@ -41,6 +43,10 @@ pub struct BlockDecoder {
     ends: bool,
     /// It is a conditional jump to the first one.
     loops: bool,
+    /// Blocks end at stores, which may be to themselves and which nobody hears of; the last op is one.
+    compared: bool,
+    stores: bool,
+    accesses: InstructionInfoFactory,
     /// The bytes of the run decoded last.
     source: Source,
     /// Lines about unknown instructions that may still be written.
@@ -72,6 +78,8 @@ pub struct Run<'a> {
     pub bytes: &'a [u8],
     /// The last op ends its block.
     pub ends: bool,
+    /// The code is not watched: whoever keeps it compares it with the bytes.
+    pub compared: bool,
     pub stamp: CodeStamp,
     /// The next page, if it is the run of a single instruction that crosses into it.
     pub second: Option<(HostAddr, CodeStamp)>,
@@ -131,6 +139,9 @@ impl BlockDecoder {
             translating: false,
             ends: false,
             loops: false,
+            compared: false,
+            stores: false,
+            accesses: InstructionInfoFactory::new(),
             source: Source::default(),
             log_budget: 100,
         }
@@ -138,8 +149,9 @@ impl BlockDecoder {
 
     /// Decodes the run of 64-bit code at `host`, linear address `linear`, for translation: what lies in its page, or
     /// the instruction that crosses into the next one. Offsets are from the page's start. If it `goes_on`, it has what follows
-    /// its conditional jumps, where that says so of the offset behind one, and a loop is there several times. None: that is for
-    /// the interpreter to look at (a page that cannot be fetched, an instruction that is too long).
+    /// its conditional jumps, where that says so of the offset behind one, and a loop is there several times (neither if the page's
+    /// code is compared). None: that is for the interpreter to look at (a page that cannot be fetched, an instruction that is
+    /// too long, or one that crosses into or out of a page that is compared).
     pub fn decode_run(
         &mut self,
         cpu: &mut Cpu,
@@ -148,6 +160,10 @@ impl BlockDecoder {
         goes_on: Option<GoesOn<'_>>,
     ) -> Option<Run<'_>> {
         let offset = host.addr() & 0xfff;
+        let once = unwatched(cpu, host);
+        let compared = once.is_some();
+        let goes_on = goes_on.filter(|_| !compared);
+        self.compared = compared;
         let mut source = std::mem::take(&mut self.source).look_at(host, None);
         let mut limit = MAX_OPS;
         let (len, stamp, second) = loop {
@@ -156,6 +172,9 @@ impl BlockDecoder {
             self.translating = false;
             if len == 0 && source.second.is_none() {
                 let second = cpu.fetch((linear | 0xfff).wrapping_add(1)).ok()?;
+                if compared || unwatched(cpu, second).is_some() {
+                    return None;
+                }
                 source = source.look_at(host, Some(second));
                 limit = 1;
                 continue;
@@ -164,7 +183,10 @@ impl BlockDecoder {
                 return None;
             }
             let head = host.to_page_end().min(len);
-            let stamp = watch(cpu, host, head)?;
+            let stamp = match once {
+                Some(stamp) => stamp,
+                None => watch(cpu, host, head)?,
+            };
             let second = match source.second {
                 Some(next) if len > head => Some((next, watch(cpu, next, len - head)?)),
                 _ => None,
@@ -184,6 +206,7 @@ impl BlockDecoder {
             inlines: &self.inlines,
             bytes: &self.source.bytes[..len],
             ends: self.ends,
+            compared,
             stamp,
             second,
         })
@@ -211,6 +234,7 @@ impl BlockDecoder {
         single: bool,
     ) -> Result<Block, Fault> {
         let limit = if single { 1 } else { MAX_OPS };
+        self.compared = unwatched(cpu, host).is_some();
         let mut source = std::mem::take(&mut self.source).look_at(host, None);
         loop {
             let mut len = self.run(&mut source, cpu.mode, limit, 0, None);
@@ -244,9 +268,15 @@ impl BlockDecoder {
     ) -> Option<Block> {
         let start = source.host?;
         let head = start.to_page_end().min(len);
-        let first = watch(cpu, start, head)?;
+        let mut stamp = |host, len, compared: bool| {
+            // What is compared is good for once: it is decoded each time that it runs.
+            if compared { Some(CodeStamp::never()) } else { watch(cpu, host, len) }
+        };
+        let first = stamp(start, head, self.compared)?;
         let second = match source.second {
-            Some(host) if len > head => Some((host.addr(), watch(cpu, host, len - head)?)),
+            Some(host) if len > head => {
+                Some((host.addr(), stamp(host, len - head, self.compared)?))
+            }
             _ => None,
         };
         if !source.is_unchanged(len) {
@@ -272,7 +302,7 @@ impl BlockDecoder {
         goes_on: Option<GoesOn<'_>>,
     ) -> usize {
         let used = self.run_over(source, mode, limit, base, goes_on);
-        if !self.ends && self.ops.len() < limit && source.look_further() {
+        if !self.ends && !self.stores && self.ops.len() < limit && source.look_further() {
             return self.run_over(source, mode, limit, base, goes_on);
         }
         used
@@ -290,7 +320,7 @@ impl BlockDecoder {
         self.ops.clear();
         self.valid.clear();
         self.inlines.clear();
-        (self.ends, self.loops) = (false, false);
+        (self.ends, self.loops, self.stores) = (false, false, false);
         let bits = match mode {
             Mode::Code64 => 64,
             Mode::Code32 => 32,
@@ -322,7 +352,8 @@ impl BlockDecoder {
             self.valid.push(!insn.is_invalid());
             self.inlines.push(self.inline.take());
             used = end;
-            if self.ends {
+            self.stores = self.compared && writes(&mut self.accesses, &insn);
+            if self.ends || self.stores {
                 break;
             }
         }
@@ -377,6 +408,20 @@ impl BlockDecoder {
             tracing::warn!("unknown instruction {bytes:02x?}: the guest gets #UD");
         }
     }
+}
+
+/// What the page of `host` is now, if its code is compared.
+fn unwatched(cpu: &Cpu, host: HostAddr) -> Option<CodeStamp> {
+    let record = cpu.mmu.phys().code_at(host.addr())?;
+    // SAFETY: the record lives as long as `phys`, which the block cache keeps.
+    record.is_compared().then(|| unsafe { CodeStamp::new(record, record.generation()) })
+}
+
+/// Does an instruction store to memory, perhaps?
+fn writes(accesses: &mut InstructionInfoFactory, insn: &Instruction) -> bool {
+    let used = accesses.info(insn).used_memory().iter();
+    let reads = |access| matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead);
+    used.map(|memory| memory.access()).any(|access| !reads(access))
 }
 
 /// Watches `len` bytes of code at `host`; no fast store to their page is left afterwards.

@@ -31,6 +31,8 @@ pub struct Counters {
     pub left_event: u64,
     /// For an address that the jump cache does not have, or an op that ends blocks.
     pub left_to: u64,
+    /// Since the code of a block that compares it had changed.
+    pub left_changed: u64,
     /// By a handler: transfers, what changes the surroundings, faults, slices of repetitions, HLT.
     pub left_flow: [u64; 6],
     /// Blocks run by the interpreter: code on trial, and bridges to a page that does not follow.
@@ -59,6 +61,7 @@ impl Counters {
             ("jit-left-unlinked", self.left_unlinked),
             ("jit-left-event", self.left_event),
             ("jit-left-address", self.left_to),
+            ("jit-left-changed", self.left_changed),
             ("jit-left-transfer", jump),
             ("jit-left-break", stop),
             ("jit-left-fault", fault),

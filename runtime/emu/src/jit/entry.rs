@@ -1,12 +1,12 @@
-//! Where blocks are entered (J4, J9), and bridges (J15).
+//! Where blocks are entered (J4, J9), bridges (J15), and blocks that compare their code (J22).
 //!
 //! A block is made for flags in memory or for native ones, whichever suits what it does first, and has an entry for both: the
 //! one that is (as far as is known) used most lies right before it, the other one out of the way.
 
-use super::asm::host::RCX;
+use super::asm::host::{RAX, RCX};
 use super::asm::{Code, Ea, Rm};
 use super::layout::{self, CC};
-use super::plan::{Flags, Kind, Mem};
+use super::plan::{ALL, Flags, Kind, Mem};
 use super::spans::Role;
 use super::translate::{At, Cold, Input, Translator};
 
@@ -37,7 +37,13 @@ pub const LOOK: u32 = 8;
 impl Translator {
     /// Starts the block with the entry that is used most. `live` flags are in use.
     pub(super) fn entry(&mut self, start: u16, live: Flags, input: &Input<'_>) {
-        let wanted = if live == 0 { At::Native } else { self.wanted() };
+        // What has become of code that has changed may use any of them.
+        let live = if input.compared.is_some() { ALL } else { live };
+        let wanted = match input.compared {
+            Some(_) => At::Memory,
+            None if live == 0 => At::Native,
+            None => self.wanted(),
+        };
         // Its own jump back has native flags.
         let last = self.plans.last().zip(input.ops.last());
         let loops = last.is_some_and(|(plan, op)| {
@@ -56,6 +62,40 @@ impl Translator {
             self.asm.store(Ea::cpu(layout::COUNTED_BLOCKS), RCX);
         }
         self.at = Some(wanted);
+        if let Some(host) = input.compared {
+            self.compare_code(host, input.bytes);
+        }
+    }
+
+    /// Leaves if the code at `host` is not the `bytes` that the block is made of. Flags are in memory.
+    fn compare_code(&mut self, host: u64, bytes: &[u8]) {
+        self.asm.mov_imm64(RAX, host);
+        let differs = |translator: &mut Self| {
+            let jump = translator.asm.jcc(5);
+            let stub = translator.stubs.exit_changed;
+            translator.cold.push(Cold::Leave { jump, stub });
+        };
+        let (eights, rest) = bytes.as_chunks::<8>();
+        let mut at = Ea::at(RAX, 0);
+        for part in eights {
+            self.asm.mov_imm64(RCX, u64::from_le_bytes(*part));
+            self.asm.op(Code::wide(0x3b), RCX, Rm::Mem(at));
+            differs(self);
+            at.disp += 8;
+        }
+        let (fours, rest) = rest.as_chunks::<4>();
+        for part in fours {
+            self.asm.op_digit(Code::one(0x81), 7, Rm::Mem(at));
+            self.asm.imm32(i32::from_le_bytes(*part));
+            differs(self);
+            at.disp += 4;
+        }
+        for byte in rest {
+            self.asm.op_digit(Code::one(0x80), 7, Rm::Mem(at));
+            self.asm.byte(*byte);
+            differs(self);
+            at.disp += 1;
+        }
     }
 
     /// Makes the other one.
@@ -119,7 +159,7 @@ impl Translator {
         self.check_run(leave);
         self.at = Some(At::Memory);
         for jump in self.compare_next_page(next) {
-            self.cold.push(Cold::Bridge { jump, start });
+            self.cold.push(Cold::Leave { jump, stub: self.stubs.exit_bridge });
         }
         let checked = self.asm.here();
         self.count(layout::COUNTED_BLOCKS);

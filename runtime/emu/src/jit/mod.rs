@@ -3,8 +3,8 @@
 //! Read "The translator" in `docs/emulation-engine.md` first; J1 and so on refer to its rules. `plan` says what is done
 //! with an instruction, `spans` what its access has to do with its neighbours', `translate` does it by means of `asm` (with
 //! `entry`, `operands`, `memory`, `stack`, `strings`, `vector`, `flow`, `far`, `returns` and `system`), `stubs` is what all
-//! blocks share. `store` is what all vCPUs share: the `arena` that code lies in, with the `links` in it, and the `cache` by which it
-//! is found. `run` is one vCPU that executes it, and `arrivals` what leads there.
+//! blocks share. `store` is what all vCPUs share: the `arena` that code lies in, with the `links` in it, the `cache` by which it
+//! is found, and the `wear` of pages whose code is stored to. `run` is one vCPU that executes it, and `arrivals` what leads there.
 //!
 //! Not in scope: what instructions mean. What is not copied is done by the interpreter's handlers.
 
@@ -35,6 +35,7 @@ mod stubs;
 mod system;
 mod translate;
 mod vector;
+mod wear;
 
 #[cfg(test)]
 mod tests;

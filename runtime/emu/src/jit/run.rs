@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::mem::transmute;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use mvm_memory::PageTracker;
 
@@ -28,6 +29,8 @@ use crate::op::{Flow, reg};
 const MISSED: u8 = 1;
 /// How many jumps between pages go by the jump cache before one of them is linked anew.
 const PATIENCE: i32 = 64;
+/// How often code is entered between two looks at the time, if there is any that is compared for a while.
+const LOOKS: u64 = 64;
 
 /// The translator of one vCPU.
 #[derive(Debug)]
@@ -122,6 +125,9 @@ impl Jit {
         if notices != self.known_notices {
             self.kill_stale(cpu);
             self.known_notices = notices;
+        }
+        if self.store.compares() && self.counters.entered.is_multiple_of(LOOKS) {
+            self.store.watch_again(Instant::now());
         }
         self.set_alarm(cpu);
         if cpu.mmu.tlb.is_tight() || cpu.jit.is_tight() {
@@ -242,6 +248,15 @@ impl Jit {
             }
             exit::TO => {
                 self.counters.left_to += 1;
+                None
+            }
+            exit::CHANGED => {
+                self.counters.left_changed += 1;
+                cpu.rip = page | exit.value;
+                // As if somebody had said so who stored to it. If it cannot be fetched by now, nobody comes there.
+                if let Ok(host) = cpu.code_host(cpu.rip) {
+                    cpu.mmu.phys().end_code(host.addr());
+                }
                 None
             }
             exit::FAR => {
@@ -380,6 +395,7 @@ impl Jit {
             native: how.native,
             plain,
             next: second.map(|(next, _)| next),
+            compared: run.compared.then_some(host.addr()),
             life,
         };
         let bases = self.pieces.each_ref().map(Piece::at);
@@ -475,7 +491,7 @@ impl Jit {
         let mut kept = store.lock();
         let mut gone = Vec::new();
         for page in pages {
-            let ended = kept.end_stale(page, &mut store.try_anew());
+            let ended = store.end_stale(&mut kept, page);
             self.counters.killed_pages += u64::from(ended);
             let with_it = kept.cache.with_it(page);
             gone.extend(with_it.into_iter().filter(|page| self.is_gone(&kept, *page)));

@@ -6,14 +6,16 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::arena::{Arena, PART, Piece};
 use super::asm::Asm;
-use super::cache::{Cache, Dead};
+use super::cache::Cache;
 use super::stubs::Stubs;
 use super::translate::{MAX_SLOTS, Tables};
+use super::wear::Wear;
 use crate::block::Block;
 use crate::mmu::PhysMemory;
 
@@ -56,6 +58,8 @@ pub struct Store {
     epoch: AtomicU64,
     trials: AtomicU8,
     trials_left: Box<[AtomicU8]>,
+    /// Code of some page is compared (J22).
+    compares: AtomicBool,
     kept: Mutex<Kept>,
     /// What handlers get for the block they are in; none of them looks at it.
     _block: Box<Block>,
@@ -81,6 +85,7 @@ pub struct Kept {
     slots: Range<u32>,
     /// By slot: where the block is that the link with it leads to, for all vCPUs.
     targets: Vec<u64>,
+    wear: Wear,
     /// There is one vCPU.
     alone: bool,
     emptied: u64,
@@ -104,6 +109,7 @@ impl Store {
             epoch: AtomicU64::new(0),
             trials: AtomicU8::new(TRIALS),
             trials_left: (0..SEEN).map(|_| AtomicU8::new(TRIALS)).collect(),
+            compares: AtomicBool::new(false),
             kept: Mutex::new(Kept {
                 cache: Cache::default(),
                 epoch: 0,
@@ -115,6 +121,7 @@ impl Store {
                 free: [0..0, 0..0],
                 slots: 0..0,
                 targets: Vec::new(),
+                wear: Wear::default(),
                 alone: vcpus == 1,
                 emptied: 0,
             }),
@@ -260,21 +267,62 @@ impl Store {
         &self.trials_left[at]
     }
 
+    /// Ends the life of the page at host address `page` if its code was written to; how often that happens says whether its code
+    /// is compared from now on (J22).
+    pub fn end_stale(&self, kept: &mut Kept, page: u64) -> bool {
+        let before = kept.cache.len();
+        kept.cache.end_stale(page, &mut self.try_anew());
+        let ended = kept.cache.len() != before;
+        if let Some(code) = self.phys.code_at(page)
+            && kept.wear.ended(page, code.generation(), ended, Instant::now())
+        {
+            code.compare(true);
+            self.compares.store(true, Ordering::Relaxed);
+        }
+        ended
+    }
+
+    /// Is code of any page compared?
+    #[inline]
+    pub fn compares(&self) -> bool {
+        self.compares.load(Ordering::Relaxed)
+    }
+
+    /// Code that has been compared for long enough is watched again, all that there is of it made anew.
+    #[cold]
+    pub fn watch_again(&self, now: Instant) {
+        let mut kept = self.lock();
+        if kept.wear.next().is_some_and(|next| next > now) {
+            return;
+        }
+        let over = kept.wear.over(now);
+        self.compares.store(kept.wear.next().is_some(), Ordering::Relaxed);
+        drop(kept);
+        for page in over {
+            if let Some(code) = self.phys.code_at(page) {
+                code.compare(false);
+            }
+            self.phys.end_code(page);
+        }
+    }
+
     /// Bytes of memory that the code takes.
     pub fn code_memory(&self) -> u64 {
         self.arena.touched() as u64
     }
 
     /// What is counted of it.
-    pub fn rows(&self) -> [(&'static str, u64); 4] {
+    pub fn rows(&self) -> [(&'static str, u64); 5] {
         let kept = self.lock();
-        let tables = SEEN + kept.cache.memory() + kept.targets.capacity() * size_of::<u64>();
+        let targets = kept.targets.capacity() * size_of::<u64>();
+        let tables = SEEN + kept.cache.memory() + kept.wear.memory() + targets;
         let free: usize = kept.free.iter().map(Range::len).sum();
         let all = kept.hot_end - self.floor + self.arena.size() - cold_start(self.arena.size());
         [
             ("jit-cached-blocks", kept.cache.len() as u64),
             ("jit-cache-bytes", (all - free) as u64),
             ("jit-cache-emptied", kept.emptied),
+            ("jit-compared-pages", kept.wear.begun),
             ("jit-code-memory", (self.arena.touched() + tables) as u64),
         ]
     }
@@ -313,13 +361,6 @@ impl Kept {
             *target = host;
         }
         *target == host
-    }
-
-    /// Ends the life of a page whose code was written to.
-    pub fn end_stale(&mut self, page: u64, dead: Dead<'_>) -> bool {
-        let before = self.cache.len();
-        self.cache.end_stale(page, dead);
-        self.cache.len() != before
     }
 }
 

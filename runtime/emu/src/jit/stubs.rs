@@ -28,6 +28,8 @@ pub struct Stubs {
     pub exit_event_native: u32,
     /// eax: the offset in the page of a bridge to another page than the one that follows.
     pub exit_bridge: u32,
+    /// eax: the offset in the page of a block whose code has changed. Flags are in memory.
+    pub exit_changed: u32,
     /// rcx: where to go on.
     pub exit_to: u32,
     /// Called with the vector registers in memory, which are in the host's then. Destroys rax and EFLAGS.
@@ -57,6 +59,8 @@ pub mod exit {
     /// `value`: offset in the page of a bridge that goes to another page than the one that follows, as far as the
     /// TLB knows.
     pub const BRIDGE: u64 = 4;
+    /// `value`: offset in the page of a block that is not of the code that is there now.
+    pub const CHANGED: u64 = 6;
     /// `value`: the [`Flow`](crate::op::Flow) of the op in `JitEnv::called`.
     pub const FLOW: u64 = 3;
 }
@@ -131,12 +135,16 @@ impl Stubs {
         stubs.exit_bridge = asm.here() as u32;
         mov_edx(asm, exit::BRIDGE);
         let bridge = asm.jmp();
+        stubs.exit_changed = asm.here() as u32;
+        mov_edx(asm, exit::CHANGED);
+        let changed = asm.jmp();
         stubs.exit_link = asm.here() as u32;
         mov_edx(asm, exit::LINK);
         asm.land(to);
         asm.land(far);
         asm.land(event);
         asm.land(bridge);
+        asm.land(changed);
         store_all(asm);
         let exit_vectors = save_if_loaded(asm);
         let leave = asm.here();

@@ -90,10 +90,10 @@ pub(super) enum Cold {
     Unlinked(Unlinked),
     /// An indirect one that goes elsewhere than it did.
     Elsewhere(Elsewhere),
-    /// To the dispatcher: the bridge at `start` goes to another page than the one that follows. Flags are in memory.
-    Bridge {
+    /// To the dispatcher by `stub`, at the start of the block, which must not be entered. Flags are in memory.
+    Leave {
         jump: usize,
-        start: u16,
+        stub: u32,
     },
 }
 
@@ -131,6 +131,8 @@ pub struct Input<'a> {
     pub plain: bool,
     /// Host address of the next page, if it is one instruction that crosses into it.
     pub next: Option<u64>,
+    /// Host address of the code, if it is to be compared (J22).
+    pub compared: Option<u64>,
     /// Which life of the page it belongs to.
     pub life: u32,
 }
@@ -652,10 +654,10 @@ impl Translator {
                 }
                 self.jump_far(target);
             }
-            Cold::Bridge { jump, start } => {
+            Cold::Leave { jump, stub } => {
                 self.asm.land(jump);
-                self.asm.mov_eax(start.into());
-                self.asm.far(0xe9, self.stubs.exit_bridge);
+                self.asm.mov_eax(self.start.into());
+                self.asm.far(0xe9, stub);
             }
             Cold::Entry(other) => self.other_entry(other),
             Cold::Room(room) => self.make_room(room),

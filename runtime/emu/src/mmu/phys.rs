@@ -219,8 +219,13 @@ impl PhysMemory {
     /// The page of a host address made by [`PhysMemory::find`] or the TLB.
     #[inline]
     pub fn page_of_host(&self, host: HostAddr) -> Option<PageRef> {
+        self.page_at(host.addr())
+    }
+
+    #[inline]
+    fn page_at(&self, host: u64) -> Option<PageRef> {
         for (index, region) in self.ram.regions().iter().enumerate() {
-            let offset = host.addr().wrapping_sub(region.host as u64);
+            let offset = host.wrapping_sub(region.host as u64);
             if offset < region.size {
                 return Some(PageRef { region: index as u32, page: (offset >> PAGE_SHIFT) as u32 });
             }
@@ -250,6 +255,28 @@ impl PhysMemory {
             self.changes.tell(region.host as u64 + (u64::from(page.page) << PAGE_SHIFT));
         }
         hit
+    }
+
+    /// The code record of the page at host address `host`.
+    pub fn code_at(&self, host: u64) -> Option<&CodePage> {
+        self.code_page(self.page_at(host)?)
+    }
+
+    /// Ends cached code of the page at host address `host`, as a store to it does.
+    pub fn end_code(&self, host: u64) {
+        if let Some(code) = self.code_at(host) {
+            code.end();
+            self.changes.tell(host & !0xfff);
+        }
+    }
+
+    /// From now on code of every `nth` page is compared, of all of them with 1, and never watched again. For tests.
+    pub(crate) fn compare_code(&self, nth: usize) {
+        for region in self.ram.regions() {
+            let tracker = &region.tracker;
+            let pages = (0..tracker.pages()).step_by(nth).filter_map(|i| tracker.code_page(i));
+            pages.for_each(|code| code.compare(true));
+        }
     }
 
     /// Asks whether `vcpu` may enter a fast write for `page`; marks it dirty and the vCPU as a writer.

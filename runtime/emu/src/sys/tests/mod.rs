@@ -2,6 +2,7 @@
 
 mod chaos;
 mod clock;
+mod compared;
 mod debug;
 mod edges;
 mod events;

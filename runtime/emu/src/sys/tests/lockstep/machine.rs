@@ -72,6 +72,8 @@ pub struct Run {
     pub room: Option<usize>,
     /// Interrupts come from outside.
     pub interrupts: bool,
+    /// Code of every so manieth page is compared, and not watched.
+    pub compared: Option<usize>,
 }
 
 /// Where things are that programs refer to.
@@ -203,6 +205,9 @@ pub fn outcome(program: &Program, run: Run) -> Outcome {
         if let Some(room) = run.room {
             jit.store().set_room(room);
         }
+    }
+    if let Some(nth) = run.compared {
+        guest.cpu().mmu.phys().compare_code(nth);
     }
     let places = prepare(&mut guest, program);
     handlers(&mut guest);

@@ -24,17 +24,20 @@ use program::Program;
 const SLICE: u64 = 400;
 
 /// The ways to run a program that are compared with the interpreter.
-fn ways(seed: u64) -> [Run; 3] {
-    let plain = Run { tier: Tier::Translator, trials: 0, room: None, interrupts: false };
+fn ways(seed: u64) -> [Run; 4] {
+    let plain = Run { tier: Tier::Translator, ..REFERENCE };
     [
         plain,
         // In part interpreted, and with a cache that is full every now and then.
         Run { trials: (seed % 4) as u8, room: Some(2 << 10 << (seed % 5)), ..plain },
         Run { interrupts: true, ..plain },
+        // Comparing its code, of all pages or of some.
+        Run { compared: Some(1 + (seed % 3) as usize), trials: (seed / 3 % 2) as u8, ..plain },
     ]
 }
 
-const REFERENCE: Run = Run { tier: Tier::Interpreter, trials: 0, room: None, interrupts: false };
+const REFERENCE: Run =
+    Run { tier: Tier::Interpreter, trials: 0, room: None, interrupts: false, compared: None };
 
 /// What differs when `program` is run, if anything does.
 fn difference(program: &Program, seed: u64) -> Option<String> {
