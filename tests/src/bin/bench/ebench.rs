@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::qemu::{Machine, Qemu};
+use crate::stats::times;
 
 /// Memory of the guests.
 pub const MEBIBYTES: u32 = 512;
@@ -198,10 +199,9 @@ impl Measured {
         for test in tests {
             let Some(ns) = self.native(test) else { continue };
             let (mvm, tcg) = (self.mvm(test), self.tcg(test));
-            let cell = |ratio: Option<f64>| ratio.map_or("-".into(), |r| format!("{r:.1}x"));
             let versus = mvm.zip(tcg).map_or("-".into(), |(mvm, tcg)| format!("{:.2}", mvm / tcg));
             let wrong = self.wrong(test).map_or(String::new(), |who| format!(" {who}"));
-            println!("| {test} | {ns:.1} | {} | {} | {versus}{wrong} |", cell(mvm), cell(tcg));
+            println!("| {test} | {ns:.1} | {} | {} | {versus}{wrong} |", times(mvm), times(tcg));
             rows.push(json!({ "test": test, "native_ns": ns, "emu": mvm, "tcg": tcg, "wrong": self.wrong(test) }));
         }
         println!();

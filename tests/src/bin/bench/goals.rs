@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::boot::Boot;
 use crate::ebench::{Ebench, Measured};
-use crate::stats::geomean;
+use crate::stats::{geomean, times};
 
 /// User-mode kernels: integer, then floating point and SIMD.
 pub const USER: [&str; 14] = [
@@ -28,7 +28,8 @@ pub const USER: [&str; 14] = [
 const KERNEL: [&str; 7] = ["getpid", "rw1", "read64k", "fault", "mmap", "files", "segv"];
 
 /// Those that are neither.
-const OTHERS: [&str; 7] = ["repmovs", "avx2", "fork", "exec", "pingpong", "smc", "coldcode"];
+const OTHERS: [&str; 8] =
+    ["repmovs", "avx2", "fork", "exec", "pingpong", "smc", "codedata", "coldcode"];
 
 /// With two threads.
 const PARALLEL: [&str; 4] = ["par_int", "par_getpid", "par_fault", "par_mutex"];
@@ -133,14 +134,6 @@ fn verdict(met: Option<bool>) -> &'static str {
         Some(true) => "met",
         Some(false) => "**missed**",
         None => "not measured",
-    }
-}
-
-fn times(value: Option<f64>) -> String {
-    match value {
-        None => "-".into(),
-        Some(value) if value < 9.95 => format!("{value:.1}x"),
-        Some(value) => format!("{value:.0}x"),
     }
 }
 

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::ebench::on_processors;
 use crate::qemu::{Machine, Qemu};
-use crate::stats::{geomean, median};
+use crate::stats::{geomean, median, times};
 use crate::{cpu, initramfs};
 
 const IMAGE: &str = "debian-full";
@@ -198,9 +198,9 @@ pub fn measure(qemu: Option<&Qemu>, programs: &[String], rounds: usize) -> Value
         println!(
             "| {name} | {} | {} | {} | {} | {verdict} |",
             time(median(&row.native)),
-            cell(mvm),
-            cell(tcg),
-            cell(gain)
+            times(mvm),
+            times(tcg),
+            times(gain)
         );
         let figures = json!({ "native_s": row.native, "mvm_s": row.mvm, "tcg_s": row.tcg, "mvm": mvm, "tcg": tcg, "fault": row.fault });
         rows.insert(name.clone(), figures);
@@ -209,9 +209,9 @@ pub fn measure(qemu: Option<&Qemu>, programs: &[String], rounds: usize) -> Value
     let verdict = mean(&gains).map_or("", |g| if g >= GOAL { "met" } else { "**missed**" });
     println!(
         "| **geomean** (goal: TCG takes {GOAL}x as long, and none is slower) | | {} | {} | {} | {verdict} |\n",
-        cell(mean(&all_mvm)),
-        cell(mean(&all_tcg)),
-        cell(mean(&gains))
+        times(mean(&all_mvm)),
+        times(mean(&all_tcg)),
+        times(mean(&gains))
     );
     Value::Object(rows)
 }
@@ -219,10 +219,6 @@ pub fn measure(qemu: Option<&Qemu>, programs: &[String], rounds: usize) -> Value
 /// Seconds; what is counted by blocks takes microseconds each.
 fn time(seconds: f64) -> String {
     if seconds < 1e-3 { format!("{:.1} us", seconds * 1e6) } else { format!("{seconds:.2} s") }
-}
-
-fn cell(ratio: Option<f64>) -> String {
-    ratio.map_or("-".into(), |ratio| format!("{ratio:.1}x"))
 }
 
 /// CPU seconds of a program, and what is wrong with it.
