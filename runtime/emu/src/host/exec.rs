@@ -10,10 +10,14 @@
 //! | `src` | bytes of the memory operand |
 //! | `aux` | alignment mask of the memory operand |
 
+use std::cell::RefCell;
 use std::mem::transmute;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use iced_x86::{
-    Code, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    EncodingKind, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess,
+    OpKind,
 };
 
 use super::arena;
@@ -51,6 +55,9 @@ pub mod class {
     /// x87 that does not.
     pub const X87_NOWAIT: u8 = guard::X87;
 }
+
+/// Operands that an instruction has, at most.
+const MAX_OPS: usize = 5;
 
 /// Runs the stub of `op`.
 ///
@@ -370,11 +377,25 @@ pub fn compile_x87(insn: &Instruction, stub: Stub, waits: bool, fop: u16) -> Opt
 /// How `insn` accesses its memory operand, if it has one.
 pub(super) fn memory_access(insn: &Instruction) -> Option<OpAccess> {
     let operand = (0..insn.op_count()).find(|i| insn.op_kind(*i) == OpKind::Memory)?;
-    let mut factory = InstructionInfoFactory::new();
-    match factory.info(insn).op_access(operand) {
+    match op_accesses(insn)[operand as usize] {
         OpAccess::CondRead => Some(OpAccess::Read),
         access => Some(access),
     }
+}
+
+/// How `insn` accesses each of its operands.
+pub(super) fn op_accesses(insn: &Instruction) -> [OpAccess; MAX_OPS] {
+    thread_local! {
+        // Making one allocates.
+        static FACTORY: RefCell<InstructionInfoFactory> =
+            RefCell::new(InstructionInfoFactory::new());
+    }
+    const NOTHING_ELSE: u32 =
+        InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+    FACTORY.with_borrow_mut(|factory| {
+        let info = factory.info_options(insn, NOTHING_ELSE);
+        std::array::from_fn(|i| info.op_access(i as u32))
+    })
 }
 
 pub(super) fn classify(insn: &Instruction) -> u8 {
@@ -389,9 +410,9 @@ pub(super) fn classify(insn: &Instruction) -> u8 {
         }
     }
     // CVTSD2SI and its kind name no vector register if their source is in memory.
-    let name = format!("{:?}", insn.mnemonic()).to_ascii_lowercase();
-    vector |= name.trim_start_matches('v').starts_with("cvt");
-    let fp = if vector && is_float(insn.code()) { guard::MXCSR } else { 0 };
+    let told = told_by_name(insn.mnemonic());
+    vector |= told & name::CONVERTS != 0;
+    let fp = if vector && told & name::INTEGER == 0 { guard::MXCSR } else { 0 };
     match (mmx, vector) {
         (true, true) => class::MMX_SSE | fp,
         (true, false) => class::MMX,
@@ -401,9 +422,33 @@ pub(super) fn classify(insn: &Instruction) -> u8 {
     }
 }
 
-/// Whether the instruction may depend on MXCSR. Errs on the side of yes.
-fn is_float(code: Code) -> bool {
-    let name = format!("{:?}", code.mnemonic()).to_ascii_lowercase();
+/// What the name of an instruction on vectors says of it.
+mod name {
+    /// That has been looked at.
+    pub const KNOWN: u8 = 1;
+    /// It converts.
+    pub const CONVERTS: u8 = 2;
+    /// It does not depend on MXCSR. Errs on the side of no.
+    pub const INTEGER: u8 = 4;
+}
+
+/// [`name`] bits. Each is spelled once.
+fn told_by_name(mnemonic: Mnemonic) -> u8 {
+    static TOLD: LazyLock<Box<[AtomicU8]>> =
+        LazyLock::new(|| Mnemonic::values().map(|_| AtomicU8::new(0)).collect());
+    let told = &TOLD[mnemonic as usize];
+    match told.load(Ordering::Relaxed) {
+        0 => {
+            let new = name::KNOWN | spelled(mnemonic);
+            told.store(new, Ordering::Relaxed);
+            new
+        }
+        known => known,
+    }
+}
+
+fn spelled(mnemonic: Mnemonic) -> u8 {
+    let name = format!("{mnemonic:?}").to_ascii_lowercase();
     let name = name.strip_prefix('v').unwrap_or(&name);
     let integer = [
         "p",
@@ -422,7 +467,9 @@ fn is_float(code: Code) -> bool {
         "broadcast",
         "test",
     ];
-    !integer.iter().any(|prefix| name.starts_with(prefix))
+    let converts = if name.starts_with("cvt") { name::CONVERTS } else { 0 };
+    let integer = integer.iter().any(|prefix| name.starts_with(prefix));
+    converts | if integer { name::INTEGER } else { 0 }
 }
 
 /// Alignment mask of the memory operand (SDM vol. 2, 2.4 "Exception class" tables).

@@ -1,11 +1,12 @@
 //! Vector and x87 instructions for translated code: the instruction itself, on the host's registers of the same numbers. Only
 //! general registers are renamed.
 
-use iced_x86::{
-    Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
-};
+use std::cell::RefCell;
 
-use super::exec::{classify, demanded_alignment, memory_access};
+use iced_x86::{Encoder, EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use smallvec::SmallVec;
+
+use super::exec::{classify, demanded_alignment, memory_access, op_accesses};
 use super::state::guard;
 use super::stub::{self, access, implied};
 use super::{HostFeatures, bit_scan_of_old, gather, is_vector, masked, misc, x87, xsave};
@@ -14,6 +15,9 @@ use crate::mmu::Access;
 
 /// Most general register operands.
 pub const MAX_MOVES: usize = 4;
+
+/// So many that none need be allocated: this is done for each vector instruction that is translated.
+type Few<T> = SmallVec<[T; MAX_MOVES]>;
 
 /// A general register operand, which is in its own host register (or in memory) before and after.
 #[derive(Debug, Clone, Copy)]
@@ -98,7 +102,7 @@ pub fn make<N: Names>(insn: &Instruction, features: &HostFeatures, names: &N) ->
     let mut renamed = *insn;
     renamed.set_segment_prefix(Register::None);
     let mut general = General::implied(insn);
-    let mut free = N::FREE.into_iter().filter(|host| general.lacks(*host)).collect::<Vec<_>>();
+    let mut free: Few<u8> = N::FREE.into_iter().filter(|host| general.lacks(*host)).collect();
     let (mut vectors, mut wide) = (uses_vectors(insn), false);
     for i in 0..insn.op_count() {
         match insn.op_kind(i) {
@@ -131,10 +135,9 @@ pub fn make<N: Names>(insn: &Instruction, features: &HostFeatures, names: &N) ->
             _ => return None,
         }
     }
-    let mut factory = InstructionInfoFactory::new();
-    let info = factory.info(&renamed);
+    let accesses = op_accesses(&renamed);
     for (i, place) in &mut general.explicit {
-        (place.load, place.store) = access(info.op_access(*i));
+        (place.load, place.store) = access(accesses[*i as usize]);
         // A part of it stays.
         place.load |= insn.op_register(*i) == Register::AX;
     }
@@ -203,19 +206,29 @@ fn encode(insn: &Instruction) -> Option<([u8; 15], u8)> {
     if insn.mnemonic() == Mnemonic::Wait {
         return Some(([0; 15], 0));
     }
-    let mut encoder = Encoder::try_new(64).ok()?;
-    encoder.encode(insn, 0).ok()?;
-    let bytes = encoder.take_buffer();
-    let mut code = [0; 15];
-    code.get_mut(..bytes.len())?.copy_from_slice(&bytes);
-    Some((code, bytes.len() as u8))
+    thread_local! {
+        static ENCODER: RefCell<Encoder> = RefCell::new(Encoder::new(64));
+    }
+    ENCODER.with_borrow_mut(|encoder| {
+        let encoded = encoder.encode(insn, 0);
+        let mut bytes = encoder.take_buffer();
+        let mut code = [0; 15];
+        let found = encoded.ok().and_then(|_| {
+            code.get_mut(..bytes.len())?.copy_from_slice(&bytes);
+            Some((code, bytes.len() as u8))
+        });
+        // For the next one.
+        bytes.clear();
+        encoder.set_buffer(bytes);
+        found
+    })
 }
 
 /// The general register operands of an instruction.
 struct General {
     /// By the number of the operand.
-    explicit: Vec<(u32, Move)>,
-    implied: Vec<Move>,
+    explicit: Few<(u32, Move)>,
+    implied: Few<Move>,
 }
 
 impl General {
@@ -223,7 +236,7 @@ impl General {
     fn implied(insn: &Instruction) -> Self {
         let place = |(number, load, store)| Move { guest: number, host: number, load, store };
         let general = implied(insn).iter().filter_map(stub::Operand::general).map(place).collect();
-        Self { explicit: Vec::new(), implied: general }
+        Self { explicit: Few::new(), implied: general }
     }
 
     /// The host register of an operand that is named before.
