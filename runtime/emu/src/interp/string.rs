@@ -85,10 +85,14 @@ fn in_page<T: Int>(linear: u64, want: u64) -> u64 {
     want.min((4096 - (linear & 0xfff)) / T::SIZE as u64)
 }
 
-/// May whole runs be taken? Legacy segments are checked element by element.
+/// May whole runs be taken? Legacy segments are checked element by element, and 32-bit offsets from a base that is not a
+/// page's may wrap inside a page.
 #[inline(always)]
 fn runs(cpu: &Cpu, op: &Op) -> bool {
-    cpu.sysflags & (rflags::DF | rflags::TF) == 0 && op.flags & op_flags::LEGACY == 0
+    const WRAPS: u8 = op_flags::ADDR32 | op_flags::SEG;
+    cpu.sysflags & (rflags::DF | rflags::TF) == 0
+        && op.flags & op_flags::LEGACY == 0
+        && op.flags & WRAPS != WRAPS
 }
 
 /// A repetition of no element. ECX is written all the same, which clears the rest of RCX.
@@ -208,11 +212,13 @@ fn stos_one<T: Int>(cpu: &mut Cpu, op: &Op, value: T, mask: u64) -> Result<Wrote
     Ok(wrote)
 }
 
-/// Runs `step` once, or while rCX lasts and `step` says so.
+/// Runs `step` once, or while rCX lasts and `step` says so. Where `run` may take several elements at once (as many as it gets, which
+/// are some), it says how many it has; none leaves the next one to `step`. Both are told the address mask.
 #[inline(always)]
-fn repeat(
+fn repeat<T: Int>(
     cpu: &mut Cpu,
     op: &Op,
+    mut run: impl FnMut(&mut Cpu, u64, u64) -> Result<u64, Fault>,
     mut step: impl FnMut(&mut Cpu, u64) -> Result<bool, Fault>,
 ) -> Flow {
     let mask = address_mask(op);
@@ -221,24 +227,31 @@ fn repeat(
         return Flow::Next;
     }
     let flags = cpu.cc;
+    let mut budget = SLICE;
     for _ in 0..STEPS {
         let count = cpu.reg(CX) & mask;
         if count == 0 {
             return nothing(cpu, mask);
         }
-        let go_on = match step(cpu, mask) {
-            Ok(go_on) => go_on,
+        let taken = if runs(cpu, op) { run(cpu, mask, count) } else { Ok(0) };
+        let done = match taken {
+            Ok(0) => step(cpu, mask).map(|go_on| (1, go_on)),
+            taken => taken.map(|done| (done, goes_on(cpu, op))),
+        };
+        let (done, go_on) = match done {
+            Ok(done) => done,
             Err(fault) => {
                 // The registers tell of the progress, the flags do not (SDM vol. 2, REP).
                 cpu.cc = flags;
                 return cpu.raise(fault);
             }
         };
-        put(cpu, CX, count - 1, mask);
-        if !go_on || count == 1 {
+        put(cpu, CX, count - done, mask);
+        if !go_on || count == done {
             return Flow::Next;
         }
-        if cpu.sysflags & rflags::TF != 0 {
+        budget = budget.saturating_sub(done * T::SIZE as u64);
+        if budget == 0 || cpu.sysflags & rflags::TF != 0 {
             break;
         }
     }
@@ -249,33 +262,63 @@ fn repeat(
 }
 
 pub fn lods<T: Int>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    repeat(cpu, op, |cpu, mask| {
+    let one = |cpu: &mut Cpu, mask| {
         let from = source(cpu, op, T::SIZE, mask)?;
         let value = cpu.read::<T>(from)?;
         cpu.set(0, value);
         advance(cpu, SI, T::SIZE as u64, mask);
         Ok(true)
-    })
+    };
+    repeat::<T>(cpu, op, |_, _, _| Ok(0), one)
+}
+
+/// Does a comparison end with the first elements that are equal?
+#[inline(always)]
+fn until_equal(op: &Op) -> bool {
+    op.aux & rep::REPNE != 0
 }
 
 /// Does a comparison with the current ZF go on?
 #[inline(always)]
 fn goes_on(cpu: &Cpu, op: &Op) -> bool {
-    (cpu.cc & cc::ZF != 0) == (op.aux & rep::REPNE == 0)
+    (cpu.cc & cc::ZF != 0) != until_equal(op)
 }
 
 pub fn scas<T: Alu>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    repeat(cpu, op, |cpu, mask| {
+    let some = |cpu: &mut Cpu, mask, count| {
+        let to = destination(cpu, op, T::SIZE, mask, false)?;
+        let value = T::truncate(cpu.gpr[0]);
+        let run = in_page::<T>(to, count);
+        let found = if run > 0 { cpu.scan_run(to, value, run, until_equal(op))? } else { None };
+        let Some((done, cc)) = found else { return Ok(0) };
+        cpu.cc = cc;
+        advance(cpu, DI, (done * T::SIZE) as u64, mask);
+        Ok(done as u64)
+    };
+    let one = |cpu: &mut Cpu, mask| {
         let to = destination(cpu, op, T::SIZE, mask, false)?;
         let value = cpu.read::<T>(to)?;
         cpu.cc = T::truncate(cpu.gpr[0]).sub(value).1;
         advance(cpu, DI, T::SIZE as u64, mask);
         Ok(goes_on(cpu, op))
-    })
+    };
+    repeat::<T>(cpu, op, some, one)
 }
 
 pub fn cmps<T: Alu>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
-    repeat(cpu, op, |cpu, mask| {
+    let some = |cpu: &mut Cpu, mask, count| {
+        let from = source(cpu, op, T::SIZE, mask)?;
+        let to = destination(cpu, op, T::SIZE, mask, false)?;
+        let run = in_page::<T>(to, in_page::<T>(from, count));
+        let found =
+            if run > 0 { cpu.compare_run::<T>(from, to, run, until_equal(op))? } else { None };
+        let Some((done, cc)) = found else { return Ok(0) };
+        cpu.cc = cc;
+        advance(cpu, SI, (done * T::SIZE) as u64, mask);
+        advance(cpu, DI, (done * T::SIZE) as u64, mask);
+        Ok(done as u64)
+    };
+    let one = |cpu: &mut Cpu, mask| {
         let from = source(cpu, op, T::SIZE, mask)?;
         let a = cpu.read::<T>(from)?;
         let to = destination(cpu, op, T::SIZE, mask, false)?;
@@ -284,5 +327,6 @@ pub fn cmps<T: Alu>(cpu: &mut Cpu, op: &Op, _: &Block) -> Flow {
         advance(cpu, SI, T::SIZE as u64, mask);
         advance(cpu, DI, T::SIZE as u64, mask);
         Ok(goes_on(cpu, op))
-    })
+    };
+    repeat::<T>(cpu, op, some, one)
 }

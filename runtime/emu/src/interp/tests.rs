@@ -122,6 +122,71 @@ fn repne_scasb_finds_and_stops() {
 }
 
 #[test]
+fn repeated_comparisons_end_where_they_must_wherever_they_lie() {
+    const BYTES: usize = 9000;
+    let mut m = Machine::new();
+    // Both sides across the ends of pages, at different places of them and not aligned.
+    let (first, second) = (0x1_6ff3u64, 0x1_bffd);
+    let text: Vec<u8> = (0..BYTES).map(|i| (i * 7 % 251) as u8).collect();
+    m.write(first, &text);
+    for (size, prefix) in [(1, 0x3e), (2, 0x66), (4, 0x3e), (8, 0x48)] {
+        for place in [0, 1, 13 / size, 14 / size, 4100 / size, BYTES / size - 1, BYTES] {
+            for until_equal in [false, true] {
+                // What ends it is at `place`.
+                let element = |i: usize, other: u8| {
+                    let ends = i / size == place;
+                    if ends == until_equal { text[i] } else { text[i] ^ other }
+                };
+                let bytes: Vec<u8> = (0..BYTES).map(|i| element(i, 0x80)).collect();
+                m.write(second, &bytes);
+                let done = (place + 1).min(BYTES / size);
+                let number = |bytes: &[u8]| {
+                    let mut all = [0; 8];
+                    all[..size].copy_from_slice(&bytes[(done - 1) * size..done * size]);
+                    u64::from_le_bytes(all)
+                };
+                let (a, b) = (number(&text), number(&bytes));
+                let mut code = vec![if until_equal { 0xf2 } else { 0xf3 }, prefix];
+                code.push(if size == 1 { 0xa6 } else { 0xa7 });
+                (m.cpu.gpr[6], m.cpu.gpr[7]) = (first, second);
+                m.cpu.gpr[1] = (BYTES / size) as u64;
+                assert_eq!(m.run(&code), End::Reached);
+                let what = (size, place, until_equal);
+                let registers = (m.cpu.gpr[6], m.cpu.gpr[7], m.cpu.gpr[1]);
+                let bytes_done = (done * size) as u64;
+                let expected =
+                    (first + bytes_done, second + bytes_done, (BYTES / size - done) as u64);
+                assert_eq!(registers, expected, "{what:?}");
+                let flags = m.cpu.rflags();
+                assert_eq!(flags & rflags::ZF != 0, a == b, "{what:?}");
+                assert_eq!(flags & rflags::CF != 0, a < b, "{what:?}");
+            }
+        }
+    }
+    // SCAS, which finds it, and does not.
+    m.write(first, &[0x55; BYTES]);
+    for (size, prefix, opcode) in
+        [(1u64, 0x3e, 0xae), (2, 0x66, 0xaf), (4, 0x3e, 0xaf), (8, 0x48, 0xaf)]
+    {
+        let at = 5000 / size;
+        m.write(first + at * size, &[0xaa; 8][..size as usize]);
+        let count = BYTES as u64 / size;
+        for (rep, value, done) in [
+            (0xf2, 0xaaaa_aaaa_aaaa_aaaau64, at + 1),
+            (0xf3, 0x5555_5555_5555_5555, at + 1),
+            (0xf2, 0x7777_7777_7777_7777, count),
+        ] {
+            (m.cpu.gpr[0], m.cpu.gpr[7], m.cpu.gpr[1]) = (value, first, count);
+            assert_eq!(m.run(&[rep, prefix, opcode]), End::Reached);
+            let registers = (m.cpu.gpr[0], m.cpu.gpr[7], m.cpu.gpr[1]);
+            assert_eq!(registers, (value, first + done * size, count - done), "{size} {rep:x}");
+            assert_eq!(m.cpu.rflags() & rflags::ZF != 0, rep == 0xf2 && done < count, "{size}");
+        }
+        m.write(first + at * size, &[0x55; 8][..size as usize]);
+    }
+}
+
+#[test]
 fn locked_operations_work_everywhere() {
     let mut m = Machine::new();
     // lock add qword [rbx], 5 inside a page, across pages

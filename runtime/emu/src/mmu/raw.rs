@@ -7,6 +7,7 @@
 use std::arch::asm;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::flags::Cc;
 use crate::int::Int;
 
 /// What bytes of zero are a value of.
@@ -246,6 +247,69 @@ impl HostAddr {
                     in("rax") value.zext(), options(nostack, preserves_flags)),
             }
         }
+    }
+}
+
+/// What a repeated comparison came to: elements compared, and the flags of the last one.
+pub type Compared = (usize, Cc);
+
+/// One instruction of the host's that compares while elements are equal, or until they are.
+macro_rules! repeated {
+    ($while_equal:literal, $until_equal:literal, $until:expr, $($operands:tt)*) => {
+        if $until {
+            asm!($until_equal, "lahf", "seto al", $($operands)* options(nostack, readonly));
+        } else {
+            asm!($while_equal, "lahf", "seto al", $($operands)* options(nostack, readonly));
+        }
+    };
+}
+
+impl HostAddr {
+    /// Compares up to `count` elements of `T`, at least one, from here on with those at `other`, as `repe cmps` does, or with
+    /// `until_equal` `repne cmps`. They end in their pages.
+    #[inline]
+    pub fn compare<T: Int>(self, other: Self, count: usize, until_equal: bool) -> Compared {
+        debug_assert!(count > 0 && count * T::SIZE <= self.to_page_end().min(other.to_page_end()));
+        let (left, cc): (usize, Cc);
+        macro_rules! cmps {
+            ($while_equal:literal, $until_equal:literal) => {
+                repeated!($while_equal, $until_equal, until_equal, inout("rcx") count => left,
+                    inout("rsi") self.0 => _, inout("rdi") other.0 => _, out("ax") cc,)
+            };
+        }
+        // SAFETY: both ranges are mapped guest RAM; DF is clear in the engine.
+        unsafe {
+            match T::SIZE {
+                1 => cmps!("repe cmpsb", "repne cmpsb"),
+                2 => cmps!("repe cmpsw", "repne cmpsw"),
+                4 => cmps!("repe cmpsd", "repne cmpsd"),
+                _ => cmps!("repe cmpsq", "repne cmpsq"),
+            }
+        }
+        (count - left, cc)
+    }
+
+    /// The same for `value` and the elements from here on, as SCAS does.
+    #[inline]
+    pub fn scan<T: Int>(self, value: T, count: usize, until_equal: bool) -> Compared {
+        debug_assert!(count > 0 && count * T::SIZE <= self.to_page_end());
+        let (left, cc): (usize, u64);
+        macro_rules! scas {
+            ($while_equal:literal, $until_equal:literal) => {
+                repeated!($while_equal, $until_equal, until_equal, inout("rcx") count => left,
+                    inout("rdi") self.0 => _, inout("rax") value.zext() => cc,)
+            };
+        }
+        // SAFETY: as in `compare`.
+        unsafe {
+            match T::SIZE {
+                1 => scas!("repe scasb", "repne scasb"),
+                2 => scas!("repe scasw", "repne scasw"),
+                4 => scas!("repe scasd", "repne scasd"),
+                _ => scas!("repe scasq", "repne scasq"),
+            }
+        }
+        (count - left, cc as Cc)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Runs of bytes inside pages, for repeated string instructions.
 
 use super::access::{Target, Wrote};
-use super::raw::HostAddr;
+use super::raw::{Compared, HostAddr};
 use super::tlb::Access;
 use crate::cpu::Cpu;
 use crate::fault::Fault;
@@ -21,16 +21,7 @@ impl Cpu {
         element: usize,
     ) -> Result<(u64, Wrote), Fault> {
         let len = len as usize;
-        let source = match self.mmu.tlb.probe_read(from, len) {
-            Some(host) => host,
-            None => {
-                self.check_alignment(from, element)?;
-                match self.translate(from, len, Access::Read)? {
-                    Target::Ram { host, .. } => host,
-                    Target::Mmio(_) => return Ok((0, Wrote::Data)),
-                }
-            }
-        };
+        let Some(source) = self.readable(from, len, element)? else { return Ok((0, Wrote::Data)) };
         let (target, tell) = match self.writable(to, len, element)? {
             Some(found) => found,
             None => return Ok((0, Wrote::Data)),
@@ -60,6 +51,51 @@ impl Cpu {
         };
         target.fill(value, count as usize);
         Ok((count, self.told(tell, len)))
+    }
+
+    /// Compares up to `count` elements (inside one page on either side) as `rep cmps` does. None: it must go one by one.
+    ///
+    /// # Errors
+    /// Those of the first element.
+    pub(crate) fn compare_run<T: Int>(
+        &mut self,
+        from: u64,
+        to: u64,
+        count: u64,
+        until_equal: bool,
+    ) -> Result<Option<Compared>, Fault> {
+        let len = count as usize * T::SIZE;
+        let Some(first) = self.readable(from, len, T::SIZE)? else { return Ok(None) };
+        let Some(second) = self.readable(to, len, T::SIZE)? else { return Ok(None) };
+        Ok(Some(first.compare::<T>(second, count as usize, until_equal)))
+    }
+
+    /// The same for `value` and elements, as `rep scas` does.
+    ///
+    /// # Errors
+    /// Those of the first element.
+    pub(crate) fn scan_run<T: Int>(
+        &mut self,
+        at: u64,
+        value: T,
+        count: u64,
+        until_equal: bool,
+    ) -> Result<Option<Compared>, Fault> {
+        let found = self.readable(at, count as usize * T::SIZE, T::SIZE)?;
+        Ok(found.map(|host| host.scan(value, count as usize, until_equal)))
+    }
+
+    /// Where to read. `None`: not RAM.
+    #[inline]
+    fn readable(&mut self, at: u64, len: usize, element: usize) -> Result<Option<HostAddr>, Fault> {
+        if let Some(host) = self.mmu.tlb.probe_read(at, len) {
+            return Ok(Some(host));
+        }
+        self.check_alignment(at, element)?;
+        Ok(match self.translate(at, len, Access::Read)? {
+            Target::Ram { host, .. } => Some(host),
+            Target::Mmio(_) => None,
+        })
     }
 
     /// Where to write, and the slow target if the tracker must be told. `None`: not RAM.
