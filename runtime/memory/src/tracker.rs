@@ -48,7 +48,9 @@ impl CodePage {
     pub fn watch(&self, offset: usize, len: usize) -> u32 {
         let mask = line_mask(offset, len);
         loop {
-            self.lines.fetch_or(mask, Ordering::SeqCst);
+            if self.lines.load(Ordering::SeqCst) & mask != mask {
+                self.lines.fetch_or(mask, Ordering::SeqCst);
+            }
             let generation = self.generation.load(Ordering::SeqCst);
             // A writer in between may have wiped the lines and moved the generation on already.
             if self.lines.load(Ordering::SeqCst) & mask == mask {

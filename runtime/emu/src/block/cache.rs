@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::Block;
@@ -51,12 +52,38 @@ struct Jump {
     id: u32,
 }
 
-/// Blocks by identity.
+/// Blocks by identity, their ops side by side.
 #[derive(Debug, Default)]
 struct Generation {
     map: HashMap<u64, u32, BuildHasherDefault<KeyHasher>>,
-    blocks: Vec<Block>,
-    used: usize,
+    blocks: Vec<Place>,
+    ops: Vec<Op>,
+}
+
+/// A block, and the first of its ops.
+#[derive(Debug)]
+struct Place {
+    block: Block,
+    start: u32,
+}
+
+impl Place {
+    fn ops(&self) -> Range<usize> {
+        let start = self.start as usize;
+        start..start + usize::from(self.block.count)
+    }
+}
+
+impl Generation {
+    fn used(&self) -> usize {
+        self.ops.len() * size_of::<Op>() + self.blocks.len() * OVERHEAD
+    }
+
+    fn clear(&mut self) {
+        self.map.clear();
+        self.blocks.clear();
+        self.ops.clear();
+    }
 }
 
 /// Decoded code of one vCPU.
@@ -99,71 +126,184 @@ impl BlockCache {
     #[inline(always)]
     pub fn front(&self, key: u64) -> Option<u32> {
         let jump = &self.jumps[Self::slot(key)];
-        if jump.key == key && self.at(jump.id).is_fresh() { Some(jump.id) } else { None }
+        let known = || self.young.blocks[jump.id as usize].block.is_fresh();
+        if jump.key == key && known() { Some(jump.id) } else { None }
     }
 
     /// The number of block `key` if it is in the cache and fresh; brings it to the front.
     pub fn find(&mut self, key: u64) -> Option<u32> {
         let Some(&id) = self.young.map.get(&key) else {
             let id = self.old.map.remove(&key)?;
-            let block = std::mem::replace(self.old.blocks.get_mut(id as usize)?, Block::nothing());
-            return block.is_fresh().then(|| self.enter(block));
+            let place = self.old.blocks.get(id as usize)?;
+            let (block, ops) = (place.block, place.ops());
+            if !block.is_fresh() {
+                return None;
+            }
+            if self.make_room(ops.len()) {
+                // It has just gone.
+                return None;
+            }
+            let ops = self.old.ops.get(ops)?;
+            return Some(enter(&mut self.young, &mut self.jumps, block, ops));
         };
-        if !self.young.blocks.get(id as usize)?.is_fresh() {
+        if !self.young.blocks.get(id as usize)?.block.is_fresh() {
             return None;
         }
         self.jumps[Self::slot(key)] = Jump { key, id };
         Some(id)
     }
 
-    /// Block number `id`, the last that this cache has given out.
+    /// Block number `id`, the last that this cache has given out, and its ops.
     #[inline(always)]
-    pub fn at(&self, id: u32) -> &Block {
-        &self.young.blocks[id as usize]
+    pub fn at(&self, id: u32) -> (&Block, &[Op]) {
+        let place = &self.young.blocks[id as usize];
+        (&place.block, &self.young.ops[place.ops()])
     }
 
-    /// Enters a block that was just decoded, in place of one with the same key.
-    pub fn insert(&mut self, block: Block) -> u32 {
+    /// Enters a block that was just decoded, with its ops, in place of one with the same key.
+    pub fn insert(&mut self, block: Block, ops: &[Op]) -> u32 {
         self.decoded += 1;
-        self.enter(block)
+        self.make_room(ops.len());
+        enter(&mut self.young, &mut self.jumps, block, ops)
     }
 
-    fn enter(&mut self, block: Block) -> u32 {
-        let cost = |block: &Block| block.ops.len() * size_of::<Op>() + OVERHEAD;
-        if self.young.used + cost(&block) > self.capacity / 2 {
+    /// Makes room for a block with so many ops. If there was none, what was old has gone, and what was young is old.
+    fn make_room(&mut self, ops: usize) -> bool {
+        let room = self.young.used() + ops * size_of::<Op>() + OVERHEAD <= self.capacity / 2;
+        if !room {
             self.jumps.fill(Jump { key: u64::MAX, id: 0 });
-            self.old = std::mem::take(&mut self.young);
+            std::mem::swap(&mut self.old, &mut self.young);
+            self.young.clear();
             self.emptied += 1;
         }
-        let key = block.key;
-        let Generation { map, blocks, used } = &mut self.young;
-        *used += cost(&block);
-        let id = match map.get(&key) {
-            Some(&id) => {
-                if let Some(old) = blocks.get_mut(id as usize) {
-                    *used -= cost(old);
-                    *old = block;
-                }
-                id
-            }
-            None => {
-                let id = blocks.len() as u32;
-                blocks.push(block);
-                map.insert(key, id);
-                id
-            }
-        };
-        self.jumps[Self::slot(key)] = Jump { key, id };
-        id
+        !room
     }
 
     /// Bytes of decoded code.
     pub fn used(&self) -> usize {
-        self.young.used + self.old.used
+        self.young.used() + self.old.used()
     }
 
     /// Blocks in the cache.
     pub fn len(&self) -> usize {
         self.young.blocks.len() + self.old.map.len()
+    }
+}
+
+/// Enters a block into `young`, and brings it to the front.
+fn enter(young: &mut Generation, jumps: &mut [Jump], block: Block, ops: &[Op]) -> u32 {
+    let key = block.key;
+    let known = young.map.get(&key).copied();
+    let place = known.and_then(|id| young.blocks.get_mut(id as usize));
+    // Code that is decoded each time that it runs (invariant 6a) takes the same place each time.
+    let fits = place.as_ref().is_some_and(|place| place.ops().len() >= ops.len());
+    let start = match &place {
+        Some(place) if fits => {
+            young.ops[place.ops()][..ops.len()].copy_from_slice(ops);
+            place.start
+        }
+        _ => {
+            let start = young.ops.len() as u32;
+            young.ops.extend_from_slice(ops);
+            start
+        }
+    };
+    let new = Place { block, start };
+    let id = match (known, place) {
+        (Some(id), Some(place)) => {
+            *place = new;
+            id
+        }
+        _ => {
+            let id = young.blocks.len() as u32;
+            young.blocks.push(new);
+            young.map.insert(key, id);
+            id
+        }
+    };
+    jumps[BlockCache::slot(key)] = Jump { key, id };
+    id
+}
+
+#[cfg(test)]
+mod tests {
+    use mvm_engine::IoBus;
+    use mvm_engine::mock::NoBus;
+    use mvm_memory::GuestRam;
+
+    use super::*;
+    use crate::block::CodeStamp;
+    use crate::block::decode::undefined_op;
+    use crate::op::Flow;
+
+    /// A block that is found by `key`, whose ops say so.
+    fn block(key: u64, count: u16, stamp: CodeStamp) -> (Block, Vec<Op>) {
+        let block = Block { key, first: stamp, second: None, len: count, count };
+        let op = undefined_op(|_, _, _| Flow::Next);
+        (block, (0..count).map(|i| Op { imm: key, start: i, ..op }).collect())
+    }
+
+    fn check(cache: &BlockCache, id: u32, key: u64, count: u16) {
+        let (block, ops) = cache.at(id);
+        assert_eq!((block.key, block.count, ops.len()), (key, count, usize::from(count)));
+        assert!((0u16..).zip(ops).all(|(i, op)| op.imm == key && op.start == i), "{key}");
+    }
+
+    fn cache(capacity: usize) -> (BlockCache, Arc<PhysMemory>) {
+        let io: Arc<dyn IoBus> = Arc::new(NoBus);
+        let phys = Arc::new(PhysMemory::new(GuestRam::new(&[(0, 1 << 20)]).unwrap(), io, 1));
+        (BlockCache::new(phys.clone(), capacity), phys)
+    }
+
+    fn stamp(phys: &PhysMemory) -> CodeStamp {
+        let (page, _) = phys.find(0x1000).unwrap();
+        let (generation, _) = phys.watch(page, 0, 64, 0);
+        // SAFETY: `phys` is there as long as the test.
+        unsafe { CodeStamp::new(phys.code_page(page).unwrap(), generation) }
+    }
+
+    #[test]
+    fn what_is_looked_for_stays_with_its_ops() {
+        let (mut cache, phys) = cache(64 << 10);
+        let stamp = stamp(&phys);
+        let count = |key: u64| 1 + (key * 7 % 13) as u16;
+        let mut lost = 0;
+        for key in 0..4000 {
+            let (new, ops) = block(key, count(key), stamp);
+            let id = cache.insert(new, &ops);
+            check(&cache, id, key, count(key));
+            // One that is always wanted, and some from before.
+            for wanted in [7, key - key % 50, key / 2] {
+                match cache.front(wanted).or_else(|| cache.find(wanted)) {
+                    Some(id) => check(&cache, id, wanted, count(wanted)),
+                    None => lost += u64::from(wanted == 7 && key > 7),
+                }
+            }
+            assert!(cache.used() <= 64 << 10);
+        }
+        assert!(cache.emptied > 20, "{}", cache.emptied);
+        assert!(lost <= cache.emptied, "{lost}");
+    }
+
+    #[test]
+    fn what_is_decoded_each_time_takes_one_place() {
+        let (mut cache, phys) = cache(64 << 10);
+        let (good, ops) = block(1, 3, stamp(&phys));
+        cache.insert(good, &ops);
+        let mut used = 0;
+        for count in [5, 5, 2, 2, 1].repeat(1000) {
+            let (new, ops) = block(2, count, CodeStamp::never());
+            let id = cache.insert(new, &ops);
+            check(&cache, id, 2, count);
+            assert!(cache.front(2).is_none() && cache.find(2).is_none(), "good for once");
+            used = used.max(cache.used());
+        }
+        assert!(used <= 64 << 10);
+        let (good, ops) = block(3, 3, stamp(&phys));
+        for _ in 0..1000 {
+            let id = cache.insert(good, &ops);
+            check(&cache, id, 3, 3);
+        }
+        assert!(cache.find(3).is_some());
     }
 }

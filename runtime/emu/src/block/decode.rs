@@ -222,7 +222,12 @@ impl BlockDecoder {
         }
     }
 
-    /// Decodes the block at `host`, which is at linear address `linear`.
+    /// The ops of the block decoded last.
+    pub fn ops(&self) -> &[Op] {
+        &self.ops
+    }
+
+    /// Decodes the block at `host`, which is at linear address `linear`. Its [ops](Self::ops) are there until the next one.
     ///
     /// # Errors
     /// The faults of fetching the second page of an instruction that crosses.
@@ -283,7 +288,6 @@ impl BlockDecoder {
             return None;
         }
         Some(Block {
-            ops: self.ops.as_slice().into(),
             key: key(start, cpu.mode, single),
             first,
             second,
@@ -438,7 +442,7 @@ fn watch(cpu: &mut Cpu, host: HostAddr, len: usize) -> Option<CodeStamp> {
     Some(unsafe { CodeStamp::new(record, generation) })
 }
 
-fn undefined_op(handler: crate::op::Handler) -> Op {
+pub(super) fn undefined_op(handler: crate::op::Handler) -> Op {
     Op {
         handler,
         imm: 0,

@@ -9,7 +9,7 @@ use crate::cpu::{Cpu, Mode, seg};
 use crate::fault::Fault;
 use crate::jit::{Jit, Ran, Store};
 use crate::mmu::HostAddr;
-use crate::op::{Flow, reg};
+use crate::op::{Flow, Op, reg};
 
 /// Why the loop gave control back. [`Cpu::rip`] is exact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,15 +125,15 @@ impl Dispatcher {
             if self.blocks.is_multiple_of(TIMER_INTERVAL) {
                 cpu.poll_timer();
             }
-            let block = match find(&mut self.cache, &mut self.decoder, cpu, false) {
-                Ok(block) => block,
+            let (block, ops) = match find(&mut self.cache, &mut self.decoder, cpu, false) {
+                Ok(found) => found,
                 Err(fault) => {
                     cpu.fault = Some(fault);
                     return Stop::Fault;
                 }
             };
             self.instructions += u64::from(block.count);
-            if let Some(stop) = execute(cpu, block) {
+            if let Some(stop) = execute(cpu, block, ops) {
                 return stop;
             }
         }
@@ -142,15 +142,15 @@ impl Dispatcher {
     /// Runs one instruction.
     pub fn step(&mut self, cpu: &mut Cpu) -> Stop {
         self.leave_what_is_over();
-        let block = match find(&mut self.cache, &mut self.decoder, cpu, true) {
-            Ok(block) => block,
+        let (block, ops) = match find(&mut self.cache, &mut self.decoder, cpu, true) {
+            Ok(found) => found,
             Err(fault) => {
                 cpu.fault = Some(fault);
                 return Stop::Fault;
             }
         };
         self.instructions += 1;
-        match execute(cpu, block) {
+        match execute(cpu, block, ops) {
             None | Some(Stop::Look) => Stop::Stepped,
             Some(stop) => stop,
         }
@@ -159,10 +159,10 @@ impl Dispatcher {
 
 /// Runs a block to its end. `None`: go on at [`Cpu::rip`].
 #[inline(always)]
-fn execute(cpu: &mut Cpu, block: &Block) -> Option<Stop> {
+fn execute(cpu: &mut Cpu, block: &Block, ops: &[Op]) -> Option<Stop> {
     let start = cpu.rip;
     cpu.gpr[BLOCK] = start;
-    for op in &block.ops {
+    for op in ops {
         match (op.handler)(cpu, op, block) {
             Flow::Next => {}
             Flow::Jump => return None,
@@ -195,21 +195,20 @@ fn next(cpu: &Cpu, start: u64, offset: u16) -> u64 {
     if cpu.mode == Mode::Code64 { rip } else { rip & 0xffff_ffff }
 }
 
-/// The block at [`Cpu::rip`].
+/// The block at [`Cpu::rip`], and its ops.
 #[inline(always)]
 fn find<'a>(
     cache: &'a mut BlockCache,
     decoder: &mut BlockDecoder,
     cpu: &mut Cpu,
     single: bool,
-) -> Result<&'a Block, Fault> {
+) -> Result<(&'a Block, &'a [Op]), Fault> {
     let linear = if cpu.mode == Mode::Code64 { cpu.rip } else { legacy_linear(cpu)? };
     let host = cpu.code_host(linear)?;
     let key = key(host, cpu.mode, single);
     // The borrow checker does not see that the early return ends the borrow: look twice, by number.
     if let Some(id) = cache.front(key) {
-        let block = cache.at(id);
-        match block.second {
+        match cache.at(id).0.second {
             None => return Ok(cache.at(id)),
             Some((second, stamp)) => {
                 let there = cpu.fetch((linear | 0xfff).wrapping_add(1))?;
@@ -219,12 +218,12 @@ fn find<'a>(
             }
         }
     } else if let Some(id) = cache.find(key)
-        && cache.at(id).second.is_none()
+        && cache.at(id).0.second.is_none()
     {
         return Ok(cache.at(id));
     }
     let block = decoder.decode(cpu, linear, host, single)?;
-    let id = cache.insert(block);
+    let id = cache.insert(block, decoder.ops());
     Ok(cache.at(id))
 }
 

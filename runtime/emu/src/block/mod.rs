@@ -11,7 +11,7 @@ pub(crate) use decode::{BlockDecoder, GoesOn};
 pub use dispatch::{Dispatcher, Stop};
 pub(crate) use stamp::CodeStamp;
 
-use crate::op::{Handler, Op};
+use crate::op::Handler;
 
 /// A handler chosen for an instruction.
 pub(crate) struct Selected {
@@ -21,10 +21,9 @@ pub(crate) struct Selected {
     pub ends: bool,
 }
 
-/// A run of decoded instructions that starts at one byte of guest RAM, in one mode.
-#[derive(Debug)]
+/// A run of decoded instructions that starts at one byte of guest RAM, in one mode. Its ops are where it is kept.
+#[derive(Debug, Clone, Copy)]
 pub struct Block {
-    ops: Box<[Op]>,
     /// Identity: see [`cache::key`].
     key: u64,
     /// Generation of the page it was decoded from.
@@ -40,8 +39,7 @@ pub struct Block {
 impl Block {
     /// A block without ops.
     pub(crate) fn nothing() -> Self {
-        let ops = Box::default();
-        Self { ops, key: 0, first: CodeStamp::never(), second: None, len: 0, count: 0 }
+        Self { key: 0, first: CodeStamp::never(), second: None, len: 0, count: 0 }
     }
 
     /// Is the code still what was decoded?

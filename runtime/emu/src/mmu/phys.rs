@@ -2,7 +2,7 @@
 //! between those who store and those who decode (invariants 5 to 8).
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mvm_engine::IoBus;
@@ -309,6 +309,16 @@ impl PhysMemory {
     /// caller must drop its own fast writes before it reads the code.
     pub fn watch(&self, page: PageRef, offset: usize, len: usize, me: u32) -> (u32, bool) {
         let Some(code) = self.code_page(page) else { return (0, false) };
+        let writers = self.writers.get(page.region as usize).and_then(|w| w.of(page.page));
+        let take = |writers: &AtomicU32| match writers.load(Ordering::SeqCst) {
+            0 => 0,
+            _ => writers.swap(0, Ordering::SeqCst),
+        };
+        if self.guards.len() == 1 && me == 0 {
+            // Nobody else there is writes behind the tracker's back.
+            let generation = code.watch(offset, len);
+            return (generation, writers.map_or(0, take) != 0);
+        }
         let my_guard = self.guards.get(me as usize);
         // Only one may wait for the others at a time, and who waits for its turn must not be waited for.
         if let Some(guard) = my_guard {
@@ -317,11 +327,7 @@ impl PhysMemory {
         let turn = lock(&self.watching);
         let mut drop_own = my_guard.is_some_and(|g| g.unpark());
         let generation = code.watch(offset, len);
-        let writers = self
-            .writers
-            .get(page.region as usize)
-            .and_then(|w| w.of(page.page))
-            .map_or(0, |w| w.swap(0, Ordering::SeqCst));
+        let writers = writers.map_or(0, take);
         if writers != 0 {
             drop_own |= writers & 1 << (me % 32) != 0;
             self.drop_fast_writes(writers, me);
