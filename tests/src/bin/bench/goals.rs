@@ -28,8 +28,8 @@ pub const USER: [&str; 14] = [
 const KERNEL: [&str; 7] = ["getpid", "rw1", "read64k", "fault", "mmap", "files", "segv"];
 
 /// Those that are neither.
-const OTHERS: [&str; 8] =
-    ["repmovs", "avx2", "fork", "exec", "pingpong", "smc", "codedata", "coldcode"];
+const OTHERS: [&str; 9] =
+    ["repmovs", "repcmps", "avx2", "fork", "exec", "pingpong", "smc", "codedata", "coldcode"];
 
 /// With two threads.
 const PARALLEL: [&str; 4] = ["par_int", "par_getpid", "par_fault", "par_mutex"];
