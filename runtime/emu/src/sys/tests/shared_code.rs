@@ -92,6 +92,15 @@ fn functions_that_any_of_three_changes_under_all_of_them() {
 }
 
 #[test]
+fn some_pages_are_compared_and_others_watched() {
+    for nth in 1..=3 {
+        let mut machine = prepare(3, 3, 3000, None, nth as u8 - 1);
+        machine.guest.cpu().mmu.phys().compare_code(nth);
+        finish(machine, 3);
+    }
+}
+
+#[test]
 fn code_is_emptied_under_those_who_execute_it() {
     // How often is a matter of who runs when.
     let emptied = finish(prepare(3, 3, 3000, Some(16 << 10), 0), 3);
