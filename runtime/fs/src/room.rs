@@ -18,6 +18,8 @@ struct State {
     given_back: u64,
     /// What that was when somebody had waited in vain.
     hopeless: Option<u64>,
+    /// Requests that wait.
+    waiting: usize,
 }
 
 /// Who waits for descriptors, and who brings them.
@@ -33,11 +35,15 @@ impl Room {
     /// # Errors
     /// Those of `f`: `EMFILE` after [`PATIENCE`], or at once if the guest has given nothing back since that was waited for before.
     pub fn find<R>(&self, mut f: impl FnMut() -> io::Result<R>) -> io::Result<R> {
-        let deadline = Instant::now() + PATIENCE;
+        // Nearly always there is room at once.
+        let mut deadline = None;
         loop {
             let seen = self.lock().given_back;
             match f() {
-                Err(e) if is_full(&e) => self.wait(seen, deadline, e)?,
+                Err(e) if is_full(&e) => {
+                    let deadline = *deadline.get_or_insert_with(|| Instant::now() + PATIENCE);
+                    self.wait(seen, deadline, e)?;
+                }
                 done => return done,
             }
         }
@@ -58,8 +64,11 @@ impl Room {
 
     /// The guest has forgotten or closed a file.
     pub fn given_back(&self) {
-        self.lock().given_back += 1;
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.given_back += 1;
+        if state.waiting > 0 {
+            self.changed.notify_all();
+        }
     }
 
     /// Waits until something has been given back since `seen`, or returns `full`.
@@ -71,8 +80,10 @@ impl Room {
                 state.hopeless = Some(seen);
                 return Err(full);
             }
+            state.waiting += 1;
             let woken = self.changed.wait_timeout(state, left);
             (state, _) = woken.unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
         Ok(())
     }

@@ -192,35 +192,26 @@ impl BlockCache {
 
 /// Enters a block into `young`, and brings it to the front.
 fn enter(young: &mut Generation, jumps: &mut [Jump], block: Block, ops: &[Op]) -> u32 {
+    let Generation { map, blocks, ops: all } = young;
     let key = block.key;
-    let known = young.map.get(&key).copied();
-    let place = known.and_then(|id| young.blocks.get_mut(id as usize));
+    let id = *map.entry(key).or_insert(blocks.len() as u32);
     // Code that is decoded each time that it runs (invariant 6a) takes the same place each time.
-    let fits = place.as_ref().is_some_and(|place| place.ops().len() >= ops.len());
-    let start = match &place {
-        Some(place) if fits => {
-            young.ops[place.ops()][..ops.len()].copy_from_slice(ops);
+    let place = blocks.get(id as usize).map(Place::ops).filter(|place| place.len() >= ops.len());
+    let start = match place {
+        Some(place) => {
+            all[place.start..][..ops.len()].copy_from_slice(ops);
             place.start
         }
-        _ => {
-            let start = young.ops.len() as u32;
-            young.ops.extend_from_slice(ops);
-            start
+        None => {
+            all.extend_from_slice(ops);
+            all.len() - ops.len()
         }
     };
-    let new = Place { block, start };
-    let id = match (known, place) {
-        (Some(id), Some(place)) => {
-            *place = new;
-            id
-        }
-        _ => {
-            let id = young.blocks.len() as u32;
-            young.blocks.push(new);
-            young.map.insert(key, id);
-            id
-        }
-    };
+    let new = Place { block, start: start as u32 };
+    match blocks.get_mut(id as usize) {
+        Some(place) => *place = new,
+        None => blocks.push(new),
+    }
     jumps[BlockCache::slot(key)] = Jump { key, id };
     id
 }
